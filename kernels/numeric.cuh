@@ -1,0 +1,152 @@
+// Storage types and their conversions to and from the types that are computed with.
+//
+// No CUDA header is included, so every install of NVRTC compiles this, and so does a host compiler: the PTX of each
+// conversion has a portable twin in integer arithmetic. All rounding is to nearest, ties to even.
+#pragma once
+
+struct float16 {
+  unsigned short bits;
+};
+
+struct bfloat16 {
+  unsigned short bits;
+};
+
+template <bool kCondition, typename A, typename B>
+struct Conditional {
+  using Type = A;
+};
+
+template <typename A, typename B>
+struct Conditional<false, A, B> {
+  using Type = B;
+};
+
+// The type to compute in: double when the tensor or the table is 64-bit, else float.
+template <typename T, typename Table>
+using Compute = typename Conditional<(sizeof(T) == 8 || sizeof(Table) == 8), double, float>::Type;
+
+template <typename To, typename From>
+__device__ __forceinline__ To bit_cast(From value) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  union {
+    From from;
+    To to;
+  } bits = {value};
+  return bits.to;
+}
+
+// Widening is exact.
+__device__ __forceinline__ float to_float(bfloat16 value) {
+  return bit_cast<float>(static_cast<unsigned>(value.bits) << 16);
+}
+
+__device__ __forceinline__ float to_float(float16 value) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
+  const unsigned sign = (value.bits & 0x8000u) << 16;
+  const unsigned magnitude = (value.bits & 0x7fffu) << 13;
+  if (magnitude >= 0x7c00u << 13) return bit_cast<float>(sign | 0x70000000u | magnitude);
+  const float scaled =
+      bit_cast<float>(magnitude) * 0x1p112f;  // moves the exponent; exact for subnormals too
+  return bit_cast<float>(sign | bit_cast<unsigned>(scaled));
+#endif
+}
+
+template <typename Real, typename T>
+__device__ __forceinline__ Real widen(T value) {
+  return static_cast<Real>(value);
+}
+
+template <typename Real>
+__device__ __forceinline__ Real widen(float16 value) {
+  return to_float(value);
+}
+
+template <typename Real>
+__device__ __forceinline__ Real widen(bfloat16 value) {
+  return to_float(value);
+}
+
+// Round to odd: what lies between two floats takes the one with an odd last bit, so that a second rounding to a 16-bit
+// type gives what one rounding from double would have given.
+__device__ __forceinline__ float round_to_odd(double value) {
+  const float nearest = static_cast<float>(value);
+  unsigned bits = bit_cast<unsigned>(nearest);
+  const double widened = nearest;
+  if (widened == value || value != value) return nearest;
+  if ((widened < 0 ? -widened : widened) > (value < 0 ? -value : value)) bits -= 1;
+  return bit_cast<float>(bits | 1u);
+}
+
+template <typename T>
+__device__ __forceinline__ T narrow(float value) {
+  return static_cast<T>(value);
+}
+
+template <>
+__device__ __forceinline__ bfloat16 narrow<bfloat16>(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  bfloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+#else
+  const unsigned bits = bit_cast<unsigned>(value);
+  if (value != value) return {static_cast<unsigned short>(bits >> 16 | 0x40u)};
+  return {static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
+}
+
+template <>
+__device__ __forceinline__ float16 narrow<float16>(float value) {
+#ifdef __CUDA_ARCH__
+  float16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+#else
+  const unsigned sign = bit_cast<unsigned>(value) >> 16 & 0x8000u;
+  const unsigned magnitude = bit_cast<unsigned>(value) & 0x7fffffffu;
+  unsigned half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;  // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    half = 0x7c00u;  // 65520 and more round to infinity
+  } else if (magnitude < 0x38800000u) {
+    // Below 2^-14 the last place is 2^-24, which is the last place of 0.5f: adding it rounds.
+    half = bit_cast<unsigned>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+  }
+  return {static_cast<unsigned short>(sign | half)};
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ T narrow(double value) {
+  if constexpr (sizeof(T) == 2) {
+    return narrow<T>(round_to_odd(value));
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) {
+  return fma(a, b, c);
+}
+
+// a * b - c * d within 1.5 units in the last place, also where the products cancel: Kahan's algorithm, analysed in
+// Jeannerod, Louvet and Muller, "Further analysis of Kahan's algorithm for the accurate computation of 2 x 2
+// determinants", Mathematics of Computation 82 (2013).
+template <typename Real>
+__device__ __forceinline__ Real difference_of_products(Real a, Real b, Real c, Real d) {
+  const Real product = c * d;
+  const Real error = multiply_add(-c, d, product);
+  const Real difference = multiply_add(a, b, -product);
+  const Real corrected = difference + error;
+  return corrected == corrected ? corrected
+                                : difference;  // an infinite product leaves no error to add
+}

@@ -1,0 +1,124 @@
+"""DLPack capsules, read by ctypes: what NumPy and CuPy would refuse (bfloat16, read-only flags) is plain here.
+
+The structures are those of the DLPack specification, versions 0.8 (unversioned) and 1.x (versioned).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+_DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # host, CUDA, CUDA pinned host, CUDA managed
+_READ_ONLY = 1
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _DLManagedTensorVersioned(ctypes.Structure):
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
+    )
+
+
+class Contents(NamedTuple):
+    """What a capsule says. Strides count elements."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    device: str
+    writable: (
+        bool  # only where a versioned capsule says so: immutable arrays often come unversioned
+    )
+
+
+def capsule_of(producer: Any, stream: int | None) -> Any:
+    """Return the producer's capsule; its data is ready for work on `stream` (None on the CPU)."""
+    try:
+        return producer.__dlpack__(stream=stream, max_version=(1, 0))
+    except TypeError:  # written before version 1
+        return producer.__dlpack__(stream=stream)
+
+
+def device_of(producer: Any) -> str:
+    """Return "cpu", "cuda:0" or another device's DLPack number."""
+    kind, number = producer.__dlpack_device__()
+    name = _DEVICES.get(int(kind), f"device type {int(kind)}")
+    return name if name == "cpu" else f"{name}:{int(number)}"
+
+
+def read(capsule: Any) -> Contents:
+    """Read a capsule without consuming it. What it points to lives as long as the capsule or its producer."""
+    tensor, writable = _tensor_of(capsule)
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    if tensor.strides:
+        strides = tuple(tensor.strides[i] for i in range(tensor.ndim))
+    else:
+        strides = _contiguous(shape)
+    dtype = f"{_KINDS.get(tensor.code, f'type code {tensor.code} with bits ')}{tensor.bits}"
+    if tensor.lanes != 1:
+        dtype += f"x{tensor.lanes}"
+    kind = _DEVICES.get(tensor.device_type, f"device type {tensor.device_type}")
+    device = kind if kind == "cpu" else f"{kind}:{tensor.device_id}"
+    return Contents(
+        (tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, device, writable
+    )
+
+
+def set_dtype(capsule: Any, code: int, bits: int) -> None:
+    """Say that a capsule's elements are of another type of the same size."""
+    tensor, _ = _tensor_of(capsule)
+    tensor.code, tensor.bits = code, bits
+
+
+BFLOAT = 4
+
+
+def _tensor_of(capsule: Any) -> tuple[_DLTensor, bool]:
+    name = _capsule_name(capsule)
+    address = _capsule_pointer(capsule, name)
+    if name == b"dltensor_versioned":
+        managed = _DLManagedTensorVersioned.from_address(address)
+        if managed.major != 1:
+            raise TypeError(
+                f"DLPack capsules must have major version 1, got {managed.major}.{managed.minor}"
+            )
+        return managed.tensor, not managed.flags & _READ_ONLY
+    return _DLTensor.from_address(address), False
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+_capsule_name = ctypes.pythonapi.PyCapsule_GetName
+_capsule_name.restype = ctypes.c_char_p
+_capsule_name.argtypes = (ctypes.py_object,)
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)

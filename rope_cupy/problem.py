@@ -1,0 +1,330 @@
+"""RotaryProblem: what one call has to do, in sizes, strides and flags, and every check of its arguments. Pure."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from .checks import index
+from .memory import FLOATS, ArraySpec, may_overlap_itself
+
+MAX_ROWS = 2**31 - 1
+DEFAULT_LAYOUTS = {3: "shd", 4: "bshd"}
+
+Four = tuple[int, int, int, int]
+
+
+class TableSpec(NamedTuple):
+    """A table of cosines and sines: (p, r), (b, s, r) or (b, s, h, r), with r = rotary_dim / 2."""
+
+    cos: ArraySpec
+    sin: ArraySpec
+    step: int  # neighbouring elements that a pair owns: more than 1 where cos and sin (or copies) alternate
+    sin_offset: (
+        int  # elements from a pair's cos to its sin when both lie in what the pair owns, else 0
+    )
+
+
+class Options(NamedTuple):
+    """The keyword arguments of a call that are not arrays."""
+
+    interleaved: bool
+    layout: str | None
+    head_dim: int | None
+    rotary_offset: int
+    conjugate: bool
+    out_of_range: str
+
+
+class Canonical(NamedTuple):
+    """An array seen as (batch, tokens, heads, head_dim)."""
+
+    shape: Four
+    strides: Four
+
+
+class View(NamedTuple):
+    """Where an array lies: strides in elements over (batch, token, head, element of the head or pair)."""
+
+    strides: Four
+    alignment: int
+
+
+class RotaryTensor(NamedTuple):
+    num_heads: int
+    x: View
+    out: View
+
+
+class RotaryProblem(NamedTuple):
+    """One launch: rotate `tensors`, each (batch, num_tokens, num_heads, head_dim), by a table."""
+
+    dtype: str
+    batch: int
+    num_tokens: int
+    head_dim: int
+    rotary_dim: int
+    rotary_offset: int
+    tensors: tuple[RotaryTensor, ...]
+    in_place: bool
+    table_dtype: str
+    cos: View
+    sin: View
+    table_step: int
+    sin_offset: int
+    num_positions: int
+    cos_row: int  # elements from one position to the next, with explicit positions
+    sin_row: int
+    position_dtype: str | None
+    position_strides: tuple[int, int]
+    interleaved: bool
+    conjugate: bool
+    keep: bool
+
+    @property
+    def num_rows(self) -> int:
+        return self.batch * self.num_tokens * sum(tensor.num_heads for tensor in self.tensors)
+
+
+@lru_cache(maxsize=4096)
+def rotary_problem(
+    names: tuple[str, ...],
+    xs: tuple[ArraySpec, ...],
+    outs: tuple[ArraySpec, ...],
+    in_place: bool,
+    table: TableSpec,
+    positions: ArraySpec | None,
+    options: Options,
+) -> RotaryProblem:
+    """Check that the arrays fit one another and return the problem they pose.
+
+    `names` are what the caller calls the xs. `positions` is None when they are implicit: index along the token axis.
+    """
+    first = xs[0]
+    for name, x in zip(names, xs, strict=True):
+        if x.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} must have one of the dtypes {', '.join(FLOATS)}, got {x.dtype}"
+            )
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name} must have {names[0]}'s dtype {first.dtype}, got {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(
+                f"{name} must be on {names[0]}'s device {first.device}, got {x.device}"
+            )
+
+    views = [_canonical(name, x, options) for name, x in zip(names, xs, strict=True)]
+    batch, num_tokens, _, head_dim = views[0].shape
+    for name, view in zip(names, views, strict=True):
+        if (*view.shape[:2], view.shape[3]) != (batch, num_tokens, head_dim):
+            raise ValueError(
+                f"{name} must have {names[0]}'s shape on every axis but heads, (batch, tokens, head_dim) = "
+                f"{(batch, num_tokens, head_dim)}, got {(*view.shape[:2], view.shape[3])}"
+            )
+    num_heads = tuple(view.shape[2] for view in views)
+    if batch * num_tokens * sum(num_heads) > MAX_ROWS:
+        raise ValueError(
+            f"{names[0]} must have at most {MAX_ROWS} (batch, token, head) rows, with {len(names)} tensors counted "
+            f"together, got {batch * num_tokens * sum(num_heads)}"
+        )
+    tensors = []
+    for name, x, view, out in zip(out_names(names), xs, views, outs, strict=True):
+        _check_out(name, out, x)
+        out_view = _canonical(name, out, options)
+        tensors.append(
+            RotaryTensor(
+                view.shape[2],
+                View(view.strides, x.alignment),
+                View(out_view.strides, out.alignment),
+            )
+        )
+
+    rotary_dim = 2 * table.cos.shape[-1]
+    if not 0 < rotary_dim <= head_dim:
+        raise ValueError(
+            f"table must have a rotary_dim in (0, head_dim={head_dim}], got {rotary_dim}"
+        )
+    if not 0 <= options.rotary_offset <= head_dim - rotary_dim:
+        raise ValueError(
+            f"rotary_offset must be in [0, head_dim - rotary_dim = {head_dim - rotary_dim}], got {options.rotary_offset}"
+        )
+    if table.cos.device != first.device:
+        raise ValueError(
+            f"table must be on {names[0]}'s device {first.device}, got {table.cos.device}"
+        )
+    _check_table(table.cos.shape, batch, num_tokens, num_heads, positions)
+    if positions:
+        _check_positions(positions, batch, num_tokens, first.device, names[0])
+    return RotaryProblem(
+        dtype=first.dtype,
+        batch=batch,
+        num_tokens=num_tokens,
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        rotary_offset=options.rotary_offset,
+        tensors=tuple(tensors),
+        in_place=in_place,
+        table_dtype=table.cos.dtype,
+        cos=_table_view(table.cos, positions),
+        sin=_table_view(table.sin, positions),
+        table_step=table.step,
+        sin_offset=table.sin_offset,
+        num_positions=table.cos.shape[0] if positions else 1,
+        cos_row=table.cos.strides[0] if positions else 0,
+        sin_row=table.sin.strides[0] if positions else 0,
+        position_dtype=positions.dtype if positions else None,
+        position_strides=(0, *positions.strides)[-2:] if positions else (0, 0),
+        interleaved=options.interleaved,
+        conjugate=options.conjugate,
+        keep=options.out_of_range == "keep",
+    )
+
+
+def out_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what the outputs are called in messages."""
+    return ("out",) if len(names) == 1 else tuple(f"{name}_out" for name in names)
+
+
+def rotary_options(
+    interleaved: object,
+    layout: object,
+    head_dim: object,
+    rotary_offset: object,
+    conjugate: object,
+    out_of_range: object,
+) -> Options:
+    """Check the types and the values that need no array."""
+    for name, flag in (("interleaved", interleaved), ("conjugate", conjugate)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    if not isinstance(layout, str | None):
+        raise TypeError(f"layout must be a string of axis names or None, got {layout!r}")
+    if layout is not None and not (
+        layout[-1:] == "d" and _axes(layout) in (["h", "s"], ["b", "h", "s"])
+    ):
+        raise ValueError(
+            "layout must name the axes b (optional), s or t, and h in any order, then d, such as 'bshd', 'bhsd', "
+            f"'sbhd', 'shd' or 'thd', got {layout!r}"
+        )
+    head_dim = None if head_dim is None else index("head_dim", head_dim)
+    if head_dim is not None and head_dim <= 0:
+        raise ValueError(f"head_dim must be positive, got {head_dim}")
+    if head_dim is not None and layout is not None and layout[-2:] != "hd":
+        raise ValueError(
+            f"layout must end in 'hd' where head_dim splits the last axis, got {layout!r}"
+        )
+    if out_of_range not in ("nan", "keep"):
+        kind = ValueError if isinstance(out_of_range, str) else TypeError
+        raise kind(f"out_of_range must be 'nan' or 'keep', got {out_of_range!r}")
+    offset = index("rotary_offset", rotary_offset)
+    return Options(interleaved, layout, head_dim, offset, conjugate, out_of_range)
+
+
+def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) -> int:
+    """Return the position of the first token, or refuse positions that the table does not hold."""
+    shape = table.cos.shape
+    if len(shape) > 2:
+        if positions is not None:
+            raise ValueError(
+                f"positions must be None with a table by batch and token, {shape}, got {positions}"
+            )
+        return 0
+    first = positions or 0
+    if first < 0:
+        raise ValueError(f"positions must be 0 or more where they are an int, got {first}")
+    if first + num_tokens > shape[0]:
+        raise ValueError(
+            f"table must hold the positions {first} to {first + num_tokens - 1} of the {num_tokens} tokens, got "
+            f"{shape[0]} positions"
+        )
+    return first
+
+
+def _axes(layout: str) -> list[str]:
+    return sorted(layout[:-1].replace("t", "s"))
+
+
+def _canonical(name: str, x: ArraySpec, options: Options) -> Canonical:
+    """See `x` as (batch, tokens, heads, head_dim): by layout, after head_dim has split its last axis."""
+    shape, strides = x.shape, x.strides
+    if options.head_dim is not None and shape:
+        num_heads, rest = divmod(shape[-1], options.head_dim)
+        if rest:
+            raise ValueError(
+                f"{name} must have a last axis that head_dim={options.head_dim} divides, got shape {x.shape}"
+            )
+        shape = (*shape[:-1], num_heads, options.head_dim)
+        strides = (*strides[:-1], strides[-1] * options.head_dim, strides[-1])
+    layout = options.layout or DEFAULT_LAYOUTS.get(len(shape))
+    if layout is None or len(layout) != len(shape):
+        split = 0 if options.head_dim is None else 1
+        wanted = " or ".join(
+            str(rank - split) for rank in ((len(layout),) if layout else DEFAULT_LAYOUTS)
+        )
+        given = f"layout={options.layout!r}, head_dim={options.head_dim}"
+        raise ValueError(f"{name} must have {wanted} axes with {given}, got shape {x.shape}")
+    at = {axis: i for i, axis in enumerate(layout.replace("t", "s"))}
+    return Canonical(
+        tuple(shape[at[axis]] if axis in at else 1 for axis in "bshd"),  # type: ignore[arg-type]
+        tuple(strides[at[axis]] if axis in at else 0 for axis in "bshd"),  # type: ignore[arg-type]
+    )
+
+
+def _check_out(name: str, out: ArraySpec, x: ArraySpec) -> None:
+    if out.dtype != x.dtype:
+        raise TypeError(f"{name} must have its input's dtype {x.dtype}, got {out.dtype}")
+    if out.shape != x.shape:
+        raise ValueError(f"{name} must have its input's shape {x.shape}, got {out.shape}")
+    if out.device != x.device:
+        raise ValueError(f"{name} must be on its input's device {x.device}, got {out.device}")
+    if not out.writable:
+        raise ValueError(f"{name} must be writable, got an array that is read-only or does not say")
+    if may_overlap_itself(out):
+        raise ValueError(
+            f"{name} must not overlap itself, got strides {out.strides} for shape {out.shape}"
+        )
+
+
+def _check_table(
+    shape: tuple[int, ...],
+    batch: int,
+    num_tokens: int,
+    num_heads: tuple[int, ...],
+    positions: ArraySpec | None,
+) -> None:
+    """A table by position holds any number of them; one by batch and token (and head) must match the tensors."""
+    if len(shape) == 2:
+        return
+    if positions:
+        raise ValueError(
+            f"positions must be None with a table by batch and token, {shape}, got an array of shape {positions.shape}"
+        )
+    if shape[0] not in (1, batch) or shape[1] != num_tokens:
+        raise ValueError(
+            f"table must have the shape ({batch} or 1, {num_tokens}, ...) of batch and tokens, got {shape}"
+        )
+    if len(shape) == 4 and shape[2] != 1 and any(shape[2] != heads for heads in num_heads):
+        raise ValueError(
+            f"table must have 1 head or as many as every tensor, {' and '.join(map(str, num_heads))}, "
+            f"got {shape[2]} heads in shape {shape}"
+        )
+
+
+def _table_view(table: ArraySpec, positions: ArraySpec | None) -> View:
+    *rows, pair = table.strides
+    strides = (0, 0 if positions else rows[0], 0) if len(rows) == 1 else (*rows, 0)[:3]
+    return View((*strides, pair), table.alignment)  # type: ignore[arg-type]
+
+
+def _check_positions(
+    positions: ArraySpec, batch: int, num_tokens: int, device: str, x_name: str
+) -> None:
+    if positions.dtype not in ("int32", "int64"):
+        raise TypeError(f"positions must be int32 or int64, got {positions.dtype}")
+    if positions.shape not in ((num_tokens,), (1, num_tokens), (batch, num_tokens)):
+        raise ValueError(
+            f"positions must have the shape {(num_tokens,)}, one for each token, or {(batch, num_tokens)}, "
+            f"got {positions.shape}"
+        )
+    if positions.device != device:
+        raise ValueError(f"positions must be on {x_name}'s device {device}, got {positions.device}")

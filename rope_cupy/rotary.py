@@ -1,0 +1,221 @@
+"""The public functions: from arrays to a problem, from a problem to a launch, and back to an array."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import cpu, jit, tensor
+from .checks import index
+from .memory import ITEMSIZE, overlap
+from .plan import launch_plan
+from .problem import (
+    Options,
+    TableSpec,
+    implicit_position,
+    out_names,
+    rotary_options,
+    rotary_problem,
+)
+from .tables import RotaryTable, as_table
+
+
+def apply_rotary(
+    x: Any,
+    table: Any,
+    *,
+    positions: Any = None,
+    interleaved: bool = False,
+    layout: str | None = None,
+    head_dim: int | None = None,
+    rotary_offset: int = 0,
+    conjugate: bool = False,
+    out: Any = None,
+    out_of_range: str = "nan",
+) -> Any:
+    """Rotate the heads of one array; everything is as for `apply_rotary_qk`.
+
+    >>> import numpy as np
+    >>> quarter_turn = np.array([[0.0]]), np.array([[1.0]])  # cos, sin
+    >>> apply_rotary(np.array([[[3.0, 4.0]]]), quarter_turn)
+    array([[[-4.,  3.]]])
+    """
+    options = rotary_options(interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range)
+    (result,) = _rotate(("x",), (x,), table, positions, options, None if out is None else (out,))
+    return result
+
+
+def apply_rotary_qk(
+    q: Any,
+    k: Any,
+    table: Any,
+    *,
+    positions: Any = None,
+    interleaved: bool = False,
+    layout: str | None = None,
+    head_dim: int | None = None,
+    rotary_offset: int = 0,
+    conjugate: bool = False,
+    out: tuple[Any, Any] | None = None,
+    out_of_range: str = "nan",
+) -> tuple[Any, Any]:
+    """Rotate the heads of q and k by the angles of their tokens' positions, in one launch.
+
+    A pair (a, b) of elements with the angle t becomes (a cos t - b sin t, b cos t + a sin t): Su et al., "RoFormer:
+    Enhanced Transformer with Rotary Position Embedding" (2021), equation 34.
+
+    Args:
+        q, k: float16, bfloat16, float32 or float64 arrays of CuPy, PyTorch, NumPy or any DLPack producer, with any
+            strides. They share dtype, device and every axis but heads.
+        table: a `RotaryTable`, or a tuple (cos, sin) of arrays of shape (num_positions, rotary_dim / 2), on the
+            device of q.
+        positions: the table row of each token: None for its index along the token axis, an int for that index plus an
+            offset, or an int32 or int64 array of shape (s,) or (b, s).
+        interleaved: True pairs the elements (2 i, 2 i + 1), False the elements (i, i + rotary_dim / 2).
+        layout: the names of the axes: b, s (or t) for tokens, h for heads, and d last. By default "shd" for 3 axes and
+            "bshd" for 4.
+        head_dim: splits the last axis into heads of this size first: (t, h * d) or (b, s, h * d).
+        rotary_offset: the first of the rotary_dim elements of a head that turn; the others pass through.
+        conjugate: turn the other way: the inverse, and the gradient.
+        out: None for new arrays, or a tuple of two arrays to write to, which may be q and k themselves.
+        out_of_range: what becomes of a token whose position the table does not hold: "nan" fills its rotated slice with
+            NaN, "keep" leaves it as it is.
+
+    Returns:
+        (q_out, k_out): new arrays of the caller's library, dense, with the axes in memory in the order of the
+        input's; or `out`.
+
+    Raises:
+        TypeError, ValueError: say what was wanted and what came; nothing has been written then.
+
+    The arithmetic is float32, or float64 when q or the table is 64-bit, with one rounding, to q's dtype. On a GPU the
+    kernel runs on the current stream of the library that owns the output; nothing waits for it.
+
+    >>> import numpy as np
+    >>> q, k = np.ones((1, 6, 8, 64), np.float32), np.ones((1, 6, 2, 64), np.float32)
+    >>> angles = np.outer(np.arange(6), 10000.0 ** -np.linspace(0, 1, 32, endpoint=False))
+    >>> q_out, k_out = apply_rotary_qk(q, k, (np.cos(angles), np.sin(angles)))
+    >>> q_out.shape, k_out.shape
+    ((1, 6, 8, 64), (1, 6, 2, 64))
+    """
+    options = rotary_options(interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range)
+    if out is not None and not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(f"out must be None or a tuple of two arrays, got {type(out).__name__}")
+    q_out, k_out = _rotate(("q", "k"), (q, k), table, positions, options, out)
+    return q_out, k_out
+
+
+def _rotate(
+    names: tuple[str, ...],
+    xs: tuple[Any, ...],
+    table: Any,
+    positions: Any,
+    options: Options,
+    out: tuple[Any, ...] | None,
+) -> tuple[Any, ...]:
+    inputs = tuple(tensor.describe(name, x) for name, x in zip(names, xs, strict=True))
+    table = as_table(table)
+    gather = tensor.describe("positions", positions) if tensor.is_array(positions) else None
+    if out is None:
+        new = tuple(array.library.empty_like(x) for array, x in zip(inputs, xs, strict=True))
+    outputs = tuple(
+        tensor.describe(name, y)
+        for name, y in zip(out_names(names), new if out is None else out, strict=True)
+    )
+    spec = table.spec(options.interleaved)
+    problem = rotary_problem(
+        names,
+        tuple(array.spec for array in inputs),
+        tuple(array.spec for array in outputs),
+        all(_same(x, y) for x, y in zip(inputs, outputs, strict=True)),
+        spec,
+        gather.spec if gather else None,
+        options,
+    )
+    cos, sin = table.pointers
+    if gather is None:
+        first = implicit_position(_int_or_none(positions), spec, problem.num_tokens)
+        cos += first * spec.cos.strides[0] * ITEMSIZE[spec.cos.dtype]
+        sin += first * spec.sin.strides[0] * ITEMSIZE[spec.sin.dtype]
+    _check_gradients(names, inputs, outputs, table)
+    if out is not None:
+        _check_aliasing(names, inputs, outputs, table, spec, gather)
+    if problem.num_rows:
+        x_pointers = tuple(array.pointer for array in inputs)
+        out_pointers = tuple(array.pointer for array in outputs)
+        position_pointer = gather.pointer if gather else 0
+        device = inputs[0].spec.device
+        if device == "cpu":
+            cpu.rotate(problem, x_pointers, out_pointers, cos, sin, position_pointer)
+        else:
+            number = int(device.removeprefix("cuda:"))
+            pointers = (x_pointers * 2)[:2] + (out_pointers * 2)[:2] + (cos, sin, position_pointer)
+            jit.launch(launch_plan(problem), pointers, number, outputs[0].library.stream(number))
+    if out is not None:
+        return out
+    return tuple(array.library.result(y, x) for array, y, x in zip(inputs, new, xs, strict=True))
+
+
+def _int_or_none(positions: Any) -> int | None:
+    if positions is not None and not hasattr(positions, "__index__"):
+        raise TypeError(
+            f"positions must be None, an int or an int32 or int64 array, got {type(positions).__name__}"
+        )
+    return None if positions is None else index("positions", positions)
+
+
+def _same(x: tensor.Array, y: tensor.Array) -> bool:
+    """Return whether y is x: the same elements at the same addresses."""
+    return x.pointer == y.pointer and x.spec[:4] == y.spec[:4]
+
+
+def _check_gradients(
+    names: tuple[str, ...],
+    inputs: tuple[tensor.Array, ...],
+    outputs: tuple[tensor.Array, ...],
+    table: RotaryTable,
+) -> None:
+    """Refuse what would lose a gradient silently."""
+    if not tensor.records_gradients():
+        return
+    required = [
+        *((name, array.requires_grad) for name, array in zip(names, inputs, strict=True)),
+        *(
+            (name, array.requires_grad)
+            for name, array in zip(out_names(names), outputs, strict=True)
+        ),
+        ("table", table.requires_grad),
+    ]
+    for name, requires_grad in required:
+        if requires_grad:
+            raise ValueError(
+                f"{name} must not require a gradient, which this function does not record: call it under "
+                "torch.no_grad() or pass a detached tensor, got requires_grad=True"
+            )
+
+
+def _check_aliasing(
+    names: tuple[str, ...],
+    inputs: tuple[tensor.Array, ...],
+    outputs: tuple[tensor.Array, ...],
+    table: RotaryTable,
+    spec: TableSpec,
+    gather: tensor.Array | None,
+) -> None:
+    """Refuse outputs that share memory with one another or with anything read, but for x in its own place."""
+    read = [(name, array.spec, array.pointer) for name, array in zip(names, inputs, strict=True)]
+    read += [("table", spec.cos, table.pointers[0]), ("table", spec.sin, table.pointers[1])]
+    if gather:
+        read.append(("positions", gather.spec, gather.pointer))
+    written = [
+        (name, array.spec, array.pointer)
+        for name, array in zip(out_names(names), outputs, strict=True)
+    ]
+    for i, (name, y, pointer) in enumerate(written):
+        for j, (other, x, other_pointer) in enumerate(read + written[:i]):
+            if i == j and _same(inputs[i], outputs[i]):
+                continue
+            if overlap(y, pointer, x, other_pointer):
+                raise ValueError(
+                    f"{name} must not share memory with {other}"
+                    f"{', unless it is the same array' if i == j else ''}, got two arrays that overlap"
+                )

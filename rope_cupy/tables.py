@@ -1,0 +1,287 @@
+"""RotaryTable: cosines and sines in any of the forms that models keep them in, read where they lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import tensor
+from .checks import index
+from .frequencies import cos_sin
+from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
+from .problem import TableSpec
+
+COMPLEX_PARTS = {"complex64": "float32", "complex128": "float64"}
+
+
+class RotaryTable:
+    """The cosine and sine of every pair's angle at every position, viewed without a copy.
+
+    ``cos`` and ``sin`` have one of the shapes
+
+    - ``(p, rotary_dim / 2)``: a row for each position,
+    - ``(b, s, rotary_dim / 2)``: a row for each batch and token (b may be 1),
+    - ``(b, s, h, rotary_dim / 2)``: a row for each batch, token and head (b and h may be 1),
+
+    and the dtype float16, bfloat16, float32 or float64, which need not be that of the arrays to rotate. They may be
+    strided, of any library, on the CPU or a GPU. Later changes to their values are seen. Other forms:
+    `from_full_width`, `from_cache`, `from_complex`, `from_matrices`, `from_inverse_frequencies`.
+
+    Raises TypeError or ValueError when the arrays do not fit together.
+
+    >>> import numpy as np
+    >>> angles = np.outer(np.arange(4), [1.0, 0.1])
+    >>> RotaryTable(np.cos(angles), np.sin(angles))
+    RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
+    """
+
+    def __init__(self, cos: Any, sin: Any) -> None:
+        cos, sin = _describe_two(cos, sin)
+        _check_shape("cos", cos.spec, 0)
+        self._set((cos, sin), (cos.pointer, sin.pointer), TableSpec(cos.spec, sin.spec, 1, 0))
+
+    @classmethod
+    def from_full_width(cls, cos: Any, sin: Any) -> RotaryTable:
+        """View tables of shape (..., rotary_dim), which hold every angle twice, once for each element of a pair.
+
+        Each element of the head finds its angle at its own place: with ``interleaved=False`` the halves repeat
+        (Hugging Face transformers), with ``interleaved=True`` every angle repeats at once (diffusers' Flux, CogVideoX
+        and HunyuanVideo). The second copy is never read. Errors as for `RotaryTable`.
+
+        >>> import numpy as np
+        >>> angles = np.outer(np.arange(4), [1.0, 0.1])
+        >>> RotaryTable.from_full_width(*(np.tile(part, 2) for part in (np.cos(angles), np.sin(angles))))
+        RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
+        """
+        cos, sin = _describe_two(cos, sin)
+        _check_shape("cos", cos.spec, 0)
+        if cos.spec.shape[-1] % 2:
+            raise ValueError(
+                f"cos must have an even last axis, rotary_dim, got shape {cos.spec.shape}"
+            )
+        halves = [_every(array.spec, slice(0, array.spec.shape[-1] // 2)) for array in (cos, sin)]
+        evens = [_every(array.spec, slice(0, None, 2)) for array in (cos, sin)]
+        step = 2 if all(spec.strides[-1] == 2 for spec in evens) else 1
+        table = cls.__new__(cls)
+        table._set(
+            (cos, sin),
+            (cos.pointer, sin.pointer),
+            TableSpec(halves[0], halves[1], 1, 0),
+            TableSpec(evens[0], evens[1], step, 0),
+        )
+        return table
+
+    @classmethod
+    def from_cache(cls, cos_sin: Any) -> RotaryTable:
+        """View a (p, rotary_dim) cache whose rows hold the cosines, then the sines (vLLM, SGLang, FlashInfer).
+
+        Errors as for `RotaryTable`.
+
+        >>> import numpy as np
+        >>> angles = np.outer(np.arange(4), [1.0, 0.1])
+        >>> RotaryTable.from_cache(np.concatenate([np.cos(angles), np.sin(angles)], axis=-1))
+        RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
+        """
+        cache = tensor.describe("cos_sin", cos_sin)
+        _check_dtype("cos_sin", cache.spec, FLOATS)
+        if len(cache.spec.shape) != 2 or cache.spec.shape[1] % 2:
+            raise ValueError(
+                f"cos_sin must have the shape (positions, rotary_dim) with an even rotary_dim, got {cache.spec.shape}"
+            )
+        num_pairs = cache.spec.shape[1] // 2
+        return cls._of_parts(cache, slice(0, num_pairs), num_pairs * cache.spec.strides[-1], step=1)
+
+    @classmethod
+    def from_complex(cls, freqs_cis: Any) -> RotaryTable:
+        """View cos + i sin: (p, ..., rotary_dim / 2) complex64 or complex128 (Llama's own code, Qwen-Image, Lumina).
+
+        The shapes are those of `RotaryTable`, and so are the errors.
+
+        >>> import numpy as np
+        >>> RotaryTable.from_complex(np.exp(1j * np.outer(np.arange(4), [1.0, 0.1])))
+        RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
+        """
+        freqs = tensor.describe("freqs_cis", freqs_cis)
+        _check_dtype("freqs_cis", freqs.spec, tuple(COMPLEX_PARTS))
+        _check_shape("freqs_cis", freqs.spec, 0)
+        reals = freqs.spec._replace(
+            strides=tuple(2 * stride for stride in freqs.spec.strides),
+            dtype=COMPLEX_PARTS[freqs.spec.dtype],
+        )
+        return cls._of_parts(freqs._replace(spec=reals), slice(None), 1, step=2)
+
+    @classmethod
+    def from_matrices(cls, freqs: Any) -> RotaryTable:
+        """View rotation matrices [[cos, -sin], [sin, cos]] of shape (..., rotary_dim / 2, 2, 2) (Flux, ComfyUI).
+
+        The first column of each is read. What stands for the dots is as for `RotaryTable`, and so are the errors.
+
+        >>> import numpy as np
+        >>> angles = np.outer(np.arange(4), [1.0, 0.1])
+        >>> cos, sin = np.cos(angles), np.sin(angles)
+        >>> RotaryTable.from_matrices(np.stack([cos, -sin, sin, cos], axis=-1).reshape(4, 2, 2, 2))
+        RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
+        """
+        matrices = tensor.describe("freqs", freqs)
+        _check_dtype("freqs", matrices.spec, FLOATS)
+        shape, strides = matrices.spec.shape, matrices.spec.strides
+        if shape[-2:] != (2, 2):
+            raise ValueError(
+                f"freqs must have 2 x 2 matrices on its last two axes, got shape {shape}"
+            )
+        _check_shape("freqs", matrices.spec, 2)
+        column = matrices.spec._replace(shape=shape[:-2], strides=strides[:-2])
+        step = 4 if strides[-2:] == (2, 1) else 1
+        return cls._of_parts(matrices._replace(spec=column), slice(None), strides[-2], step)
+
+    @classmethod
+    def from_inverse_frequencies(
+        cls, inv_freq: Any, num_positions: int, *, like: Any
+    ) -> RotaryTable:
+        """Compute the table of positions 0 .. num_positions - 1 from radians per position, (rotary_dim / 2,).
+
+        Angles, cosines and sines are computed in float64 and stored as float32, in the library and on the device of
+        the array `like`. `inv_freq` is any array of one axis, or a sequence of numbers.
+
+        >>> import numpy as np
+        >>> from rope_cupy.frequencies import inverse_frequencies
+        >>> x = np.zeros((4, 1, 8), np.float32)
+        >>> RotaryTable.from_inverse_frequencies(inverse_frequencies(8), 4, like=x)
+        RotaryTable(shape=(4, 4), rotary_dim=8, dtype='float32', device='cpu')
+        """
+        num_positions = index("num_positions", num_positions)
+        if num_positions < 0:
+            raise ValueError(f"num_positions must be 0 or more, got {num_positions}")
+        library = tensor.library_of("like", like)
+        parts = cos_sin(_radians(inv_freq), num_positions)
+        return cls(*(library.upload(part, like) for part in parts))
+
+    @classmethod
+    def _of_parts(cls, array: tensor.Array, pairs: slice, to_sin: int, step: int) -> RotaryTable:
+        """View a table whose sines lie `to_sin` elements behind its cosines."""
+        cos = _every(array.spec, pairs)
+        pointer = array.pointer + to_sin * ITEMSIZE[cos.dtype]
+        if cos.strides[-1] != step:
+            step = 1
+        table = cls.__new__(cls)
+        table._set(
+            (array,),
+            (array.pointer, pointer),
+            TableSpec(
+                cos, cos._replace(alignment=alignment(pointer)), step, to_sin if step > 1 else 0
+            ),
+        )
+        return table
+
+    def _set(
+        self,
+        arrays: tuple[tensor.Array, ...],
+        pointers: tuple[int, int],
+        half: TableSpec,
+        pairs: TableSpec | None = None,
+    ) -> None:
+        if not half.cos.shape[-1]:
+            raise ValueError("table must have a rotary_dim of 2 or more, got 0")
+        self._arrays = arrays  # keeps the memory
+        self._specs = (half, pairs or half)
+        self.pointers = pointers
+        self.requires_grad = any(array.requires_grad for array in arrays)
+
+    def spec(self, interleaved: bool) -> TableSpec:
+        """Return where the angles of the pairs lie, which in a full-width table depends on the pairing."""
+        return self._specs[interleaved]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of cos and of sin at half width: (..., rotary_dim / 2)."""
+        return self._specs[0].cos.shape
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many elements of a head turn."""
+        return 2 * self.shape[-1]
+
+    @property
+    def num_positions(self) -> int:
+        """The size of the axis of positions, or of tokens where the table is by batch and token."""
+        return self.shape[0] if len(self.shape) == 2 else self.shape[1]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of cos and sin, such as "float32"."""
+        return self._specs[0].cos.dtype
+
+    @property
+    def device(self) -> str:
+        """The device of cos and sin, "cpu" or such as "cuda:0"."""
+        return self._specs[0].cos.device
+
+    def __repr__(self) -> str:
+        return (
+            f"RotaryTable(shape={self.shape}, rotary_dim={self.rotary_dim}, dtype={self.dtype!r}, "
+            f"device={self.device!r})"
+        )
+
+
+def as_table(table: Any) -> RotaryTable:
+    """Return a RotaryTable, or the half-width one that a (cos, sin) tuple stands for."""
+    if isinstance(table, RotaryTable):
+        return table
+    if isinstance(table, tuple) and len(table) == 2:
+        return RotaryTable(*table)
+    raise TypeError(f"table must be a RotaryTable or a tuple (cos, sin), got {_described(table)}")
+
+
+def _described(table: Any) -> str:
+    return f"a tuple of {len(table)}" if isinstance(table, tuple) else type(table).__name__
+
+
+def _describe_two(cos: Any, sin: Any) -> tuple[tensor.Array, tensor.Array]:
+    first, second = tensor.describe("cos", cos), tensor.describe("sin", sin)
+    _check_dtype("cos", first.spec, FLOATS)
+    if second.spec.dtype != first.spec.dtype:
+        raise TypeError(f"sin must have cos's dtype {first.spec.dtype}, got {second.spec.dtype}")
+    if second.spec.shape != first.spec.shape:
+        raise ValueError(f"sin must have cos's shape {first.spec.shape}, got {second.spec.shape}")
+    if second.spec.device != first.spec.device:
+        raise ValueError(
+            f"sin must be on cos's device {first.spec.device}, got {second.spec.device}"
+        )
+    return first, second
+
+
+def _check_dtype(name: str, spec: ArraySpec, dtypes: tuple[str, ...]) -> None:
+    if spec.dtype not in dtypes:
+        raise TypeError(f"{name} must have one of the dtypes {', '.join(dtypes)}, got {spec.dtype}")
+
+
+def _check_shape(name: str, spec: ArraySpec, trailing: int) -> None:
+    if len(spec.shape) - trailing not in (2, 3, 4):
+        behind = ", 2, 2" if trailing else ""
+        raise ValueError(
+            f"{name} must have the shape (positions, pairs{behind}), (batch, tokens, pairs{behind}) or "
+            f"(batch, tokens, heads, pairs{behind}), got {spec.shape}"
+        )
+
+
+def _every(spec: ArraySpec, pairs: slice) -> ArraySpec:
+    """Return the spec of array[..., pairs] for a slice that starts at 0."""
+    start, stop, step = pairs.indices(spec.shape[-1])
+    size = len(range(start, stop, step))
+    stride = spec.strides[-1] * step if size > 1 else 0
+    return spec._replace(shape=(*spec.shape[:-1], size), strides=(*spec.strides[:-1], stride))
+
+
+def _radians(inv_freq: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    if hasattr(inv_freq, "__dlpack__") or hasattr(inv_freq, "__array_interface__"):
+        inv_freq = tensor.library_of("inv_freq", inv_freq).download(inv_freq)
+    try:
+        values = np.asarray(inv_freq, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"inv_freq must be numbers, got {type(inv_freq).__name__}") from error
+    if values.ndim != 1 or not values.size:
+        raise ValueError(
+            f"inv_freq must have one axis, of rotary_dim / 2 numbers, got shape {values.shape}"
+        )
+    return values

@@ -1,0 +1,307 @@
+"""Any array in, the same kind out: the only file that knows libraries. None is imported that the caller did not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import dlpack
+from .memory import ArraySpec, array_spec
+
+
+class Array(NamedTuple):
+    """An array of any library: what it is, where it is, and what keeps it there."""
+
+    spec: ArraySpec
+    pointer: int
+    library: Library
+    owner: Any
+    requires_grad: bool = False
+
+
+class Library(Protocol):
+    """What rope_cupy asks of an array library."""
+
+    def describe(self, name: str, array: Any) -> Array:
+        """Return the array as rope_cupy sees it. `name` is what the caller calls it, for messages."""
+
+    def empty_like(self, array: Any) -> Any:
+        """Return a new dense array whose axes lie in memory in the order of `array`'s."""
+
+    def result(self, array: Any, like: Any) -> Any:
+        """Return what the caller gets for an array of `empty_like`, once the work on it is launched."""
+
+    def upload(self, array: NDArray[Any], like: Any) -> Any:
+        """Return a NumPy array as one of this library on the device of `like`."""
+
+    def download(self, array: Any) -> NDArray[Any]:
+        """Return an array as a NumPy array, copied from its device."""
+
+    def stream(self, device: int) -> int:
+        """Return the handle of the current stream of this library."""
+
+
+class _NumPy:
+    def describe(self, name: str, array: Any) -> Array:
+        if not array.dtype.isnative:
+            raise TypeError(f"{name} must be in native byte order, got {array.dtype.str}")
+        pointer, read_only = array.__array_interface__["data"]
+        strides = _whole_strides(name, array)
+        spec = array_spec(array.shape, strides, array.dtype.name, "cpu", pointer, not read_only)
+        return Array(spec, pointer, self, array)
+
+    def empty_like(self, array: Any) -> Any:
+        return np.empty_like(array)
+
+    def result(self, array: Any, like: Any) -> Any:
+        return array
+
+    def upload(self, array: NDArray[Any], like: Any) -> Any:
+        return array
+
+    def download(self, array: Any) -> NDArray[Any]:
+        return np.asarray(array)
+
+    def stream(self, device: int) -> int:
+        raise ValueError("NumPy arrays have no stream")
+
+
+class _CuPy:
+    def describe(self, name: str, array: Any) -> Array:
+        pointer = array.data.ptr
+        device = f"cuda:{array.device.id}"
+        spec = array_spec(
+            array.shape, _whole_strides(name, array), array.dtype.name, device, pointer, True
+        )
+        return Array(spec, pointer, self, array)
+
+    def empty_like(self, array: Any) -> Any:
+        with array.device:
+            return sys.modules["cupy"].empty_like(array)
+
+    def result(self, array: Any, like: Any) -> Any:
+        return array
+
+    def upload(self, array: NDArray[Any], like: Any) -> Any:
+        with like.device:
+            return sys.modules["cupy"].asarray(array)
+
+    def download(self, array: Any) -> NDArray[Any]:
+        return array.get()  # type: ignore[no-any-return]
+
+    def stream(self, device: int) -> int:
+        return sys.modules["cupy"].cuda.get_current_stream(device).ptr  # type: ignore[no-any-return]
+
+
+class _Torch:
+    def describe(self, name: str, array: Any) -> Array:
+        torch = sys.modules["torch"]
+        if array.layout is not torch.strided:
+            raise TypeError(f"{name} must be a strided tensor, got layout {array.layout}")
+        if array.is_conj() or array.is_neg():
+            raise ValueError(
+                f"{name} must hold its own values, got a lazy view: call resolve_conj() or resolve_neg()"
+            )
+        device = _supported(name, str(array.device))
+        pointer = array.data_ptr()
+        dtype = _torch_dtype(array.dtype)
+        spec = array_spec(tuple(array.shape), array.stride(), dtype, device, pointer, True)
+        # A detached alias keeps the storage though the caller may give `array.data` another one.
+        return Array(spec, pointer, self, array.detach(), array.requires_grad)
+
+    def empty_like(self, array: Any) -> Any:
+        return sys.modules["torch"].empty_like(array, requires_grad=False)
+
+    def result(self, array: Any, like: Any) -> Any:
+        return array
+
+    def upload(self, array: NDArray[Any], like: Any) -> Any:
+        return sys.modules["torch"].from_numpy(array).to(like.device)
+
+    def download(self, array: Any) -> NDArray[Any]:
+        return array.detach().cpu().double().numpy()  # type: ignore[no-any-return]
+
+    def stream(self, device: int) -> int:
+        return sys.modules["torch"]._C._cuda_getCurrentRawStream(device)  # type: ignore[no-any-return]
+
+
+class Bfloat16:
+    """A uint16 buffer of NumPy or CuPy whose words are bfloat16 numbers, a dtype that neither has of its own."""
+
+    def __init__(self, words: Any) -> None:
+        self.words = words
+
+    def __dlpack__(self, **options: Any) -> Any:
+        capsule = self.words.__dlpack__(**options)
+        dlpack.set_dtype(capsule, dlpack.BFLOAT, 16)
+        return capsule
+
+    def __dlpack_device__(self) -> Any:
+        return self.words.__dlpack_device__()
+
+
+class _Bfloat16:
+    def describe(self, name: str, array: Any) -> Array:
+        words = describe(name, array.words)
+        return words._replace(spec=words.spec._replace(dtype="bfloat16"))
+
+    def empty_like(self, array: Any) -> Any:
+        return Bfloat16(library_of("x", array.words).empty_like(array.words))
+
+    def result(self, array: Any, like: Any) -> Any:
+        return array
+
+    def upload(self, array: NDArray[Any], like: Any) -> Any:
+        return library_of("like", like.words).upload(array, like.words)
+
+    def download(self, array: Any) -> NDArray[Any]:
+        raise TypeError("bfloat16 words cannot be read as numbers")
+
+    def stream(self, device: int) -> int:
+        return _CUPY.stream(device)
+
+
+class _DLPack:
+    """Any other producer. Its arrays are read through DLPack and its results made from a NumPy or CuPy buffer."""
+
+    def describe(self, name: str, array: Any) -> Array:
+        device = _supported(name, dlpack.device_of(array))
+        capsule = dlpack.capsule_of(
+            array, None if device == "cpu" else self._consumer_stream(device)
+        )
+        pointer, shape, strides, dtype, device, writable = dlpack.read(capsule)
+        spec = array_spec(shape, strides, dtype, device, pointer, writable)
+        return Array(spec, pointer, self, (array, capsule))
+
+    def empty_like(self, array: Any) -> Any:
+        if not hasattr(array, "__array_namespace__"):
+            raise TypeError(
+                f"out must be an array where the input's library has no __array_namespace__ to make one, got None "
+                f"for {type(array).__name__}"
+            )
+        spec = self.describe("x", array).spec
+        order = sorted(range(len(spec.shape)), key=lambda axis: -abs(spec.strides[axis]))
+        dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
+        with _module_of(spec.device) as module:
+            buffer = module.empty([spec.shape[axis] for axis in order], dtype)
+        dense = buffer.transpose([order.index(axis) for axis in range(len(order))])
+        return Bfloat16(dense) if spec.dtype == "bfloat16" else dense
+
+    def result(self, array: Any, like: Any) -> Any:
+        return like.__array_namespace__().from_dlpack(array)
+
+    def upload(self, array: NDArray[Any], like: Any) -> Any:
+        with _module_of(dlpack.device_of(like)) as module:
+            return like.__array_namespace__().from_dlpack(module.asarray(array))
+
+    def download(self, array: Any) -> NDArray[Any]:
+        device = dlpack.device_of(array)
+        with _module_of(device) as module:
+            copy = module.from_dlpack(array)
+            return copy if device == "cpu" else copy.get()  # type: ignore[no-any-return]
+
+    def stream(self, device: int) -> int:
+        return cupy().cuda.get_current_stream(device).ptr  # type: ignore[no-any-return]
+
+    def _consumer_stream(self, device: str) -> int:
+        """Return the number by which DLPack knows the stream: 1 is the default one, -1 asks for no wait."""
+        stream = cupy().cuda.get_current_stream(int(device[5:]))
+        return -1 if stream.is_capturing() else stream.ptr or 1
+
+
+_CUPY = _CuPy()
+_LIBRARIES: dict[tuple[str, str], Library] = {
+    ("numpy", "ndarray"): _NumPy(),
+    ("cupy", "ndarray"): _CUPY,
+    ("torch", "Tensor"): _Torch(),
+    (__name__, "Bfloat16"): _Bfloat16(),
+}
+_OTHER = _DLPack()
+
+
+def describe(name: str, array: Any) -> Array:
+    """Return an array of any library as rope_cupy sees it; `name` is what the caller calls it."""
+    return library_of(name, array).describe(name, array)
+
+
+def library_of(name: str, array: Any) -> Library:
+    """Return the library that an array belongs to."""
+    library = _library_of_type(type(array))
+    if library is None:
+        raise TypeError(
+            f"{name} must be an array of CuPy, PyTorch, NumPy or another DLPack producer, got {type(array).__name__}"
+        )
+    return library
+
+
+def is_array(value: Any) -> bool:
+    """Return whether `value` is an array of any library."""
+    return _library_of_type(type(value)) is not None
+
+
+def records_gradients() -> bool:
+    """Return whether PyTorch, if it is there at all, records operations for a backward pass."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.is_grad_enabled()
+
+
+def cupy() -> Any:
+    """Import CuPy, which every launch on a GPU needs."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            "rope_cupy needs CuPy for arrays on a GPU: pip install 'rope-cupy[cuda12]', or [cuda13] with CUDA 13"
+        ) from error
+    return cupy
+
+
+@cache
+def _library_of_type(kind: type) -> Library | None:
+    for base in kind.__mro__:
+        library = _LIBRARIES.get(
+            (base.__module__.partition(".")[0], base.__qualname__)
+        ) or _LIBRARIES.get((base.__module__, base.__qualname__))
+        if library is not None:
+            return library
+    return _OTHER if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__") else None
+
+
+@contextmanager
+def _module_of(device: str) -> Iterator[Any]:
+    """Give NumPy, or CuPy with the device current."""
+    if device == "cpu":
+        yield np
+    else:
+        with cupy().cuda.Device(int(device[5:])):
+            yield cupy()
+
+
+def _supported(name: str, device: str) -> str:
+    if not device.startswith(("cpu", "cuda")):
+        raise ValueError(f"{name} must be on the CPU or on a CUDA device, got {device}")
+    return device
+
+
+def _whole_strides(name: str, array: Any) -> tuple[int, ...]:
+    """Return the strides of a NumPy or CuPy array in elements instead of bytes."""
+    strides = []
+    for size, stride in zip(array.shape, array.strides, strict=True):
+        elements, rest = divmod(stride, array.itemsize)
+        if rest and size > 1:
+            raise ValueError(
+                f"{name} must have strides of whole elements of {array.itemsize} bytes, got {array.strides} bytes"
+            )
+        strides.append(elements)
+    return tuple(strides)
+
+
+@cache
+def _torch_dtype(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
