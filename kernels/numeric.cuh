@@ -1,7 +1,8 @@
 // Storage types and their conversions to and from the types that are computed with.
 //
-// No CUDA header is included, so every install of NVRTC compiles this, and so does a host compiler: the PTX of each
-// conversion has a portable twin in integer arithmetic. All rounding is to nearest, ties to even.
+// No CUDA header is included, so every install of NVRTC compiles this, and so does a host compiler:
+// the PTX of each conversion has a portable twin in integer arithmetic. All rounding is to nearest,
+// ties to even.
 #pragma once
 
 struct float16 {
@@ -71,8 +72,8 @@ __device__ __forceinline__ Real widen(bfloat16 value) {
   return to_float(value);
 }
 
-// Round to odd: what lies between two floats takes the one with an odd last bit, so that a second rounding to a 16-bit
-// type gives what one rounding from double would have given.
+// Round to odd: what lies between two floats takes the one with an odd last bit, so that a second
+// rounding to a 16-bit type gives what one rounding from double would have given.
 __device__ __forceinline__ float round_to_odd(double value) {
   const float nearest = static_cast<float>(value);
   unsigned bits = bit_cast<unsigned>(nearest);
@@ -138,9 +139,9 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
 }
 
-// a * b - c * d within 1.5 units in the last place, also where the products cancel: Kahan's algorithm, analysed in
-// Jeannerod, Louvet and Muller, "Further analysis of Kahan's algorithm for the accurate computation of 2 x 2
-// determinants", Mathematics of Computation 82 (2013).
+// a * b - c * d within 1.5 units in the last place, also where the products cancel: Kahan's
+// algorithm, analysed in Jeannerod, Louvet and Muller, "Further analysis of Kahan's algorithm for
+// the accurate computation of 2 x 2 determinants", Mathematics of Computation 82 (2013).
 template <typename Real>
 __device__ __forceinline__ Real difference_of_products(Real a, Real b, Real c, Real d) {
   const Real product = c * d;

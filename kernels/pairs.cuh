@@ -54,7 +54,7 @@ struct Angles {
   Real sin[kPairs];
 };
 
-// Turn every pair by its angle; the conjugate turns back, which is the gradient too. Rounds once, to T.
+// Turn every pair by its angle; the conjugate turns back, which is the gradient too. Rounds once.
 template <bool kConjugate, typename Real, typename T, int kPairs>
 __device__ __forceinline__ Pairs<T, kPairs> rotate(const Pairs<T, kPairs>& pairs,
                                                    const Angles<Real, kPairs>& angles) {

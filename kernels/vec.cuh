@@ -1,7 +1,8 @@
 // Wide access: one type and two verbs.
 //
-// A run of kSize elements moves in as few accesses as its address allows. The host finds how many elements may move at
-// once, a power of two, from the alignment of the pointer and of every stride; where neighbours do not touch it is 1.
+// A run of kSize elements moves in as few accesses as its address allows. The host finds how many
+// elements may move at once, a power of two, from the alignment of the pointer and of every stride;
+// where neighbours do not touch it is 1.
 #pragma once
 
 #include "numeric.cuh"

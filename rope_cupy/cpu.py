@@ -1,4 +1,4 @@
-"""The CPU path: the same RotaryProblem solved by NumPy, in float64 and with one rounding at the store."""
+"""The CPU path: the same RotaryProblem solved by NumPy, in float64 with one rounding at the end."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def rotate(
 def _rows(
     problem: RotaryProblem, positions: int, b: int, tokens: slice
 ) -> tuple[Array | None, Array | None]:
-    """Return each token's table row and whether it has one; None and None with implicit positions."""
+    """Return each token's table row and whether it has one; two Nones with implicit positions."""
     if problem.position_dtype is None:
         return None, None
     shape = (problem.batch, problem.num_tokens)
@@ -140,7 +140,7 @@ def _narrow(values: Doubles, dtype: str) -> Array:
 
 
 def _round_to_odd(values: Doubles) -> NDArray[np.float32]:
-    """Round to float32 so that a second rounding to 16 bits gives what one from float64 would: inexact means odd."""
+    """Round to float32, to odd where inexact: rounding again to 16 bits is then as good as once."""
     nearest = values.astype(np.float32)
     bits = nearest.view(np.uint32)
     widened = nearest.astype(np.float64)

@@ -1,6 +1,6 @@
-"""DLPack capsules, read by ctypes: what NumPy and CuPy would refuse (bfloat16, read-only flags) is plain here.
+"""DLPack capsules, read by ctypes: bfloat16 and read-only flags, refused by others, are plain here.
 
-The structures are those of the DLPack specification, versions 0.8 (unversioned) and 1.x (versioned).
+The structures are those of the DLPack specification, 0.8 (unversioned) and 1.x (versioned).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def device_of(producer: Any) -> str:
 
 
 def read(capsule: Any) -> Contents:
-    """Read a capsule without consuming it. What it points to lives as long as the capsule or its producer."""
+    """Read a capsule without consuming it. What it points to lives as long as the capsule."""
     tensor, writable = _tensor_of(capsule)
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     if tensor.strides:

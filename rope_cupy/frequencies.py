@@ -1,4 +1,4 @@
-"""Inverse frequencies: how fast each pair turns from one position to the next. Pure NumPy, float64."""
+"""Inverse frequencies: how far each pair turns from one position to the next. NumPy, float64."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from .checks import index
 
 
 def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> NDArray[np.float64]:
-    """Return base ** (-2 i / rotary_dim) for each pair i: radians per position, float64, shape (rotary_dim / 2,).
+    """Return base ** (-2 i / rotary_dim) of each pair i, in radians per position.
 
-    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), section 3.2.2.
+    The result is float64, of shape (rotary_dim / 2,).
 
-    Raises TypeError or ValueError when `rotary_dim` is not a positive even int or `base` not a positive number.
+    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021),
+    section 3.2.2.
+
+    Raises TypeError or ValueError when `rotary_dim` is not a positive even int or `base` is not a
+    positive number.
 
     >>> inverse_frequencies(4, base=100.0)
     array([1. , 0.1])
@@ -34,6 +38,9 @@ def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> NDArray[np.fl
 def cos_sin(
     inv_freq: NDArray[Any], num_positions: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return cos and sin of position * inv_freq, each (num_positions, rotary_dim / 2): float64, stored as float32."""
+    """Return cos and sin of position * inv_freq, computed in float64, stored as float32.
+
+    Both have the shape (num_positions, rotary_dim / 2).
+    """
     angles = np.outer(np.arange(num_positions, dtype=np.float64), inv_freq)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

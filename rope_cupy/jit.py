@@ -1,4 +1,4 @@
-"""From the sources in kernels/ to a launched kernel: compiled by NVRTC at first use and cached on disk, by CuPy."""
+"""From the sources in kernels/ to a launch: CuPy compiles at first use and caches on disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sources() -> Path:
 
 
 def compile_options() -> tuple[str, ...]:
-    """Return NVRTC's options. CuPy caches by source and options, so a digest stands for the included files."""
+    """Return NVRTC's options. CuPy's cache key knows no headers: a digest stands for them."""
     digest = hashlib.sha256(
         b"".join(path.read_bytes() for path in sorted(sources().glob("*.cu*")))
     ).hexdigest()
@@ -39,7 +39,7 @@ def compile_options() -> tuple[str, ...]:
 
 @cache
 def kernel(name: str, device: int) -> Any:
-    """Return the kernel of this C++ name, compiled for and loaded on the current device, which is `device`."""
+    """Return the kernel of this C++ name, loaded on `device`, which must be the current one."""
     code = (sources() / "rotary.cu").read_text(encoding="utf-8")
     module = cupy().RawModule(code=code, options=compile_options(), name_expressions=[name])
     return module.get_function(name)

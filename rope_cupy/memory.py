@@ -22,7 +22,7 @@ ACCESS_BYTES = 16  # the widest load and store of a thread; kernels/vec.cuh says
 
 
 class ArraySpec(NamedTuple):
-    """An array but for its address. Strides count elements and are 0 along an axis of one element."""
+    """An array but for its address. Strides count elements, 0 along an axis of one element."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -67,7 +67,7 @@ class _Memory:
 def ndarray_at(
     pointer: int, typestr: str, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> np.ndarray[Any, Any]:
-    """View an address as a NumPy array; strides count elements. The caller keeps the memory alive."""
+    """View an address as a NumPy array; strides count elements. The caller keeps the memory."""
     itemsize = np.dtype(typestr).itemsize
     if 0 in shape:
         return np.empty(shape, typestr)
@@ -77,7 +77,7 @@ def ndarray_at(
 
 
 def may_overlap_itself(spec: ArraySpec) -> bool:
-    """Return whether two elements may share memory: no axis may step over less than those below it span."""
+    """Return whether an axis steps over less than the axes below it span."""
     reach = 0
     for stride, size in sorted(
         (abs(stride), size) for stride, size in zip(spec.strides, spec.shape, strict=True)
@@ -120,6 +120,6 @@ def _share_a_byte(a: ArraySpec, b: ArraySpec, distance: int) -> bool:
         for spec, offset in ((a, 0), (b, distance))
     ]
     try:
-        return np.shares_memory(*views, max_work=100_000)
+        return np.shares_memory(views[0], views[1], max_work=100_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True  # strides so odd that no answer is found in time are refused, not risked

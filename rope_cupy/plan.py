@@ -1,6 +1,6 @@
-"""LaunchPlan: the kernel, grid, block and argument block that solve a RotaryProblem. Pure and cached.
+"""LaunchPlan: the kernel, grid, block and argument block that solve a RotaryProblem. Pure, cached.
 
-The argument block mirrors `Arguments` in kernels/rotary.cu: first the pointers, then this module's integers.
+The argument block mirrors `Arguments` in kernels/rotary.cu: the pointers, then these integers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .memory import ACCESS_BYTES, ITEMSIZE
 from .problem import RotaryProblem, View
 
-BLOCK_THREADS = 256
+BLOCK_THREADS = 128
 C_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
 
 
@@ -26,7 +26,7 @@ class LaunchPlan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def launch_plan(problem: RotaryProblem) -> LaunchPlan:
-    """Choose how wide every thread reads and writes, how rows are numbered, and the launch that covers them."""
+    """Choose how wide threads read and write, how rows are numbered, and the launch over them."""
     widths = _access_widths(problem)
     num_pairs = problem.rotary_dim // 2
     pairs = _pairs_per_thread(problem, widths)
@@ -68,7 +68,7 @@ def _access_widths(problem: RotaryProblem) -> Widths:
 
 
 def _width(view: View, dtype: str, step: int, *offsets: int) -> int:
-    """Return the largest power of two of elements that every run starts at a multiple of, at most one access."""
+    """Return the elements of one access: the largest power of two that divides every start."""
     *rows, element = view.strides
     if element != step:
         return 1
@@ -77,7 +77,7 @@ def _width(view: View, dtype: str, step: int, *offsets: int) -> int:
 
 
 def _pairs_per_thread(problem: RotaryProblem, widths: Widths) -> int:
-    """Four pairs a thread (two of 64-bit elements), fewer where no tensor moves that many elements at once."""
+    """Four pairs a thread (two of 64-bit elements), fewer where no tensor moves as many at once."""
     itemsize = ITEMSIZE[problem.dtype]
     most = 2 if itemsize == 8 else 4
     widest = max(*widths.x, *widths.out)
@@ -87,7 +87,7 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths) -> int:
 
 
 def _pass_run(problem: RotaryProblem) -> int:
-    """Return how many elements a thread copies from outside the rotated slice; 0 when there is nothing to copy."""
+    """Return how many elements a thread copies from outside the slice; 0 with nothing to copy."""
     rest = problem.head_dim - problem.rotary_dim
     if problem.in_place or not rest:
         return 0
@@ -97,15 +97,6 @@ def _pass_run(problem: RotaryProblem) -> int:
 
 def _kernel_name(problem: RotaryProblem, widths: Widths, pairs: int, pass_run: int) -> str:
     x_run = 2 * pairs if problem.interleaved else pairs
-    x_whole = min(max(x_run, pass_run), ACCESS_BYTES // ITEMSIZE[problem.dtype])
-    table_whole = min(pairs * problem.table_step, ACCESS_BYTES // ITEMSIZE[problem.table_dtype])
-    strides = [view.strides[3] for tensor in problem.tensors for view in (tensor.x, tensor.out)]
-    wide = (
-        min(*widths.x, *widths.out) >= x_whole
-        and min(widths.cos, widths.sin) >= table_whole
-        and all(stride == 1 for stride in strides)
-        and problem.cos.strides[3] == problem.sin.strides[3] == problem.table_step
-    )
     arguments = (
         C_TYPES[problem.dtype],
         C_TYPES[problem.table_dtype],
@@ -115,9 +106,27 @@ def _kernel_name(problem: RotaryProblem, widths: Widths, pairs: int, pass_run: i
         problem.table_step,
         problem.sin_offset,
         pass_run,
-        _cpp(wide),
+        _cpp(_is_common(problem, widths, x_run, pass_run, pairs * problem.table_step)),
     )
     return f"rotary_kernel<{', '.join(map(str, arguments))}>"
+
+
+def _is_common(
+    problem: RotaryProblem, widths: Widths, x_run: int, pass_run: int, table_run: int
+) -> bool:
+    """Return whether the kernel's short cuts hold: see kCommon in kernels/rotary.cu."""
+    x_whole = min(max(x_run, pass_run), ACCESS_BYTES // ITEMSIZE[problem.dtype])
+    table_whole = min(table_run, ACCESS_BYTES // ITEMSIZE[problem.table_dtype])
+    tensors, cos, sin = problem.tensors, problem.cos, problem.sin
+    strides = [*cos.strides, *(stride for tensor in tensors for stride in tensor.x.strides)]
+    return (
+        min(*widths.x, *widths.out) >= x_whole
+        and min(widths.cos, widths.sin) >= table_whole
+        and all(t.x.strides == t.out.strides and t.x.strides[3] == 1 for t in tensors)
+        and (cos.strides, problem.cos_row) == (sin.strides, problem.sin_row)
+        and cos.strides[2:] == (0, problem.table_step)
+        and all(abs(stride) < 2**31 for stride in strides)
+    )
 
 
 def _cpp(flag: bool) -> str:
@@ -125,14 +134,14 @@ def _cpp(flag: bool) -> str:
 
 
 def _axis_order(problem: RotaryProblem) -> tuple[int, int, int]:
-    """Number the rows as they lie in memory: the axes batch 0, token 1 and head 2, widest stride first."""
+    """Number rows as they lie in memory: axes batch 0, token 1 and head 2, widest stride first."""
     strides = problem.tensors[0].x.strides
     outer, middle, inner = sorted(range(3), key=lambda axis: -abs(strides[axis]))
     return outer, middle, inner
 
 
 def divisor(value: int) -> tuple[int, int, int]:
-    """Return value, multiplier and shift with n // value == n * multiplier >> shift for every 0 <= n < 2^31.
+    """Return value, multiplier, shift: n // value == n * multiplier >> shift for 0 <= n < 2^31.
 
     Source: Granlund and Montgomery, "Division by Invariant Integers using Multiplication" (1994).
     """
@@ -150,21 +159,20 @@ def _pack(
     num_heads = [tensor.num_heads for tensor in problem.tensors]
     sizes = (problem.batch, problem.num_tokens, sum(num_heads))
 
-    def view(strides: tuple[int, ...], first_head: int, element: int, width: int) -> list[int]:
-        return [-first_head * strides[2], *(strides[axis] for axis in axes), element, width]
+    def view(strides: tuple[int, ...], origin: int, element: int, width: int) -> list[int]:
+        return [origin, *(strides[axis] for axis in axes), element, width]
 
     words: list[int] = []
     for which in range(2):
         # A launch of one tensor fills the second place with the first, which no row asks for.
         tensor = problem.tensors[which % len(num_heads)]
-        first_head = which * num_heads[0]
         for strides, width in ((tensor.x.strides, widths.x), (tensor.out.strides, widths.out)):
-            words += view(strides, first_head, strides[3], width[which % len(num_heads)])
-        for strides, table_width in (
-            (problem.cos.strides, widths.cos),
-            (problem.sin.strides, widths.sin),
-        ):
-            words += view(strides, first_head, strides[3] // problem.table_step, table_width)
+            origin = problem.rotary_offset * strides[3] - which * num_heads[0] * strides[2]
+            words += view(strides, origin, strides[3], width[which % len(num_heads)])
+    cos, sin = problem.cos.strides, problem.sin.strides
+    words += view(cos, 0, cos[3] // problem.table_step, widths.cos)
+    words += view(sin, 0, sin[3] // problem.table_step, widths.sin)
+    words += [-num_heads[0] * cos[2], -num_heads[0] * sin[2]]
     words += view((*problem.position_strides, 0), 0, 0, 0)
     words += [
         ITEMSIZE[problem.position_dtype] if problem.position_dtype else 0,

@@ -1,4 +1,4 @@
-"""RotaryProblem: what one call has to do, in sizes, strides and flags, and every check of its arguments. Pure."""
+"""RotaryProblem: one call in sizes, strides and flags, and every check of its arguments. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TableSpec(NamedTuple):
 
     cos: ArraySpec
     sin: ArraySpec
-    step: int  # neighbouring elements that a pair owns: more than 1 where cos and sin (or copies) alternate
+    step: int  # neighbouring elements a pair owns: over 1 where cos and sin, or copies, alternate
     sin_offset: (
         int  # elements from a pair's cos to its sin when both lie in what the pair owns, else 0
     )
@@ -44,7 +44,7 @@ class Canonical(NamedTuple):
 
 
 class View(NamedTuple):
-    """Where an array lies: strides in elements over (batch, token, head, element of the head or pair)."""
+    """Where an array lies: strides over (batch, token, head, element or pair), in elements."""
 
     strides: Four
     alignment: int
@@ -98,7 +98,7 @@ def rotary_problem(
 ) -> RotaryProblem:
     """Check that the arrays fit one another and return the problem they pose.
 
-    `names` are what the caller calls the xs. `positions` is None when they are implicit: index along the token axis.
+    `names` are what the caller calls the xs. `positions` is None when they are implicit.
     """
     first = xs[0]
     for name, x in zip(names, xs, strict=True):
@@ -118,13 +118,15 @@ def rotary_problem(
     for name, view in zip(names, views, strict=True):
         if (*view.shape[:2], view.shape[3]) != (batch, num_tokens, head_dim):
             raise ValueError(
-                f"{name} must have {names[0]}'s shape on every axis but heads, (batch, tokens, head_dim) = "
+                f"{name} must have {names[0]}'s shape on every axis but heads, (batch, tokens, "
+                "head_dim) = "
                 f"{(batch, num_tokens, head_dim)}, got {(*view.shape[:2], view.shape[3])}"
             )
     num_heads = tuple(view.shape[2] for view in views)
     if batch * num_tokens * sum(num_heads) > MAX_ROWS:
         raise ValueError(
-            f"{names[0]} must have at most {MAX_ROWS} (batch, token, head) rows, with {len(names)} tensors counted "
+            f"{names[0]} must have at most {MAX_ROWS} (batch, token, head) rows, with "
+            f"{len(names)} tensors counted "
             f"together, got {batch * num_tokens * sum(num_heads)}"
         )
     tensors = []
@@ -146,7 +148,8 @@ def rotary_problem(
         )
     if not 0 <= options.rotary_offset <= head_dim - rotary_dim:
         raise ValueError(
-            f"rotary_offset must be in [0, head_dim - rotary_dim = {head_dim - rotary_dim}], got {options.rotary_offset}"
+            f"rotary_offset must be in [0, head_dim - rotary_dim = {head_dim - rotary_dim}], got "
+            f"{options.rotary_offset}"
         )
     if table.cos.device != first.device:
         raise ValueError(
@@ -173,7 +176,7 @@ def rotary_problem(
         cos_row=table.cos.strides[0] if positions else 0,
         sin_row=table.sin.strides[0] if positions else 0,
         position_dtype=positions.dtype if positions else None,
-        position_strides=(0, *positions.strides)[-2:] if positions else (0, 0),
+        position_strides=_position_strides(positions),
         interleaved=options.interleaved,
         conjugate=options.conjugate,
         keep=options.out_of_range == "keep",
@@ -194,16 +197,18 @@ def rotary_options(
     out_of_range: object,
 ) -> Options:
     """Check the types and the values that need no array."""
-    for name, flag in (("interleaved", interleaved), ("conjugate", conjugate)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"interleaved must be True or False, got {interleaved!r}")
+    if not isinstance(conjugate, bool):
+        raise TypeError(f"conjugate must be True or False, got {conjugate!r}")
     if not isinstance(layout, str | None):
         raise TypeError(f"layout must be a string of axis names or None, got {layout!r}")
     if layout is not None and not (
         layout[-1:] == "d" and _axes(layout) in (["h", "s"], ["b", "h", "s"])
     ):
         raise ValueError(
-            "layout must name the axes b (optional), s or t, and h in any order, then d, such as 'bshd', 'bhsd', "
+            "layout must name the axes b (optional), s or t, and h in any order, then d, such as "
+            "'bshd', 'bhsd', "
             f"'sbhd', 'shd' or 'thd', got {layout!r}"
         )
     head_dim = None if head_dim is None else index("head_dim", head_dim)
@@ -234,7 +239,8 @@ def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) 
         raise ValueError(f"positions must be 0 or more where they are an int, got {first}")
     if first + num_tokens > shape[0]:
         raise ValueError(
-            f"table must hold the positions {first} to {first + num_tokens - 1} of the {num_tokens} tokens, got "
+            f"table must hold the positions {first} to {first + num_tokens - 1} of the "
+            f"{num_tokens} tokens, got "
             f"{shape[0]} positions"
         )
     return first
@@ -245,13 +251,14 @@ def _axes(layout: str) -> list[str]:
 
 
 def _canonical(name: str, x: ArraySpec, options: Options) -> Canonical:
-    """See `x` as (batch, tokens, heads, head_dim): by layout, after head_dim has split its last axis."""
+    """See `x` as (batch, tokens, heads, head_dim), once head_dim has split its last axis."""
     shape, strides = x.shape, x.strides
     if options.head_dim is not None and shape:
         num_heads, rest = divmod(shape[-1], options.head_dim)
         if rest:
             raise ValueError(
-                f"{name} must have a last axis that head_dim={options.head_dim} divides, got shape {x.shape}"
+                f"{name} must have a last axis that head_dim={options.head_dim} divides, got "
+                f"shape {x.shape}"
             )
         shape = (*shape[:-1], num_heads, options.head_dim)
         strides = (*strides[:-1], strides[-1] * options.head_dim, strides[-1])
@@ -292,20 +299,23 @@ def _check_table(
     num_heads: tuple[int, ...],
     positions: ArraySpec | None,
 ) -> None:
-    """A table by position holds any number of them; one by batch and token (and head) must match the tensors."""
+    """Refuse a table by batch and token (and head) that does not match the tensors."""
     if len(shape) == 2:
         return
     if positions:
         raise ValueError(
-            f"positions must be None with a table by batch and token, {shape}, got an array of shape {positions.shape}"
+            f"positions must be None with a table by batch and token, {shape}, got an array of "
+            f"shape {positions.shape}"
         )
     if shape[0] not in (1, batch) or shape[1] != num_tokens:
         raise ValueError(
-            f"table must have the shape ({batch} or 1, {num_tokens}, ...) of batch and tokens, got {shape}"
+            f"table must have the shape ({batch} or 1, {num_tokens}, ...) of batch and tokens, "
+            f"got {shape}"
         )
     if len(shape) == 4 and shape[2] != 1 and any(shape[2] != heads for heads in num_heads):
         raise ValueError(
-            f"table must have 1 head or as many as every tensor, {' and '.join(map(str, num_heads))}, "
+            "table must have 1 head or as many as every tensor, "
+            f"{' and '.join(map(str, num_heads))}, "
             f"got {shape[2]} heads in shape {shape}"
         )
 
@@ -316,6 +326,11 @@ def _table_view(table: ArraySpec, positions: ArraySpec | None) -> View:
     return View((*strides, pair), table.alignment)  # type: ignore[arg-type]
 
 
+def _position_strides(positions: ArraySpec | None) -> tuple[int, int]:
+    batch, token = (0, 0, *positions.strides)[-2:] if positions else (0, 0)
+    return batch, token
+
+
 def _check_positions(
     positions: ArraySpec, batch: int, num_tokens: int, device: str, x_name: str
 ) -> None:
@@ -323,7 +338,8 @@ def _check_positions(
         raise TypeError(f"positions must be int32 or int64, got {positions.dtype}")
     if positions.shape not in ((num_tokens,), (1, num_tokens), (batch, num_tokens)):
         raise ValueError(
-            f"positions must have the shape {(num_tokens,)}, one for each token, or {(batch, num_tokens)}, "
+            f"positions must have the shape {(num_tokens,)}, one for each token, or "
+            f"{(batch, num_tokens)}, "
             f"got {positions.shape}"
         )
     if positions.device != device:

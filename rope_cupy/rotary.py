@@ -1,4 +1,4 @@
-"""The public functions: from arrays to a problem, from a problem to a launch, and back to an array."""
+"""The public functions: from arrays to a problem, from that to a launch, and back to arrays."""
 
 from __future__ import annotations
 
@@ -60,35 +60,37 @@ def apply_rotary_qk(
 ) -> tuple[Any, Any]:
     """Rotate the heads of q and k by the angles of their tokens' positions, in one launch.
 
-    A pair (a, b) of elements with the angle t becomes (a cos t - b sin t, b cos t + a sin t): Su et al., "RoFormer:
-    Enhanced Transformer with Rotary Position Embedding" (2021), equation 34.
+    A pair (a, b) of elements with the angle t becomes (a cos t - b sin t, b cos t + a sin t): Su et
+    al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), equation 34.
 
     Args:
-        q, k: float16, bfloat16, float32 or float64 arrays of CuPy, PyTorch, NumPy or any DLPack producer, with any
-            strides. They share dtype, device and every axis but heads.
-        table: a `RotaryTable`, or a tuple (cos, sin) of arrays of shape (num_positions, rotary_dim / 2), on the
-            device of q.
-        positions: the table row of each token: None for its index along the token axis, an int for that index plus an
-            offset, or an int32 or int64 array of shape (s,) or (b, s).
-        interleaved: True pairs the elements (2 i, 2 i + 1), False the elements (i, i + rotary_dim / 2).
-        layout: the names of the axes: b, s (or t) for tokens, h for heads, and d last. By default "shd" for 3 axes and
-            "bshd" for 4.
-        head_dim: splits the last axis into heads of this size first: (t, h * d) or (b, s, h * d).
-        rotary_offset: the first of the rotary_dim elements of a head that turn; the others pass through.
+        q, k: float16, bfloat16, float32 or float64 arrays of CuPy, PyTorch, NumPy or any DLPack
+            producer, with any strides. They share dtype, device and every axis but heads.
+        table: a `RotaryTable`, or a tuple (cos, sin) of arrays of shape (num_positions,
+            rotary_dim / 2), on the device of q.
+        positions: the table row of each token: None for its index along the token axis, an int for
+            that index plus an offset, or an int32 or int64 array of shape (s,) or (b, s).
+        interleaved: True pairs elements (2 i, 2 i + 1), False elements (i, i + rotary_dim / 2).
+        layout: the names of the axes: b, s (or t) for tokens, h for heads, and d last. By default
+            "shd" for 3 axes and "bshd" for 4.
+        head_dim: first splits the last axis into heads of this size: (t, h * d) or (b, s, h * d).
+        rotary_offset: where in a head the rotary_dim elements that turn begin; the others pass
+            through.
         conjugate: turn the other way: the inverse, and the gradient.
-        out: None for new arrays, or a tuple of two arrays to write to, which may be q and k themselves.
-        out_of_range: what becomes of a token whose position the table does not hold: "nan" fills its rotated slice with
-            NaN, "keep" leaves it as it is.
+        out: None for new arrays, or a tuple of two arrays to write, such as q and k themselves.
+        out_of_range: what becomes of a token whose position the table does not hold: "nan" fills
+            its rotated slice with NaN, "keep" leaves it as it is.
 
     Returns:
-        (q_out, k_out): new arrays of the caller's library, dense, with the axes in memory in the order of the
-        input's; or `out`.
+        (q_out, k_out): new arrays of the caller's library, dense, with the axes in memory in the
+        order of the input's; or `out`.
 
     Raises:
         TypeError, ValueError: say what was wanted and what came; nothing has been written then.
 
-    The arithmetic is float32, or float64 when q or the table is 64-bit, with one rounding, to q's dtype. On a GPU the
-    kernel runs on the current stream of the library that owns the output; nothing waits for it.
+    The arithmetic is float32, or float64 when q or the table is 64-bit, with one rounding, to q's
+    dtype. On a GPU the kernel runs on the current stream of the library that owns the output, and
+    nothing waits for it.
 
     >>> import numpy as np
     >>> q, k = np.ones((1, 6, 8, 64), np.float32), np.ones((1, 6, 2, 64), np.float32)
@@ -158,7 +160,8 @@ def _rotate(
 def _int_or_none(positions: Any) -> int | None:
     if positions is not None and not hasattr(positions, "__index__"):
         raise TypeError(
-            f"positions must be None, an int or an int32 or int64 array, got {type(positions).__name__}"
+            "positions must be None, an int or an int32 or int64 array, got "
+            f"{type(positions).__name__}"
         )
     return None if positions is None else index("positions", positions)
 
@@ -188,7 +191,8 @@ def _check_gradients(
     for name, requires_grad in required:
         if requires_grad:
             raise ValueError(
-                f"{name} must not require a gradient, which this function does not record: call it under "
+                f"{name} must not require a gradient, which this function does not record: call "
+                "it under "
                 "torch.no_grad() or pass a detached tensor, got requires_grad=True"
             )
 
@@ -201,7 +205,7 @@ def _check_aliasing(
     spec: TableSpec,
     gather: tensor.Array | None,
 ) -> None:
-    """Refuse outputs that share memory with one another or with anything read, but for x in its own place."""
+    """Refuse an output that shares memory with another or with what is read, unless in place."""
     read = [(name, array.spec, array.pointer) for name, array in zip(names, inputs, strict=True)]
     read += [("table", spec.cos, table.pointers[0]), ("table", spec.sin, table.pointers[1])]
     if gather:
@@ -217,5 +221,6 @@ def _check_aliasing(
             if overlap(y, pointer, x, other_pointer):
                 raise ValueError(
                     f"{name} must not share memory with {other}"
-                    f"{', unless it is the same array' if i == j else ''}, got two arrays that overlap"
+                    f"{', unless it is the same array' if i == j else ''}, got two arrays that "
+                    "overlap"
                 )

@@ -1,4 +1,4 @@
-"""RotaryTable: cosines and sines in any of the forms that models keep them in, read where they lie."""
+"""RotaryTable: cosines and sines in any form that models keep them in, read where they lie."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class RotaryTable:
     - ``(b, s, rotary_dim / 2)``: a row for each batch and token (b may be 1),
     - ``(b, s, h, rotary_dim / 2)``: a row for each batch, token and head (b and h may be 1),
 
-    and the dtype float16, bfloat16, float32 or float64, which need not be that of the arrays to rotate. They may be
-    strided, of any library, on the CPU or a GPU. Later changes to their values are seen. Other forms:
-    `from_full_width`, `from_cache`, `from_complex`, `from_matrices`, `from_inverse_frequencies`.
+    and the dtype float16, bfloat16, float32 or float64, which need not be that of the arrays to
+    rotate. They may be strided, of any library, on the CPU or a GPU. Later changes to their values
+    are seen. Other forms: `from_full_width`, `from_cache`, `from_complex`, `from_matrices`,
+    `from_inverse_frequencies`.
 
     Raises TypeError or ValueError when the arrays do not fit together.
 
@@ -43,15 +44,16 @@ class RotaryTable:
 
     @classmethod
     def from_full_width(cls, cos: Any, sin: Any) -> RotaryTable:
-        """View tables of shape (..., rotary_dim), which hold every angle twice, once for each element of a pair.
+        """View tables of shape (..., rotary_dim), which hold every angle once for each element.
 
-        Each element of the head finds its angle at its own place: with ``interleaved=False`` the halves repeat
-        (Hugging Face transformers), with ``interleaved=True`` every angle repeats at once (diffusers' Flux, CogVideoX
-        and HunyuanVideo). The second copy is never read. Errors as for `RotaryTable`.
+        Each element of the head finds its angle at its own place: with ``interleaved=False`` the
+        halves repeat (Hugging Face transformers), with ``interleaved=True`` every angle repeats at
+        once (diffusers' Flux, CogVideoX and HunyuanVideo). The second copy is
+        never read. Errors as for `RotaryTable`.
 
         >>> import numpy as np
         >>> angles = np.outer(np.arange(4), [1.0, 0.1])
-        >>> RotaryTable.from_full_width(*(np.tile(part, 2) for part in (np.cos(angles), np.sin(angles))))
+        >>> RotaryTable.from_full_width(np.tile(np.cos(angles), 2), np.tile(np.sin(angles), 2))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
         cos, sin = _describe_two(cos, sin)
@@ -74,7 +76,7 @@ class RotaryTable:
 
     @classmethod
     def from_cache(cls, cos_sin: Any) -> RotaryTable:
-        """View a (p, rotary_dim) cache whose rows hold the cosines, then the sines (vLLM, SGLang, FlashInfer).
+        """View a (p, rotary_dim) cache of cosines, then sines, in a row (vLLM, SGLang, FlashInfer).
 
         Errors as for `RotaryTable`.
 
@@ -87,14 +89,15 @@ class RotaryTable:
         _check_dtype("cos_sin", cache.spec, FLOATS)
         if len(cache.spec.shape) != 2 or cache.spec.shape[1] % 2:
             raise ValueError(
-                f"cos_sin must have the shape (positions, rotary_dim) with an even rotary_dim, got {cache.spec.shape}"
+                "cos_sin must have the shape (positions, rotary_dim) with an even rotary_dim, "
+                f"got {cache.spec.shape}"
             )
         num_pairs = cache.spec.shape[1] // 2
         return cls._of_parts(cache, slice(0, num_pairs), num_pairs * cache.spec.strides[-1], step=1)
 
     @classmethod
     def from_complex(cls, freqs_cis: Any) -> RotaryTable:
-        """View cos + i sin: (p, ..., rotary_dim / 2) complex64 or complex128 (Llama's own code, Qwen-Image, Lumina).
+        """View cos + i sin, complex64 or complex128 (Llama's own code, Qwen-Image, Lumina).
 
         The shapes are those of `RotaryTable`, and so are the errors.
 
@@ -113,9 +116,10 @@ class RotaryTable:
 
     @classmethod
     def from_matrices(cls, freqs: Any) -> RotaryTable:
-        """View rotation matrices [[cos, -sin], [sin, cos]] of shape (..., rotary_dim / 2, 2, 2) (Flux, ComfyUI).
+        """View matrices [[cos, -sin], [sin, cos]], (..., rotary_dim / 2, 2, 2) (Flux, ComfyUI).
 
-        The first column of each is read. What stands for the dots is as for `RotaryTable`, and so are the errors.
+        The first column of each is read. What stands for the dots is as for `RotaryTable`, and so
+        are the errors.
 
         >>> import numpy as np
         >>> angles = np.outer(np.arange(4), [1.0, 0.1])
@@ -139,10 +143,11 @@ class RotaryTable:
     def from_inverse_frequencies(
         cls, inv_freq: Any, num_positions: int, *, like: Any
     ) -> RotaryTable:
-        """Compute the table of positions 0 .. num_positions - 1 from radians per position, (rotary_dim / 2,).
+        """Compute the table of positions 0 .. num_positions - 1 from radians per position.
 
-        Angles, cosines and sines are computed in float64 and stored as float32, in the library and on the device of
-        the array `like`. `inv_freq` is any array of one axis, or a sequence of numbers.
+        Angles, cosines and sines are computed in float64 and stored as float32, in the library and
+        on the device of the array `like`. `inv_freq` is any array of shape (rotary_dim / 2,), or a
+        sequence of numbers.
 
         >>> import numpy as np
         >>> from rope_cupy.frequencies import inverse_frequencies
@@ -189,7 +194,7 @@ class RotaryTable:
         self.requires_grad = any(array.requires_grad for array in arrays)
 
     def spec(self, interleaved: bool) -> TableSpec:
-        """Return where the angles of the pairs lie, which in a full-width table depends on the pairing."""
+        """Return where the angles of pairs lie, which at full width depends on the pairing."""
         return self._specs[interleaved]
 
     @property
@@ -260,7 +265,8 @@ def _check_shape(name: str, spec: ArraySpec, trailing: int) -> None:
     if len(spec.shape) - trailing not in (2, 3, 4):
         behind = ", 2, 2" if trailing else ""
         raise ValueError(
-            f"{name} must have the shape (positions, pairs{behind}), (batch, tokens, pairs{behind}) or "
+            f"{name} must have the shape (positions, pairs{behind}), (batch, tokens, "
+            f"pairs{behind}) or "
             f"(batch, tokens, heads, pairs{behind}), got {spec.shape}"
         )
 

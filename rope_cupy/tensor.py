@@ -1,4 +1,4 @@
-"""Any array in, the same kind out: the only file that knows libraries. None is imported that the caller did not."""
+"""Any array in, the same kind out: the only file that knows libraries. It imports none of them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Library(Protocol):
     """What rope_cupy asks of an array library."""
 
     def describe(self, name: str, array: Any) -> Array:
-        """Return the array as rope_cupy sees it. `name` is what the caller calls it, for messages."""
+        """Return the array as rope_cupy sees it. `name` is what the caller calls it."""
 
     def empty_like(self, array: Any) -> Any:
         """Return a new dense array whose axes lie in memory in the order of `array`'s."""
 
     def result(self, array: Any, like: Any) -> Any:
-        """Return what the caller gets for an array of `empty_like`, once the work on it is launched."""
+        """Return what the caller gets for an array of `empty_like`, once work on it is launched."""
 
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         """Return a NumPy array as one of this library on the device of `like`."""
@@ -106,7 +106,8 @@ class _Torch:
             raise TypeError(f"{name} must be a strided tensor, got layout {array.layout}")
         if array.is_conj() or array.is_neg():
             raise ValueError(
-                f"{name} must hold its own values, got a lazy view: call resolve_conj() or resolve_neg()"
+                f"{name} must hold its own values, got a lazy view: call resolve_conj() or "
+                "resolve_neg()"
             )
         device = _supported(name, str(array.device))
         pointer = array.data_ptr()
@@ -132,7 +133,7 @@ class _Torch:
 
 
 class Bfloat16:
-    """A uint16 buffer of NumPy or CuPy whose words are bfloat16 numbers, a dtype that neither has of its own."""
+    """A uint16 buffer whose words are bfloat16 numbers, a dtype that NumPy and CuPy lack."""
 
     def __init__(self, words: Any) -> None:
         self.words = words
@@ -168,7 +169,7 @@ class _Bfloat16:
 
 
 class _DLPack:
-    """Any other producer. Its arrays are read through DLPack and its results made from a NumPy or CuPy buffer."""
+    """Any other producer: read through DLPack, results made from a NumPy or CuPy buffer."""
 
     def describe(self, name: str, array: Any) -> Array:
         device = _supported(name, dlpack.device_of(array))
@@ -182,7 +183,8 @@ class _DLPack:
     def empty_like(self, array: Any) -> Any:
         if not hasattr(array, "__array_namespace__"):
             raise TypeError(
-                f"out must be an array where the input's library has no __array_namespace__ to make one, got None "
+                "out must be an array where the input's library has no __array_namespace__ to "
+                "make one, got None "
                 f"for {type(array).__name__}"
             )
         spec = self.describe("x", array).spec
@@ -210,7 +212,7 @@ class _DLPack:
         return cupy().cuda.get_current_stream(device).ptr  # type: ignore[no-any-return]
 
     def _consumer_stream(self, device: str) -> int:
-        """Return the number by which DLPack knows the stream: 1 is the default one, -1 asks for no wait."""
+        """Return DLPack's number of the stream: 1 is the default one, -1 asks for no wait."""
         stream = cupy().cuda.get_current_stream(int(device[5:]))
         return -1 if stream.is_capturing() else stream.ptr or 1
 
@@ -232,17 +234,18 @@ def describe(name: str, array: Any) -> Array:
 
 def library_of(name: str, array: Any) -> Library:
     """Return the library that an array belongs to."""
-    library = _library_of_type(type(array))
+    library = _library_of_type(type(array))  # type: ignore[arg-type]
     if library is None:
         raise TypeError(
-            f"{name} must be an array of CuPy, PyTorch, NumPy or another DLPack producer, got {type(array).__name__}"
+            f"{name} must be an array of CuPy, PyTorch, NumPy or another DLPack producer, got "
+            f"{type(array).__name__}"
         )
     return library
 
 
 def is_array(value: Any) -> bool:
     """Return whether `value` is an array of any library."""
-    return _library_of_type(type(value)) is not None
+    return _library_of_type(type(value)) is not None  # type: ignore[arg-type]
 
 
 def records_gradients() -> bool:
@@ -257,7 +260,8 @@ def cupy() -> Any:
         import cupy
     except ImportError as error:
         raise ImportError(
-            "rope_cupy needs CuPy for arrays on a GPU: pip install 'rope-cupy[cuda12]', or [cuda13] with CUDA 13"
+            "rope_cupy needs CuPy for arrays on a GPU: pip install 'rope-cupy[cuda12]', or "
+            "[cuda13] with CUDA 13"
         ) from error
     return cupy
 
@@ -296,7 +300,8 @@ def _whole_strides(name: str, array: Any) -> tuple[int, ...]:
         elements, rest = divmod(stride, array.itemsize)
         if rest and size > 1:
             raise ValueError(
-                f"{name} must have strides of whole elements of {array.itemsize} bytes, got {array.strides} bytes"
+                f"{name} must have strides of whole elements of {array.itemsize} bytes, got "
+                f"{array.strides} bytes"
             )
         strides.append(elements)
     return tuple(strides)

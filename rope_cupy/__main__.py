@@ -1,0 +1,236 @@
+"""python -m rope_cupy: say what it runs on, rotate the q and k of two real models, check and time.
+
+Every element is compared with complex multiplication in float64 by the same table, rounded once to
+bfloat16. The exit status is 1 when a check fails.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import RotaryTable, __version__, apply_rotary_qk, jit
+from .frequencies import cos_sin, inverse_frequencies
+from .tensor import Bfloat16
+
+HEAD_DIM = 128
+
+
+class Model(NamedTuple):
+    name: str
+    num_tokens: int
+    num_tokens_on_cpu: int
+    q_heads: int
+    k_heads: int
+    base: float
+    interleaved: bool
+
+
+MODELS = (
+    Model("Qwen-Image", 4608, 512, 24, 24, 10_000.0, True),
+    Model("Llama-3-8B prefill", 8192, 1024, 32, 8, 500_000.0, False),
+)
+
+
+class Accuracy(NamedTuple):
+    relative_error: float  # norm of the difference over norm of the exact result
+    rounded_right: float  # share of elements equal to the exact result rounded once
+    worst_ulp: float  # how far the others are off, in units in the last place
+
+    @property
+    def passes(self) -> bool:
+        return self.rounded_right >= 0.999 and self.worst_ulp <= 1
+
+
+class Report(NamedTuple):
+    num_tokens: int
+    accuracy: Accuracy
+    seconds: float
+    num_bytes: int  # q and k read and written once, the table read once
+    copy_rate: float | None  # bytes a second of a device-to-device copy of q and k
+
+
+def main() -> int:
+    cupy, why_not = _gpu()
+    print(f"rope_cupy {__version__}\n")
+    for label, text in _environment(cupy, why_not):
+        print(f"  {label:9}{text}")
+    heads = ("model", "tokens", "heads", "pairs", "rel. error", "right", "time", "GB/s", "of copy")
+    print("\n  {:19}{:>8}{:>8}{:>13}{:>12}{:>11}{:>12}{:>8}{:>10}".format(*heads))
+    passed = True
+    for model in MODELS:
+        report = _rotate_and_time(model, cupy)
+        accuracy, rate = report.accuracy, report.num_bytes / report.seconds
+        verdict = "ok" if accuracy.passes else f"FAILED: {accuracy.worst_ulp:.1f} ulp off"
+        print(
+            f"  {model.name:19}{report.num_tokens:8}{f'{model.q_heads}/{model.k_heads}':>8}"
+            f"{'interleaved' if model.interleaved else 'half':>13}{accuracy.relative_error:12.2e}"
+            f"{accuracy.rounded_right:11.4%}{_duration(report.seconds):>12}{rate / 1e9:8.0f}"
+            f"{f'{rate / report.copy_rate:.1%}' if report.copy_rate else '-':>10}  {verdict}"
+        )
+        passed &= accuracy.passes
+    print(
+        f"""
+  bfloat16 q and k of head_dim {HEAD_DIM}, a float32 table, in place, q and k in one launch
+  rel. error  norm of the difference to float64 over its norm: rounding to bfloat16 alone is 1.7e-3
+  right       elements equal to the float64 result rounded once; no other may be off by over 1 ulp
+  GB/s        bytes of q and k read and written once and of the table read once
+  of copy     share of the rate of a device-to-device copy of q and k, measured beside it
+"""
+    )
+    print("all checks passed" if passed else "A CHECK FAILED")
+    return 0 if passed else 1
+
+
+def _gpu() -> tuple[Any, str]:
+    """Return CuPy when it can launch, else None and why not."""
+    try:
+        import cupy
+    except ImportError as error:
+        return None, f"CuPy cannot be imported ({error}): pip install 'rope-cupy[cuda12]'"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return None, str(error)
+    return (cupy, "") if count else (None, "no CUDA device")
+
+
+def _environment(cupy: Any, why_not: str) -> list[tuple[str, str]]:
+    lines = [("kernels", str(jit.sources()))]
+    if cupy is None:
+        return [("device", f"no GPU: CPU path, NumPy {np.__version__}"), ("why", why_not), *lines]
+    device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    version = cupy.cuda.runtime.driverGetVersion()
+    return [
+        (
+            "GPU",
+            f"{device['name'].decode()}, {device['multiProcessorCount']} multiprocessors, "
+            f"{device['totalGlobalMem'] / 2**30:.0f} GiB, compute capability "
+            f"{device['major']}.{device['minor']}",
+        ),
+        ("driver", f"CUDA {version // 1000}.{version % 1000 // 10}"),
+        ("CuPy", f"{cupy.__version__}, NVRTC {'.'.join(map(str, cupy.cuda.nvrtc.getVersion()))}"),
+        ("cache", cupy.cuda.compiler.get_cache_dir()),
+        *lines,
+    ]
+
+
+def _rotate_and_time(model: Model, cupy: Any) -> Report:
+    num_tokens = model.num_tokens if cupy else model.num_tokens_on_cpu
+    rng = np.random.default_rng(0)
+    words = [
+        _bfloat16_words(rng.standard_normal((1, num_tokens, heads, HEAD_DIM)))
+        for heads in (model.q_heads, model.k_heads)
+    ]
+    inv_freq = inverse_frequencies(HEAD_DIM, model.base)
+    module = cupy or np
+    q_and_k = [module.array(part) for part in words]
+    table = RotaryTable.from_inverse_frequencies(inv_freq, num_tokens, like=q_and_k[0])
+
+    def rotate(q: Any, k: Any) -> None:
+        tensors = Bfloat16(q), Bfloat16(k)
+        apply_rotary_qk(*tensors, table, interleaved=model.interleaved, out=tensors)
+
+    rotate(*q_and_k)
+    rotated = [part.get() if cupy else part for part in q_and_k]
+    cos, sin = cos_sin(inv_freq, num_tokens)
+    accuracy = _accuracy(words, rotated, cos + 1j * sin.astype(np.float64), model.interleaved)
+
+    moved = 2 * sum(part.nbytes for part in words)
+    copy_rate = None
+    if cupy:
+        # Over three times the L2 and more in turn, so that no call finds its data in the cache.
+        l2_bytes = cupy.cuda.Device().attributes["L2CacheSize"]
+        copies = 1 + 6 * l2_bytes // moved
+        sets = [[part.copy() for part in q_and_k] for _ in range(copies)]
+        targets = [part.copy() for part in q_and_k]
+        seconds = _seconds_on_gpu(rotate, sets, cupy)
+        copy_seconds = _seconds_on_gpu(
+            lambda q, k: [cupy.copyto(*pair) for pair in zip(targets, (q, k), strict=True)],
+            sets,
+            cupy,
+        )
+        copy_rate = moved / copy_seconds
+    else:
+        seconds = _seconds_on_cpu(rotate, q_and_k)
+    return Report(num_tokens, accuracy, seconds, moved + cos.nbytes + sin.nbytes, copy_rate)
+
+
+def _seconds_on_gpu(call: Callable[..., Any], sets: list[list[Any]], cupy: Any) -> float:
+    """Return the median time of a call, from replays of a CUDA graph of at least 20 of them."""
+    calls = max(20, len(sets))
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        for arrays in sets:
+            call(*arrays)
+        stream.begin_capture()
+        for i in range(calls):
+            call(*sets[i % len(sets)])
+        graph = stream.end_capture()
+        graph.launch()
+        times = []
+        for _ in range(20):
+            start, end = cupy.cuda.Event(), cupy.cuda.Event()
+            start.record()
+            graph.launch()
+            end.record()
+            end.synchronize()
+            times.append(cupy.cuda.get_elapsed_time(start, end) / 1e3 / calls)
+    return float(np.median(times))
+
+
+def _seconds_on_cpu(call: Callable[..., Any], arrays: list[Any]) -> float:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call(*arrays)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _accuracy(
+    words: list[NDArray[np.uint16]],
+    rotated: list[NDArray[np.uint16]],
+    turns: NDArray[np.complex128],
+    interleaved: bool,
+) -> Accuracy:
+    """Compare with complex multiplication: a pair is a complex number and its turn another."""
+    square_error, square_norm, num_right, count, worst = 0.0, 0.0, 0, 0, 0.0
+    for before, after in zip(words, rotated, strict=True):
+        exact = _pairs(_numbers(before), interleaved) * turns[:, None]
+        actual = _pairs(_numbers(after), interleaved)
+        for wanted, got in ((exact.real, actual.real), (exact.imag, actual.imag)):
+            ulp = np.ldexp(1.0, np.frexp(wanted)[1] - 8)  # bfloat16 keeps 8 bits
+            off = np.abs(got - np.rint(wanted / ulp) * ulp) / ulp
+            square_error += float(np.square(got - wanted).sum())
+            square_norm += float(np.square(wanted).sum())
+            num_right += int((off == 0).sum())
+            count += off.size
+            worst = max(worst, float(off.max()))
+    return Accuracy((square_error / square_norm) ** 0.5, num_right / count, worst)
+
+
+def _pairs(x: NDArray[np.float64], interleaved: bool) -> NDArray[np.complex128]:
+    if interleaved:
+        return x[..., 0::2] + 1j * x[..., 1::2]
+    return x[..., : HEAD_DIM // 2] + 1j * x[..., HEAD_DIM // 2 :]
+
+
+def _bfloat16_words(x: NDArray[np.float64]) -> NDArray[np.uint16]:
+    return (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _numbers(words: NDArray[np.uint16]) -> NDArray[np.float64]:
+    return (words.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
