@@ -10,3 +10,8 @@ def index(name: str, value: object) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return operator.index(value)
+
+
+def described(value: object) -> str:
+    """Return what a message calls a value that is no array: its type, and a tuple's length."""
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__

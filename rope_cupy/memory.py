@@ -78,6 +78,8 @@ def ndarray_at(
 
 def may_overlap_itself(spec: ArraySpec) -> bool:
     """Return whether an axis steps over less than the axes below it span."""
+    if 0 in spec.shape:
+        return False
     reach = 0
     for stride, size in sorted(
         (abs(stride), size) for stride, size in zip(spec.strides, spec.shape, strict=True)

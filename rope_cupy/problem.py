@@ -86,6 +86,28 @@ class RotaryProblem(NamedTuple):
         return self.batch * self.num_tokens * sum(tensor.num_heads for tensor in self.tensors)
 
 
+def check_inputs(names: tuple[str, ...], xs: tuple[ArraySpec, ...]) -> None:
+    """Refuse inputs that no output can be made for: they share dtype, device and rank."""
+    first = xs[0]
+    for name, x in zip(names, xs, strict=True):
+        check_dtype(name, x, FLOATS)
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name} must have {names[0]}'s dtype {first.dtype}, got {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(
+                f"{name} must be on {names[0]}'s device {first.device}, got {x.device}"
+            )
+        if len(x.shape) != len(first.shape):
+            raise ValueError(
+                f"{name} must have {len(first.shape)} axes like {names[0]}, got shape {x.shape}"
+            )
+
+
+def check_dtype(name: str, x: ArraySpec, dtypes: tuple[str, ...]) -> None:
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must have one of the dtypes {', '.join(dtypes)}, got {x.dtype}")
+
+
 @lru_cache(maxsize=4096)
 def rotary_problem(
     names: tuple[str, ...],
@@ -96,23 +118,11 @@ def rotary_problem(
     positions: ArraySpec | None,
     options: Options,
 ) -> RotaryProblem:
-    """Check that the arrays fit one another and return the problem they pose.
+    """Check that arrays which pass `check_inputs` fit the rest; return the problem they pose.
 
     `names` are what the caller calls the xs. `positions` is None when they are implicit.
     """
     first = xs[0]
-    for name, x in zip(names, xs, strict=True):
-        if x.dtype not in FLOATS:
-            raise TypeError(
-                f"{name} must have one of the dtypes {', '.join(FLOATS)}, got {x.dtype}"
-            )
-        if x.dtype != first.dtype:
-            raise TypeError(f"{name} must have {names[0]}'s dtype {first.dtype}, got {x.dtype}")
-        if x.device != first.device:
-            raise ValueError(
-                f"{name} must be on {names[0]}'s device {first.device}, got {x.device}"
-            )
-
     views = [_canonical(name, x, options) for name, x in zip(names, xs, strict=True)]
     batch, num_tokens, _, head_dim = views[0].shape
     for name, view in zip(names, views, strict=True):
@@ -334,8 +344,7 @@ def _position_strides(positions: ArraySpec | None) -> tuple[int, int]:
 def _check_positions(
     positions: ArraySpec, batch: int, num_tokens: int, device: str, x_name: str
 ) -> None:
-    if positions.dtype not in ("int32", "int64"):
-        raise TypeError(f"positions must be int32 or int64, got {positions.dtype}")
+    check_dtype("positions", positions, ("int32", "int64"))
     if positions.shape not in ((num_tokens,), (1, num_tokens), (batch, num_tokens)):
         raise ValueError(
             f"positions must have the shape {(num_tokens,)}, one for each token, or "

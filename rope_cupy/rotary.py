@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from . import cpu, jit, tensor
-from .checks import index
+from .checks import described, index
 from .memory import ITEMSIZE, overlap
 from .plan import launch_plan
 from .problem import (
     Options,
     TableSpec,
+    check_inputs,
     implicit_position,
     out_names,
     rotary_options,
@@ -101,7 +102,7 @@ def apply_rotary_qk(
     """
     options = rotary_options(interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range)
     if out is not None and not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(f"out must be None or a tuple of two arrays, got {type(out).__name__}")
+        raise TypeError(f"out must be None or a tuple of two arrays, got {described(out)}")
     q_out, k_out = _rotate(("q", "k"), (q, k), table, positions, options, out)
     return q_out, k_out
 
@@ -115,6 +116,7 @@ def _rotate(
     out: tuple[Any, ...] | None,
 ) -> tuple[Any, ...]:
     inputs = tuple(tensor.describe(name, x) for name, x in zip(names, xs, strict=True))
+    check_inputs(names, tuple(array.spec for array in inputs))
     table = as_table(table)
     gather = tensor.describe("positions", positions) if tensor.is_array(positions) else None
     if out is None:

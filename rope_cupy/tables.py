@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import tensor
-from .checks import index
+from .checks import described, index
 from .frequencies import cos_sin
 from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
-from .problem import TableSpec
+from .problem import TableSpec, check_dtype
 
 COMPLEX_PARTS = {"complex64": "float32", "complex128": "float64"}
 
@@ -86,7 +87,7 @@ class RotaryTable:
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
         cache = tensor.describe("cos_sin", cos_sin)
-        _check_dtype("cos_sin", cache.spec, FLOATS)
+        check_dtype("cos_sin", cache.spec, FLOATS)
         if len(cache.spec.shape) != 2 or cache.spec.shape[1] % 2:
             raise ValueError(
                 "cos_sin must have the shape (positions, rotary_dim) with an even rotary_dim, "
@@ -106,7 +107,7 @@ class RotaryTable:
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
         freqs = tensor.describe("freqs_cis", freqs_cis)
-        _check_dtype("freqs_cis", freqs.spec, tuple(COMPLEX_PARTS))
+        check_dtype("freqs_cis", freqs.spec, tuple(COMPLEX_PARTS))
         _check_shape("freqs_cis", freqs.spec, 0)
         reals = freqs.spec._replace(
             strides=tuple(2 * stride for stride in freqs.spec.strides),
@@ -128,7 +129,7 @@ class RotaryTable:
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
         matrices = tensor.describe("freqs", freqs)
-        _check_dtype("freqs", matrices.spec, FLOATS)
+        check_dtype("freqs", matrices.spec, FLOATS)
         shape, strides = matrices.spec.shape, matrices.spec.strides
         if shape[-2:] != (2, 2):
             raise ValueError(
@@ -235,16 +236,12 @@ def as_table(table: Any) -> RotaryTable:
         return table
     if isinstance(table, tuple) and len(table) == 2:
         return RotaryTable(*table)
-    raise TypeError(f"table must be a RotaryTable or a tuple (cos, sin), got {_described(table)}")
-
-
-def _described(table: Any) -> str:
-    return f"a tuple of {len(table)}" if isinstance(table, tuple) else type(table).__name__
+    raise TypeError(f"table must be a RotaryTable or a tuple (cos, sin), got {described(table)}")
 
 
 def _describe_two(cos: Any, sin: Any) -> tuple[tensor.Array, tensor.Array]:
     first, second = tensor.describe("cos", cos), tensor.describe("sin", sin)
-    _check_dtype("cos", first.spec, FLOATS)
+    check_dtype("cos", first.spec, FLOATS)
     if second.spec.dtype != first.spec.dtype:
         raise TypeError(f"sin must have cos's dtype {first.spec.dtype}, got {second.spec.dtype}")
     if second.spec.shape != first.spec.shape:
@@ -254,11 +251,6 @@ def _describe_two(cos: Any, sin: Any) -> tuple[tensor.Array, tensor.Array]:
             f"sin must be on cos's device {first.spec.device}, got {second.spec.device}"
         )
     return first, second
-
-
-def _check_dtype(name: str, spec: ArraySpec, dtypes: tuple[str, ...]) -> None:
-    if spec.dtype not in dtypes:
-        raise TypeError(f"{name} must have one of the dtypes {', '.join(dtypes)}, got {spec.dtype}")
 
 
 def _check_shape(name: str, spec: ArraySpec, trailing: int) -> None:
@@ -280,12 +272,16 @@ def _every(spec: ArraySpec, pairs: slice) -> ArraySpec:
 
 
 def _radians(inv_freq: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-    if hasattr(inv_freq, "__dlpack__") or hasattr(inv_freq, "__array_interface__"):
-        inv_freq = tensor.library_of("inv_freq", inv_freq).download(inv_freq)
+    if tensor.is_array(inv_freq):
+        array = tensor.describe("inv_freq", inv_freq)
+        check_dtype("inv_freq", array.spec, FLOATS)
+        inv_freq = array.library.download(inv_freq)
+    elif not isinstance(inv_freq, Sequence) or isinstance(inv_freq, str | bytes):
+        raise TypeError(f"inv_freq must be an array or a sequence of numbers, got {inv_freq!r}")
     try:
         values = np.asarray(inv_freq, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"inv_freq must be numbers, got {type(inv_freq).__name__}") from error
+        raise TypeError(f"inv_freq must be numbers, got {inv_freq!r}") from error
     if values.ndim != 1 or not values.size:
         raise ValueError(
             f"inv_freq must have one axis, of rotary_dim / 2 numbers, got shape {values.shape}"
