@@ -1,0 +1,399 @@
+"""Test arrays of any library, dtype and strides inside buffers full of canaries, and whole calls.
+
+A `Held` is a view in a larger buffer: `.array` is what the library under test gets, every other
+byte is a canary (NaN for numbers, a row far outside any table for positions), so that what is read
+beside the view spoils the result and what is written beside it is found. A `Case` is one call in
+every respect that can make a difference; `sample` draws many, `verify` makes a call and judges it.
+
+Libraries by name: numpy, torch and dlpack (nothing but the protocol) on the CPU; cupy, torch-cuda
+and dlpack-cuda on the GPU; jax and jax-cuda.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import zlib
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from reference import FORMATS, Error, arranged, canonical, check, decode, encode, rotate, to_bits
+
+import rope_cupy
+
+HAS_ML_DTYPES = importlib.util.find_spec("ml_dtypes") is not None
+
+# What lies in memory: bits for the formats of reference.py, else the type itself. And its canary.
+ELEMENTS: dict[str, Any] = {name: format.bits for name, format in FORMATS.items()}
+ELEMENTS |= {name: np.dtype(name) for name in ("complex64", "complex128", "int32", "int64")}
+CANARIES = {
+    "float16": b"\xa5\x7e",
+    "bfloat16": b"\xa5\x7f",
+    "float32": b"\xa5\xa5\xc5\x7f",
+    "float64": b"\xa5\xa5\xa5\xa5\xa5\xa5\xfa\x7f",
+    "int32": b"\xa5\xa5\xa5\x7a",
+    "int64": b"\xa5\xa5\xa5\xa5\xa5\xa5\xa5\x7a",
+}
+CANARIES |= {"complex64": 2 * CANARIES["float32"], "complex128": 2 * CANARIES["float64"]}
+GUARD = 64  # elements of canary at both ends; whole vectors, so that "dense" is aligned
+
+STYLES = "dense padded ragged packed swapped transposed stepped offset1 offset2 offset4".split()
+INPUT_STYLES = ["repeated", "repeated heads"]  # of stride 0: not for outputs
+NUMPY_STYLES = ["reversed"]  # of negative strides: for NumPy and CuPy alone
+
+
+class Placement(NamedTuple):
+    """Where a view lies in its buffer, in elements."""
+
+    strides: tuple[int, ...]
+    offset: int
+    size: int  # of the whole buffer
+
+
+def place(shape: tuple[int, ...], style: str, heads: int = -1, unit: int = 1) -> Placement:
+    """Strides of a style for a shape; `heads` is its axis of heads, each `unit` elements of it."""
+    order = list(range(len(shape)))  # in memory, outermost first
+    extent = list(shape)
+    step = 2 if style == "stepped" else 1
+    start = int(style.removeprefix("offset")) if style.startswith("offset") else 0
+    if style in ("padded", "ragged"):  # gaps along every axis, of whole vectors or of odd elements
+        start = 8 if style == "padded" else 3
+        extent = [n + 1 for n in shape[:-1]] + [shape[-1] + start]
+    elif style == "packed":  # the heads in the midst of others, as in a packed qkv
+        extent[heads] += 3 * unit
+    elif style == "swapped":  # the outer axes the other way round, as after .transpose(1, 2)
+        order[:-1] = order[-2::-1]
+    elif style == "transposed":  # the last axis outermost
+        order.reverse()
+    elif style in INPUT_STYLES:
+        extent[0 if style == "repeated" or heads == -1 else heads] = 1
+
+    strides, size = [0] * len(shape), step
+    for axis in reversed(order):
+        strides[axis] = size if extent[axis] >= shape[axis] else 0
+        size *= extent[axis]
+    if style == "packed":
+        start = unit * strides[heads]
+    elif style == "reversed":
+        start = sum(max(n - 1, 0) * stride for n, stride in zip(shape, strides, strict=True))
+        strides = [-stride for stride in strides]
+    return Placement(tuple(strides), GUARD + start, GUARD + start + size + GUARD)
+
+
+class Producer:
+    """An array that is nothing but DLPack, as a library no one here has heard of hands it over."""
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+    def __array_namespace__(self, *, api_version: str | None = None) -> SimpleNamespace:
+        source = importlib.import_module(type(self.array).__module__.partition(".")[0])
+        return SimpleNamespace(from_dlpack=lambda array, **_: Producer(source.from_dlpack(array)))
+
+
+class Held:
+    """An array of a library as a view inside a buffer of canaries."""
+
+    def __init__(self, elements: np.ndarray, dtype: str, library: str, place: Placement):
+        """Hold `elements`, of ELEMENTS[dtype]; the last ones along an axis of stride 0."""
+        if library.startswith("jax"):  # its arrays have no strides, and nothing around them
+            place = Placement(np.empty(elements.shape, "V1").strides, 0, elements.size)
+        self._place, item = place, np.dtype(ELEMENTS[dtype])
+        self._before = np.frombuffer(CANARIES[dtype] * place.size, np.uint8).copy()
+        view = self._view(self._before, item, elements.shape)
+        view[...] = elements
+        self.elements = view.copy()
+        inside = np.zeros(self._before.size, bool)
+        self._view(inside, f"V{item.itemsize}", elements.shape)[...] = b"\1" * item.itemsize
+        self._outside = ~inside
+        self._buffer, self.array = self._upload(dtype, library, elements.shape)
+
+    def _view(self, buffer: Any, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+        size = np.dtype(dtype).itemsize
+        strides = [size * stride for stride in self._place.strides]
+        return np.ndarray(shape, dtype, buffer, self._place.offset * size, strides)
+
+    def _upload(self, dtype: str, library: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
+        (strides, offset, _), host = self._place, self._before.copy()
+        if library.startswith("dlpack"):  # around another's memory: NumPy exports no bfloat16
+            owners = {"dlpack": ("numpy", "torch"), "dlpack-cuda": ("cupy", "torch-cuda")}[library]
+            buffer, array = self._upload(dtype, owners[dtype == "bfloat16"], shape)
+            return buffer, Producer(array)
+        if library.startswith("torch"):
+            torch = pytest.importorskip("torch")
+            buffer = torch.from_numpy(host).to("cuda" if library == "torch-cuda" else "cpu")
+            return buffer, buffer.view(getattr(torch, dtype)).as_strided(shape, strides, offset)
+        own = dtype != "bfloat16"
+        kind = np.dtype(dtype if own else pytest.importorskip("ml_dtypes").bfloat16)
+        if library == "numpy":
+            return host, self._view(host, kind, shape)
+        if library == "cupy":
+            cupy = pytest.importorskip("cupy")
+            buffer, strides = cupy.asarray(host), [kind.itemsize * stride for stride in strides]
+            return buffer, cupy.ndarray(shape, kind, buffer.data + offset * kind.itemsize, strides)
+        jax = pytest.importorskip("jax")
+        devices = [device for device in jax.devices() if device.platform == "gpu"]
+        if library == "jax-cuda" and not devices:
+            pytest.skip("JAX has no GPU here")
+        device = devices[0] if library == "jax-cuda" else jax.devices("cpu")[0]
+        array = jax.device_put(self._view(host, kind, shape), device)
+        return array, array
+
+    def assert_unchanged(self) -> None:
+        """No byte of the buffer has changed."""
+        assert not self._changed().any(), f"{self._changed().sum()} bytes of an input have changed"
+
+    def assert_guarded(self) -> None:
+        """No byte outside the view has changed."""
+        outside = self._changed() & self._outside
+        assert not outside.any(), f"{outside.sum()} bytes outside the view have changed"
+
+    def _changed(self) -> np.ndarray:
+        return to_bits(self._buffer).reshape(-1).view(np.uint8) != self._before
+
+
+def hold(values: Any, dtype: str, library: str, style: str = "dense") -> Held:
+    """Hold numbers, rounded to dtype, in a library's array of the given style of strides."""
+    elements = encode(values, dtype) if dtype in FORMATS else np.asarray(values).astype(dtype)
+    return Held(elements, dtype, library, place(elements.shape, style))
+
+
+def in_order_of(y: Any, x: Any) -> bool:
+    """Whether y is dense and its axes lie in memory in the order of x's, as of numpy.empty_like."""
+    y, x = (getattr(array, "array", array) for array in (y, x))
+    if 0 in x.shape or not (hasattr(y, "stride") or hasattr(y, "strides")):
+        return True  # no elements, or an array of JAX
+    y_strides, x_strides = (a.stride() if hasattr(a, "stride") else a.strides for a in (y, x))
+    memory = np.empty(1, np.dtype(f"V{1 if hasattr(y, 'stride') else y.itemsize}"))
+    like = np.empty_like(np.lib.stride_tricks.as_strided(memory, x.shape, x_strides))
+    return all(n == 1 or a == b for n, a, b in zip(x.shape, like.strides, y_strides, strict=True))
+
+
+FORMS = ["half", "full", "cache", "complex", "matrices"]
+
+
+def make_table(
+    cos: np.ndarray, sin: np.ndarray, case: Case
+) -> tuple[rope_cupy.RotaryTable, list[Held]]:
+    """A RotaryTable of the case's form from half-width arrays, and what holds its memory."""
+    table, dtype = rope_cupy.RotaryTable, case.table_dtype
+    make, arrays = table, [cos, sin]
+    if case.form == "full":
+        twice = np.repeat if case.interleaved else lambda x, n, axis: np.concatenate([x] * n, axis)
+        make, arrays = table.from_full_width, [twice(part, 2, -1) for part in arrays]
+    elif case.form == "cache":
+        make, arrays = table.from_cache, [np.concatenate(arrays, -1)]
+    elif case.form == "complex":
+        make, arrays = table.from_complex, [cos + 1j * sin]
+        dtype = {"float32": "complex64", "float64": "complex128"}[dtype]
+    elif case.form == "matrices":
+        rows = [np.stack([cos, -sin], -1), np.stack([sin, cos], -1)]
+        make, arrays = table.from_matrices, [np.stack(rows, -2)]
+    held = [hold(array, dtype, case.table_library, case.table_style) for array in arrays]
+    return make(*(h.array for h in held)), held
+
+
+class Case(NamedTuple):
+    """One call of apply_rotary or apply_rotary_qk."""
+
+    dtype: str
+    table_dtype: str = "float32"
+    interleaved: bool = False
+    form: str = "half"
+    conjugate: bool = False
+    library: str = "numpy"
+    table_library: str = "same"
+    head: tuple[int, int, int] = (64, 64, 0)  # head_dim, rotary_dim, rotary_offset
+    sizes: tuple[int, int, int, int] = (2, 5, 3, 1)  # batch, tokens, heads of q and k (0: no k)
+    layout: str = "bshd"  # parentheses join two axes, which head_dim splits
+    style: str = "dense"  # of q's strides, and of k's output
+    k_style: str = "dense"  # of k's strides, and of q's output
+    rows: str = "position"  # the table has one a position, or a batch's token, or such a head
+    table_style: str = "dense"
+    positions: str = "none"
+    outside: str = "inside"  # are positions beside the table, and what becomes of their tokens
+    write: str = "new"
+
+    def __str__(self) -> str:
+        words = {2: ["half", "interleaved"], 4: ["forward", "conjugate"]}
+        values = [words[i][value] if i in words else value for i, value in enumerate(self)]
+        values = [".".join(map(str, v)) if isinstance(v, tuple) else v for v in values]
+        return "-".join(values).replace(" ", "_")
+
+
+# The other library on the same device, for tables and outputs that are not of the input's library.
+OTHER = {"numpy": "torch", "torch": "numpy", "dlpack": "torch", "jax": "numpy"}
+OTHER |= {"cupy": "torch-cuda", "torch-cuda": "cupy", "dlpack-cuda": "cupy", "jax-cuda": "cupy"}
+DEFAULT_LAYOUTS = ["shd", "bshd", "s(hd)", "bs(hd)"]
+OUTSIDE = {  # rows of no table; the last would be rows of one if they lost their upper half
+    "int32": [-1, -(2**31), 2**31 - 1],
+    "int64": [-1, -(2**31), 2**31, -(2**63), 2**63 - 1, -(2**32), 2**32, 2**32 + 1],
+}
+OPTIONS: dict[str, list[Any]] = {
+    "dtype": list(FORMATS),
+    "table_dtype": list(FORMATS),
+    "interleaved": [False, True],
+    "form": FORMS,
+    "conjugate": [False, True],
+    "table_library": ["same", "other"],
+    "head": [
+        *((n, n, 0) for n in (2, 6, 64, 72, 80, 96, 128, 256, 320, 512)),
+        *((6, 2, 3), (80, 32, 0), (90, 24, 0), (90, 24, 13), (90, 24, 66), (96, 94, 1)),
+        *((128, 64, 0), (128, 64, 64), (192, 64, 128), (256, 64, 8), (320, 72, 8), (512, 64, 448)),
+    ],
+    "sizes": [(2, 5, 3, 1), (3, 2, 4, 4), (1, 7, 2, 0), (2, 1, 8, 2), (1, 33, 1, 1), (2, 17, 5, 0)],
+    "layout": "bshd shd bhsd hsd sbhd thd hbtd bs(hd) s(hd) sb(hd)".split(),
+    "style": STYLES + NUMPY_STYLES + INPUT_STYLES,
+    "k_style": STYLES + NUMPY_STYLES + INPUT_STYLES,
+    "rows": ["position", "position", "position", "batch", "head"],
+    "table_style": [*STYLES, "reversed", "repeated"],
+    "positions": "none,int,int32 s,int32 bs,int32 1s,int64 s,int64 bs,int64 1s".split(","),
+    "outside": ["inside", "nan", "keep"],
+    "write": ["new", "out", "out other", "in place"],
+}
+
+
+def sample(count: int, seed: int, **options: list[Any]) -> list[Case]:
+    """Cases that show every value of an option equally often, mixed at random but always alike."""
+    rng, columns = np.random.default_rng(seed), {}
+    for name, values in (OPTIONS | options).items():
+        columns[name] = [values[i] for i in rng.permutation(np.arange(count) % len(values))]
+    rows = zip(*columns.values(), strict=True)
+    cases = {possible(Case(**dict(zip(columns, row, strict=True)))) for row in rows}
+    return sorted(cases)  # neighbours share a kernel
+
+
+def possible(case: Case) -> Case:
+    """The nearest case that makes sense."""
+    batch, tokens, q_heads, k_heads = case.sizes
+    dtype, k_heads = case.table_dtype, k_heads and (q_heads if case.rows == "head" else k_heads)
+    if case.form == "complex" and dtype not in ("float32", "float64"):
+        dtype = "float32"
+    rows = "position" if case.form == "cache" else case.rows
+    positions = case.positions if rows == "position" else "none"
+    library = able(case.library, case.dtype)
+    owner = able(library if case.table_library == "same" else OTHER[library], dtype)
+    written = case.write == "in place"
+    return case._replace(
+        table_dtype=dtype,
+        library=library,
+        table_library=owner,
+        sizes=(batch if "b" in case.layout else 1, tokens, q_heads, k_heads),
+        style=known(case.style, library, written),
+        k_style=known(case.k_style, library, written),
+        rows=rows,
+        table_style=known(case.table_style, owner, written=False),
+        positions=positions,
+        outside=case.outside if " " in positions else "inside",
+    )
+
+
+def able(library: str, dtype: str) -> str:
+    """The library, or torch where it is NumPy or CuPy and has no bfloat16 for want of ml_dtypes."""
+    lacking = dtype == "bfloat16" and not HAS_ML_DTYPES and library in ("numpy", "cupy")
+    return OTHER[library] if lacking else library
+
+
+def known(style: str, library: str, written: bool) -> str:
+    """The style, or another where the library knows no such strides or they cannot be written."""
+    if style in NUMPY_STYLES and library not in ("numpy", "cupy"):
+        return "ragged"
+    return "packed" if written and style in INPUT_STYLES else style
+
+
+def verify(case: Case) -> list[Error]:
+    """Make the call, hold all it did against the reference, and say how far each result is off."""
+    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+    batch, tokens, *heads = case.sizes
+    head_dim, rotary_dim, offset = case.head
+    axes, flat = case.layout.replace("(", "").replace(")", ""), "(" in case.layout
+    turned = np.isin(np.arange(head_dim), np.arange(offset, offset + rotary_dim))
+
+    def hold_heads(library: str, styles: list[str]) -> list[Held]:
+        """q, and k if any: numbers where the head is rotated, any bits at all where it is not."""
+        held, most = [], np.iinfo(FORMATS[case.dtype].bits).max
+        for num_heads, style in zip(heads, styles, strict=True):
+            shape = (batch, tokens, num_heads, head_dim)
+            numbers = rng.standard_normal(shape) * 2.0 ** rng.integers(-3, 3, shape)
+            noise = rng.integers(0, most, shape, FORMATS[case.dtype].bits, endpoint=True)
+            x = arranged(np.where(turned, encode(numbers, case.dtype), noise), axes, flat=flat)
+            where = place(x.shape, style, *((-1, head_dim) if flat else (axes.index("h"),)))
+            held.append(Held(x, case.dtype, library, where))
+        return held[: 2 if heads[1] else 1]
+
+    # What goes in.
+    styles = [case.style, case.k_style]
+    inputs = hold_heads(case.library, styles)
+    first = 3 if case.positions == "int" else 0
+    leading = (first + tokens + 4,)
+    if case.rows != "position":
+        leading = (rng.choice([1, batch]), tokens, rng.choice([1, heads[0]]))
+        leading = leading[: 3 if case.rows == "head" else 2]
+    angle = rng.uniform(-np.pi, np.pi, (*leading, rotary_dim // 2))
+    if case.table_style == "repeated":
+        angle[:] = angle[:1]
+    kind = case.table_dtype
+    cos, sin = (decode(encode(part, kind), kind) for part in (np.cos(angle), np.sin(angle)))
+    table, held = make_table(cos, sin, case)
+    positions: Any = first if case.positions == "int" else None
+    rows = positions
+    if " " in case.positions:
+        dtype, names = case.positions.split()
+        shape = {"s": (tokens,), "bs": (batch, tokens), "1s": (1, tokens)}[names]
+        rows = rng.integers(0, leading[0], shape)
+        if case.outside != "inside":
+            outside = rng.choice([*OUTSIDE[dtype], leading[0]], shape)
+            rows = np.where(rng.random(shape) < 0.4, outside, rows)
+        held.append(hold(rows, dtype, case.table_library, case.table_style))
+        positions, rows = held[-1].array, held[-1].elements
+
+    # The call.
+    outs = inputs if case.write == "in place" else []
+    if case.write.startswith("out"):
+        library = able(OTHER[case.library], case.dtype) if "other" in case.write else case.library
+        outs = hold_heads(library, [known(style, library, written=True) for style in styles[::-1]])
+    options = {
+        "interleaved": case.interleaved,
+        "rotary_offset": offset,
+        "conjugate": case.conjugate,
+        "out_of_range": "keep" if case.outside == "keep" else "nan",
+    }
+    results = (rope_cupy.apply_rotary_qk if heads[1] else rope_cupy.apply_rotary)(
+        *(held_x.array for held_x in inputs),
+        table,
+        positions=positions,
+        layout=None if case.layout in DEFAULT_LAYOUTS else axes,
+        head_dim=head_dim if flat else None,
+        out=(tuple(out.array for out in outs) if heads[1] else outs[0].array) if outs else None,
+        **options,
+    )
+
+    # What came of it.
+    errors = []
+    for i, y in enumerate(results if heads[1] else [results]):
+        if outs:
+            assert y is outs[i].array
+            outs[i].assert_guarded()
+        else:
+            assert type(y) is type(inputs[i].array)
+            assert styles[i] in INPUT_STYLES or in_order_of(y, inputs[i].array)
+        split = head_dim if flat else None
+        x, y = (canonical(bits, axes, split) for bits in (inputs[i].elements, to_bits(y)))
+        exact = rotate(decode(x, case.dtype), cos, sin, positions=rows, **options)
+        actual = decode(y, case.dtype)
+        errors.append(check(actual[..., turned], exact[..., turned], case.dtype))
+        untouched = np.broadcast_to(~turned, y.shape)
+        if case.outside == "keep":
+            untouched = untouched | ((rows < 0) | (rows >= len(cos)))[..., None, None]
+        assert np.array_equal(x[untouched], y[untouched]), "what is not rotated must keep its bits"
+    for unwritten in held if case.write == "in place" else held + inputs:
+        unwritten.assert_unchanged()
+    return errors

@@ -1,0 +1,102 @@
+"""Tests marked gpu are skipped where there is no GPU, and counted; the accuracy seen is summed up.
+
+With ROPE_CUPY_FIGURES naming a folder, the accuracy is also appended to figures.jsonl there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reference import FORMATS, Error
+
+NO_GPU = "no GPU here"
+
+# JAX would take most of the GPU's memory for itself.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def why_no_gpu() -> str | None:
+    """What keeps the tests from a GPU, or None."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no reason to stay away
+            from cupy.cuda import runtime
+        return None if runtime.getDeviceCount() else "CUDA finds no device"
+    except ModuleNotFoundError:
+        return "CuPy is not installed"
+    except Exception as error:  # no driver, an old one, a library that does not load, ...
+        return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    why = why_no_gpu() if marked else None
+    for item in marked if why else []:
+        item.add_marker(pytest.mark.skip(reason=f"{NO_GPU} ({why})"))
+
+
+@pytest.fixture
+def record(
+    request: pytest.FixtureRequest, record_property: Callable[[str, Any], None]
+) -> Callable[..., None]:
+    """Keep for the summary how far results were from the exact ones: record(dtype, *errors)."""
+    device = "GPU" if request.node.get_closest_marker("gpu") else "CPU"
+
+    def keep(dtype: str, *errors: Error) -> None:
+        for error in errors:
+            record_property("accuracy", [device, dtype, *error])
+
+    return keep
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    # Every worker of pytest-xdist sends its reports here, with their keywords and properties.
+    reports = terminalreporter.getreports
+    reasons = [str(r.longrepr[2]) for r in reports("skipped") if "gpu" in r.keywords]
+    reasons = [reason.removeprefix("Skipped: ") for reason in reasons if NO_GPU in reason]
+    if reasons:
+        line = f"gpu: {len(reasons)} tests skipped, {reasons[0]}"
+        terminalreporter.write_line(line, yellow=True, bold=True)
+
+    figures = summed_up(reports("passed") + reports("failed"))
+    for figure in figures:
+        line = "accuracy on the {device}, {dtype}: worst relative error {relative:.1e}"
+        if figure["dtype"] != "float64":  # whose exact results are float64 themselves
+            line += ", {equal:.4%} of {elements:,} elements exact but for one rounding"
+            line += ", the worst {ulp} ulp off"
+        terminalreporter.write_line(line.format(**figure))
+    folder = os.environ.get("ROPE_CUPY_FIGURES")
+    if folder and figures:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with open(Path(folder) / "figures.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(figure) + "\n" for figure in figures)
+
+
+def summed_up(reports: list[Any]) -> list[dict[str, Any]]:
+    """The worst and the sum of what `record` kept, by device and dtype."""
+    kept: dict[tuple[str, str], list[Error]] = {}
+    for report in reports:
+        for name, value in report.user_properties if report.when == "call" else []:
+            if name == "accuracy":
+                device, dtype, *error = value
+                kept.setdefault((device, dtype), []).append(Error(*error))
+    figures = []
+    for device, dtype in sorted(kept, key=lambda key: (key[0], list(FORMATS).index(key[1]))):
+        errors = kept[device, dtype]
+        elements = sum(error.size for error in errors)
+        figure = {
+            "device": device,
+            "dtype": dtype,
+            "relative": max(error.relative for error in errors),
+            "equal": 1 - sum(error.unequal for error in errors) / max(elements, 1),
+            "elements": elements,
+            "ulp": max(error.worst_ulp for error in errors),
+        }
+        figures.append(figure)
+    return figures

@@ -1,0 +1,15 @@
+"""NVRTC without a GPU: source and kernel names in, the compiler's log out."""
+
+from cupy.cuda import nvrtc
+
+
+def compiled(code: str, names: list[str], options: tuple[str, ...]) -> str:
+    """Compile kernels by name; a failure is a RuntimeError with what the compiler says."""
+    program = nvrtc.createProgram(code, "test.cu", [], [])
+    for name in names:
+        nvrtc.addNameExpression(program, name)
+    try:
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(nvrtc.getProgramLog(program)) from error
+    return nvrtc.getProgramLog(program).replace("\0", "")

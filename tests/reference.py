@@ -1,0 +1,232 @@
+"""Rotary position embedding by its definition, in float64, and what "right" means for a result.
+
+`rotate` turns every pair of a head by the angle of its token's position: the vector (a, b) becomes
+(a cos - b sin, b cos + a sin). `encode` rounds float64 numbers once, to nearest even, to the bits
+of a narrower format, by integer arithmetic alone; `to_float64` brings any library's array back
+exactly; `check` holds a result against the exact one. Nothing here knows the library under test.
+
+Arrays are (batch, tokens, heads, head_dim); `canonical` and `arranged` lead there and back.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Format(NamedTuple):
+    """An IEEE 754 binary format: the widths of its two fields and the relative error allowed."""
+
+    exponent_bits: int
+    mantissa_bits: int
+    bits: type[np.unsignedinteger]
+    tolerance: float | None  # None: held element by element against the exact result rounded once
+
+
+FORMATS = {
+    "float16": Format(5, 10, np.uint16, None),
+    "bfloat16": Format(8, 7, np.uint16, None),
+    "float32": Format(8, 23, np.uint32, 2e-7),
+    "float64": Format(11, 52, np.uint64, 1e-15),
+}
+
+# A result of a 16-bit format may differ from the exact one, rounded once, in one element of a
+# thousand (by one unit in the last place); in a small array in three, for chance is coarse there.
+UNEQUAL_SHARE, UNEQUAL_FEW = 1e-3, 3
+
+
+class Error(NamedTuple):
+    """How far a result is from the exact one."""
+
+    relative: float  # norm of the difference over norm of the exact result
+    unequal: int  # elements that are not the exact result rounded once
+    worst_ulp: int  # units in the last place of the worst element
+    size: int
+
+
+def rotate(
+    x: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    *,
+    interleaved: bool = False,
+    positions: int | np.ndarray | None = None,
+    rotary_offset: int = 0,
+    conjugate: bool = False,
+    out_of_range: str = "nan",
+) -> np.ndarray:
+    """Rotate x (batch, tokens, heads, head_dim) by half-width tables of cosines and sines.
+
+    cos, sin: (positions, pairs), looked up by `positions`: None counts the tokens from 0, an int
+    from there, an array (tokens,) or (batch, tokens) names each token's row. Or a row for each
+    token: (batch, tokens, pairs) or (batch, tokens, heads, pairs), where batch and heads may be 1.
+    """
+    batch, tokens, heads, _ = x.shape
+    pairs = cos.shape[-1]
+    if cos.ndim == 2:
+        if positions is None or isinstance(positions, int):
+            positions = np.arange(tokens) + (positions or 0)
+        row = np.broadcast_to(positions, (batch, tokens))
+        inside = (row >= 0) & (row < len(cos))
+        cos, sin = (table[np.where(inside, row, 0)] for table in (cos, sin))
+    else:
+        inside = np.ones((batch, tokens), bool)
+    if cos.ndim == 3:
+        cos, sin = cos[:, :, None], sin[:, :, None]
+    cos, sin = (np.broadcast_to(table, (batch, tokens, heads, pairs)) for table in (cos, sin))
+    if conjugate:
+        sin = -sin
+
+    if interleaved:
+        first = rotary_offset + 2 * np.arange(pairs)
+        second = first + 1
+    else:
+        first = rotary_offset + np.arange(pairs)
+        second = first + pairs
+    a, b = x[..., first], x[..., second]
+    inside = inside[:, :, None, None]
+    lost = {"nan": (np.nan, np.nan), "keep": (a, b)}[out_of_range]
+    y = x.copy()
+    with np.errstate(invalid="ignore", over="ignore"):
+        y[..., first] = np.where(inside, a * cos - b * sin, lost[0])
+        y[..., second] = np.where(inside, b * cos + a * sin, lost[1])
+    return y
+
+
+def canonical(x: np.ndarray, layout: str, head_dim: int | None = None) -> np.ndarray:
+    """An array of any layout as (batch, tokens, heads, head_dim); head_dim splits its last axis."""
+    if head_dim is not None:
+        x = x.reshape(*x.shape[:-1], -1, head_dim)
+    layout = layout.replace("t", "s")
+    if "b" not in layout:
+        layout, x = "b" + layout, x[None]
+    return x.transpose([layout.index(axis) for axis in "bshd"])
+
+
+def arranged(x: np.ndarray, layout: str, *, flat: bool = False) -> np.ndarray:
+    """The inverse of `canonical`; flat joins the last two axes."""
+    layout = layout.replace("t", "s")
+    x = x.transpose(["bshd".index(axis) for axis in ("" if "b" in layout else "b") + layout])
+    x = x if "b" in layout else x[0]
+    return x.reshape(*x.shape[:-2], -1) if flat else x
+
+
+def encode(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Round float64 values once, to nearest even, and return the format's bits."""
+    exponent_bits, mantissa_bits, bits_type, _ = FORMATS[dtype]
+    bits = np.ascontiguousarray(values, np.float64).view(np.int64)
+    if dtype == "float64":
+        return bits.view(np.uint64)
+    magnitude = bits & 0x7FFF_FFFF_FFFF_FFFF
+    exponent, fraction = magnitude >> 52, magnitude & (1 << 52) - 1
+    infinity = ((1 << exponent_bits) - 1) << mantissa_bits
+
+    # Normal: exponent and fraction are one integer, where a carry runs from one into the other.
+    # Subnormal: the significand with its leading one loses a bit more for each power of two below.
+    shifted = exponent - 1023 + (1 << exponent_bits - 1) - 1
+    normal = shifted >= 1
+    significand = np.where(normal, shifted << 52, 1 << 52) | fraction
+    drop = np.minimum(52 - mantissa_bits + np.where(normal, 0, 1 - shifted), 62)
+    code = significand >> drop
+    rest = significand - (code << drop)
+    half = np.int64(1) << drop - 1
+    code += (rest > half) | ((rest == half) & (code & 1 == 1))
+    code = np.minimum(code, infinity)
+    code = np.where(np.isnan(values), infinity | 1 << mantissa_bits - 1, code).astype(np.uint64)
+    sign = (bits < 0).astype(np.uint64) << np.uint64(exponent_bits + mantissa_bits)
+    return (code | sign).astype(bits_type)
+
+
+def decode(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The exact float64 values of a format's bits."""
+    exponent_bits, mantissa_bits, bits_type, _ = FORMATS[dtype]
+    if dtype == "float64":
+        return np.ascontiguousarray(bits, np.uint64).view(np.float64)
+    code = np.asarray(bits, bits_type).astype(np.int64)
+    exponent = code >> mantissa_bits & (1 << exponent_bits) - 1
+    fraction = code & (1 << mantissa_bits) - 1
+    bias = (1 << exponent_bits - 1) - 1
+    significand = np.where(exponent > 0, 1 << mantissa_bits, 0) | fraction
+    value = np.ldexp(significand.astype(np.float64), np.maximum(exponent, 1) - bias - mantissa_bits)
+    special = np.where(fraction == 0, np.inf, np.nan)
+    value = np.where(exponent == (1 << exponent_bits) - 1, special, value)
+    return np.where(code >> exponent_bits + mantissa_bits == 1, -value, value)
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """What is left of float64 values in a narrower format."""
+    return decode(encode(values, dtype), dtype)
+
+
+def dtype_name(array: Any) -> str:
+    """The name of an array's dtype, whoever's it is."""
+    return str(getattr(array, "array", array).dtype).removeprefix("torch.")
+
+
+def to_bits(array: Any) -> np.ndarray:
+    """What any library's array holds, bit by bit, as NumPy's unsigned integers."""
+    array = getattr(array, "array", array)
+    bits = np.dtype(f"u{array.dtype.itemsize}")
+    if hasattr(array, "cpu"):  # torch, where few operations know unsigned integers
+        signed = np.dtype(f"i{bits.itemsize}")
+        array = array.detach().view(getattr(importlib.import_module("torch"), signed.name))
+        return array.cpu().contiguous().numpy().view(bits)
+    if hasattr(array, "get"):  # CuPy
+        return array.view(bits).get()
+    return np.array(array).view(bits)
+
+
+def to_float64(array: Any) -> np.ndarray:
+    """The exact values of any library's array of numbers."""
+    return decode(to_bits(array), dtype_name(array))
+
+
+def ulp_distance(actual: np.ndarray, exact: np.ndarray, dtype: str) -> np.ndarray:
+    """How many steps of the format lie between two float64 arrays, each rounded to it first.
+
+    Two zeros and two NaNs are 0 apart, a NaN and a number as far as can be.
+    """
+    ranks = []
+    for values in (actual, exact):
+        code = encode(values, dtype).astype(np.int64)
+        sign = np.int64(-1) << FORMATS[dtype].exponent_bits + FORMATS[dtype].mantissa_bits
+        ranks.append(np.where(code & sign, -(code & ~sign), code))
+    a, b = ranks
+    farthest = np.iinfo(np.int64).max
+    distance = np.where(a > b, a - b, b - a).view(np.uint64)  # int64 may wrap around, rightly
+    distance = np.minimum(distance, np.uint64(farthest)).astype(np.int64)
+    nan_a, nan_b = np.isnan(actual), np.isnan(exact)
+    return np.where(nan_a | nan_b, np.where(nan_a & nan_b, 0, farthest), distance)
+
+
+def check(actual: np.ndarray, exact: np.ndarray, dtype: str) -> Error:
+    """Assert that `actual` is as near to `exact` (float64 both) as the contract of the format asks.
+
+    `actual` holds a result's values, each a number of the format. Returns how far it is.
+    """
+    assert actual.shape == exact.shape, f"shape {actual.shape}, expected {exact.shape}"
+    if not actual.size:
+        return Error(0.0, 0, 0, 0)
+    distance = ulp_distance(actual, exact, dtype)
+    finite = np.isfinite(actual) & np.isfinite(rounded(exact, dtype))
+    scale = np.abs(exact[finite]).max(initial=0) or 1.0
+    off = np.linalg.norm((actual[finite] - exact[finite]) / scale)
+    norm = np.linalg.norm(exact[finite] / scale)
+    relative = off / norm if norm else off
+    unequal = int(np.count_nonzero(distance))
+    error = Error(float(relative), unequal, int(distance.max()), actual.size)
+
+    worst = np.unravel_index(int(distance.argmax()), actual.shape)
+    place = tuple(map(int, worst))
+    told = f"{dtype} at {place}: {actual[worst]!r}, expected {exact[worst]!r}; in all {error}"
+    tolerance = FORMATS[dtype].tolerance
+    if tolerance is None:
+        assert error.worst_ulp <= 1, told
+        assert error.unequal <= max(UNEQUAL_FEW, UNEQUAL_SHARE * error.size), told
+    else:
+        # What is not finite has no relative error: it must be the same, or one rounding away.
+        assert distance[~finite].max(initial=0) <= 1, told
+        assert error.relative <= tolerance, told
+    return error

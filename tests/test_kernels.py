@@ -1,0 +1,121 @@
+"""The kernels, compiled by NVRTC without a GPU for every architecture, and their argument block."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+
+import pytest
+import test_gpu
+import test_rotary
+from arrays import verify
+from test_plan import FIELDS, fields, problem, spec
+
+from rope_cupy import cpu, jit
+from rope_cupy.plan import launch_plan
+
+try:
+    from nvrtc import compiled
+except Exception as error:
+    pytest.skip(f"NVRTC cannot be loaded ({error})", allow_module_level=True)
+
+ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
+BATCH = 32  # kernels in one compilation
+ON_THE_CPU = {"cupy": "numpy", "torch-cuda": "torch", "dlpack-cuda": "dlpack"}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The name of every kernel that the test matrices launch."""
+
+    class FoundError(Exception):
+        pass
+
+    def record(problem, *_):
+        names.add(launch_plan(problem).kernel)
+        raise FoundError
+
+    names = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "rotate", record)
+        for case in {*test_rotary.CASES, *test_gpu.CASES}:
+            libraries = {
+                name: ON_THE_CPU.get(value, value)
+                for name, value in case._asdict().items()
+                if name in ("library", "table_library")
+            }
+            with pytest.raises(FoundError):
+                verify(case._replace(**libraries))
+    return sorted(names)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_of_the_matrix_compiles_and_keeps_all_in_registers(kernels, architecture):
+    code = (jit.sources() / "rotary.cu").read_text()
+    options = (*jit.compile_options(), f"-arch={architecture}", "--ptxas-options=-v")
+    batches = [kernels[i : i + BATCH] for i in range(0, len(kernels), BATCH)]
+    # In processes: NVRTC compiles one program at a time. Spawned: a fork could inherit a lock.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        logs = "".join(pool.map(compiled, repeat(code), batches, repeat(options)))
+    lines = [line for line in logs.splitlines() if "bytes stack frame" in line]
+    assert len(lines) == len(kernels) > 700
+    for line in lines:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line
+    assert "warning" not in logs
+
+
+def test_the_matrix_launches_kernels_of_every_kind(kernels):
+    arguments = [name[len("rotary_kernel<") : -1].split(", ") for name in kernels]
+    kinds = [set(column) for column in zip(*arguments, strict=True)]
+    numbers = {"float16", "bfloat16", "float", "double"}
+    flags = {"true", "false"}
+    assert kinds[:4] == [numbers, numbers, flags, flags]
+    assert kinds[4] == {"1", "2", "4"}  # pairs of a thread
+    steps = {tuple(row[5:7]) for row in arguments}
+    assert steps == {("1", "0"), ("2", "0"), ("2", "1"), ("4", "2")}
+    assert kinds[7] >= {"0", "1", "2", "4", "8"}  # elements of a copying lane
+    assert kinds[8] == flags
+
+
+def test_no_header_but_our_own_is_included():
+    for path in jit.sources().glob("*.cu*"):
+        for line in path.read_text().splitlines():
+            if line.startswith("#include"):
+                assert (jit.sources() / line.split('"')[1]).is_file(), (path, line)
+
+
+def test_the_options_change_with_every_source(tmp_path, monkeypatch):
+    before = jit.compile_options()[-1]
+    for path in jit.sources().glob("*.cu*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(jit, "sources", lambda: tmp_path)
+    assert jit.compile_options()[-1] == before
+    for path in tmp_path.iterdir():
+        path.write_text(path.read_text() + "\n")
+        assert jit.compile_options()[-1] != before
+        before = jit.compile_options()[-1]
+
+
+def test_the_argument_block_is_packed_as_the_kernel_reads_it():
+    """Every word of a block is found at the offset that the compiler gives its field."""
+    q, k = spec((3, 7, 5, 320)), spec((3, 7, 2, 320))
+    positions = spec((3, 7), "int32")
+    posed = problem([q, k], 256, outs=[q, k], positions=positions, rotary_offset=32)
+    pointers = ["x[0]", "x[1]", "out[0]", "out[1]", "cos_data", "sin_data", "positions"]
+    checks = [
+        f'static_assert(__INTADDR__(&((Block*)0)->{field}) == {8 * i}, "{field}");'
+        for i, field in enumerate(pointers + FIELDS)
+    ]
+    size = 8 * (len(pointers) + len(FIELDS))
+    checks.append(f'static_assert(sizeof(Block) == {size}, "size");')
+    code = '#include "rotary.cu"\nusing Block = Arguments<bfloat16, float>;\n' + "\n".join(checks)
+    compiled(code, [], (*jit.compile_options(), "-arch=sm_90"))
+
+    value = fields(launch_plan(posed))
+    assert value["num_rows"] == 3 * 7 * 7
+    assert (value["num_q_heads"], value["head_axis"]) == (5, 2)
+    assert (value["inner.value"], value["middle.value"]) == (7, 7)
+    assert (value["tensors[0].x.origin"], value["tensors[1].x.origin"]) == (32, 32 - 5 * 320)
+    assert (value["position_bytes"], value["num_positions"]) == (4, 4096)
+    assert (value["cos_row"], value["cos.middle"], value["position.middle"]) == (128, 0, 1)
+    assert (value["rotary_offset"], value["num_pairs"]) == (32, 128)

@@ -1,0 +1,133 @@
+"""The package as pip installs it: what a wheel holds, and the kernels every install finds.
+
+Nothing is downloaded: builds use the setuptools beside the tests. Each install goes into a folder
+of its own, and an interpreter that sees nothing but this folder and NumPy imports it from there.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rope_cupy
+
+SETUPTOOLS = metadata.version("setuptools") if importlib.util.find_spec("setuptools") else "0"
+pytestmark = pytest.mark.skipif(
+    not importlib.util.find_spec("pip") or int(SETUPTOOLS.split(".")[0]) < 77,
+    reason="building a package needs pip and setuptools 77",
+)
+
+ROOT = Path(__file__).parents[1]
+BUILT_FROM = ["rope_cupy", "kernels", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
+EXTRAS = {"cuda12", "cuda13", "test", "bench", "dev"}
+
+PROBE = """
+import json, site, sys
+folder, numpy_parent = sys.argv[1:]
+sys.path.append(numpy_parent)
+import numpy
+sys.path.pop()
+site.addsitedir(folder)
+import rope_cupy.jit
+print(json.dumps([rope_cupy.__version__, str(rope_cupy.jit.sources())]))
+"""
+
+
+def run(*command, cwd):
+    """The command's output; what it said, if it fails."""
+    done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def pip(action, *arguments, cwd):
+    run("-m", "pip", action, "--no-build-isolation", "--no-deps", "--no-index", *arguments, cwd=cwd)
+
+
+def kernel_sources(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what the package is built from, so that no build leaves its folders in this one."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for source in map(ROOT.joinpath, BUILT_FROM):
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, folder / source.name, ignore=ignored)
+        else:
+            shutil.copy(source, folder)
+    return folder
+
+
+@pytest.fixture
+def wheel(checkout):
+    pip("wheel", "-w", "wheels", ".", cwd=checkout)
+    (path,) = checkout.glob("wheels/*.whl")
+    return path
+
+
+def test_a_wheel_holds_every_module_and_kernel_and_nothing_else(wheel):
+    modules = {f"rope_cupy/{path.name}" for path in ROOT.glob("rope_cupy/*.py")}
+    kernels = {f"rope_cupy/kernels/{path.name}" for path in ROOT.glob("kernels/*.cu*")}
+    held = set(zipfile.ZipFile(wheel).namelist())
+    records = {name for name in held if ".dist-info/" in name}
+    assert held - records == modules | kernels | {"rope_cupy/py.typed"}
+    assert any(name.endswith("/LICENSE") for name in records)
+
+
+def test_a_wheel_says_its_version_needs_numpy_alone_and_offers_the_extras(wheel):
+    (built,) = metadata.distributions(path=[str(wheel)])
+    assert built.version == rope_cupy.__version__
+    assert built.metadata["License-Expression"] == "Apache-2.0"
+    assert set(built.metadata.get_all("Provides-Extra")) == EXTRAS
+    needs = [requirement for requirement in built.requires if "extra ==" not in requirement]
+    assert [re.match(r"[\w-]+", requirement)[0] for requirement in needs] == ["numpy"]
+
+
+def test_constraints_pin_what_ci_installs(wheel):
+    (built,) = metadata.distributions(path=[str(wheel)])
+    extras = re.compile(r"([\w-]+).*extra == .(?:cuda12|test|dev)\b")
+    installed = [found[1] for found in map(extras.match, built.requires) if found]
+    constraints = (ROOT / "tests/constraints.txt").read_text().replace("_", "-")
+    assert "torch" in installed
+    for name in installed:
+        assert re.search(rf"^{name}==".replace("_", "-"), constraints, re.M), name
+
+
+@pytest.mark.parametrize(
+    "kind", ["a wheel", "an editable install", "a strict editable install", "a checkout"]
+)
+def test_kernel_sources_are_found_from(kind, checkout, tmp_path, request):
+    target = str(tmp_path / "site")
+    if kind == "a wheel":
+        wheel = request.getfixturevalue("wheel")
+        pip("install", "--target", target, str(wheel), cwd=tmp_path)
+        shutil.rmtree(checkout)
+    elif kind == "a checkout":
+        target = str(checkout)
+    else:
+        mode = "strict" if "strict" in kind else "lenient"
+        options = ["--target", target, "--config-settings", f"editable_mode={mode}"]
+        pip("install", *options, "-e", str(checkout), cwd=tmp_path)
+
+    numpy_parent = str(Path(np.__file__).parents[1])
+    version, sources = json.loads(run("-I", "-S", "-c", PROBE, target, numpy_parent, cwd=tmp_path))
+    assert version == rope_cupy.__version__
+    assert Path(sources).is_relative_to(tmp_path)
+    assert kernel_sources(Path(sources)) == kernel_sources(ROOT / "kernels")
+
+
+def test_importing_the_package_imports_no_array_library_but_numpy():
+    script = "import sys, rope_cupy.jit; print(*{'cupy', 'jax', 'torch'} & set(sys.modules))"
+    assert run("-c", script, cwd=ROOT).strip() == ""

@@ -1,0 +1,89 @@
+"""The code in README.md runs as it stands there, gives the exact values and fails as it says."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference import check, rotate
+
+import rope_cupy
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^##+ (.*)\n((?:(?!##+ ).*\n)*)", README, re.M))
+ON_GPU = pytest.mark.gpu
+
+
+def code(section, language="python"):
+    """The code blocks of a section, one after the other."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", SECTIONS[section], re.M | re.S)
+    assert blocks, f"no {language} under {section}"
+    return "\n".join(blocks)
+
+
+def run(source):
+    """The names that the code leaves behind."""
+    names = {}
+    exec(compile(source, "README.md", "exec"), names)
+    return names
+
+
+def numbers(array):
+    """An array of any library as float64 in NumPy."""
+    array = array.double().cpu() if isinstance(array, torch.Tensor) else array
+    return np.asarray(array.get() if hasattr(array, "get") else array, np.float64)
+
+
+@pytest.mark.parametrize("library", ["numpy", pytest.param("cupy", marks=ON_GPU)])
+def test_the_quick_start_for_cupy_arrays_gives_the_exact_values(library):
+    names = run(code("CuPy arrays").replace("import cupy as", f"import {library} as"))
+    rng = names["cp"].random.default_rng(0)
+    angles = np.outer(np.arange(8192), 500000.0 ** -(np.arange(64) / 64))
+    cos, sin = (numbers(part.astype(np.float32)) for part in (np.cos(angles), np.sin(angles)))
+    for name in "qk":
+        before = rng.standard_normal(names[name].shape, dtype=np.float32)
+        exact = rotate(numbers(before), cos, sin)
+        check(numbers(names[f"{name}_out"]), exact, "float32")
+        check(numbers(names[name]), exact, "float32")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_the_quick_start_for_torch_tensors_gives_the_exact_values(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    torch.manual_seed(0)
+    names = run(code("PyTorch tensors"))
+    torch.manual_seed(0)
+    q, k = (torch.randn_like(names[name]) for name in ("q_out", "k_out"))
+    cos, sin = numbers(names["cos"]), numbers(names["sin"])
+    for before, after in ((q, names["q_out"]), (k, names["k_out"])):
+        exact = rotate(numbers(before.transpose(1, 2)), cos, sin, interleaved=True)
+        check(numbers(after.transpose(1, 2)), exact, "bfloat16")
+
+    q, k, v = numbers(torch.randn_like(names["qkv"])).transpose(1, 0, 2, 3)
+    for before, after in ((q, names["q"]), (k, names["k"])):
+        exact = rotate(before[None], cos, sin, positions=np.arange(300) % 100)
+        check(numbers(after)[None], exact, "float32")
+    assert np.array_equal(numbers(names["v"]), v)
+
+
+def test_the_error_shown_is_the_error_raised():
+    with pytest.raises(ValueError) as caught:
+        run(code("Errors"))
+    assert f"ValueError: {caught.value}\n" == code("Errors", "text")
+
+
+@pytest.mark.parametrize("function", [rope_cupy.apply_rotary, rope_cupy.apply_rotary_qk])
+def test_the_table_of_options_lists_every_keyword_with_its_default(function):
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", SECTIONS["Options"], re.M)
+    parameters = inspect.signature(function).parameters.values()
+    keywords = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+    assert {name: ast.literal_eval(default) for name, default in rows} == keywords
+
+
+def test_the_table_of_tables_lists_every_view_of_a_models_table():
+    listed = set(re.findall(r"^\| `RotaryTable\.(\w+)\(", SECTIONS["Tables"], re.M))
+    offered = {name for name in vars(rope_cupy.RotaryTable) if name.startswith("from_")}
+    assert listed == offered - {"from_inverse_frequencies"}

@@ -1,0 +1,254 @@
+"""RotaryTable: every form reads the caller's memory in place and means the same angles.
+
+On the CPU a result is computed in float64 and rounded once, so equal tables give equal bits: a form
+is held against the half-width table, and that against the float64 reference.
+"""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import as_strided
+from reference import check, rotate
+
+from rope_cupy import RotaryTable, apply_rotary
+
+WRAP = {"numpy": lambda array: array, "torch": torch.from_numpy}
+B, S, H, D, PAIRS = 2, 5, 3, 10, 4  # two elements of each head pass through
+RNG = np.random.default_rng(22)
+SHAPES = [(7, PAIRS), (1, S, PAIRS), (B, S, PAIRS)]
+SHAPES += [(1, S, H, PAIRS), (B, S, 1, PAIRS), (B, S, H, PAIRS)]
+
+
+@pytest.fixture(params=WRAP)
+def wrap(request):
+    return WRAP[request.param]
+
+
+def fresh(*shape):
+    return RNG.standard_normal(shape, dtype=np.float32)
+
+
+def cos_sin(shape=SHAPES[0], dtype="float32"):
+    angles = RNG.uniform(0, 7, shape)
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+def twice(half, interleaved):
+    return half.repeat(2, -1) if interleaved else np.concatenate([half, half], -1)
+
+
+def matrices(cos, sin):
+    return np.stack([cos, -sin, sin, cos], -1).reshape(*cos.shape, 2, 2)
+
+
+def as_complex(cos, sin):
+    return (cos + 1j * sin).astype(np.result_type(cos.dtype, "complex64"))
+
+
+# Each form: its constructor, and its arrays from half-width cosines and sines. A full width repeats
+# its angles as the pairing wants.
+FORMS = {
+    "half": (RotaryTable, lambda cos, sin, _: (cos.copy(), sin.copy())),
+    "tuple": (lambda cos, sin: (cos, sin), lambda cos, sin, _: (cos.copy(), sin.copy())),
+    "full": (
+        RotaryTable.from_full_width,
+        lambda cos, sin, interleaved: (twice(cos, interleaved), twice(sin, interleaved)),
+    ),
+    "cache": (RotaryTable.from_cache, lambda cos, sin, _: (np.concatenate([cos, sin], -1),)),
+    "complex": (RotaryTable.from_complex, lambda cos, sin, _: (as_complex(cos, sin),)),
+    "matrices": (RotaryTable.from_matrices, lambda cos, sin, _: (matrices(cos, sin),)),
+}
+pairings = pytest.mark.parametrize("interleaved", [False, True])
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def rotated(x, table, wrap, **options):
+    return np.asarray(apply_rotary(wrap(x), table, **options))
+
+
+def exact(x, cos, sin, **options):
+    return rotate(*(np.asarray(array, np.float64) for array in (x, cos, sin)), **options)
+
+
+@pairings
+@shapes
+def test_a_half_width_table_of_any_rank_rotates_as_defined(shape, interleaved, wrap):
+    x, (cos, sin) = fresh(B, S, H, D), cos_sin(shape)
+    y = rotated(x, RotaryTable(wrap(cos), wrap(sin)), wrap, interleaved=interleaved)
+    check(np.float64(y), exact(x, cos, sin, interleaved=interleaved), "float32")
+
+
+@pytest.mark.parametrize(
+    ("form", "shape"),
+    [(form, shape) for form in FORMS for shape in SHAPES if form != "cache" or len(shape) == 2],
+    ids=str,
+)
+@pairings
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_form_of_one_table_gives_the_same_bits(dtype, form, shape, interleaved, wrap):
+    build, arrays_of = FORMS[form]
+    x, (cos, sin) = fresh(B, S, H, D), cos_sin(shape, dtype)
+    expected = rotated(x, (wrap(cos), wrap(sin)), wrap, interleaved=interleaved)
+    table = build(*map(wrap, arrays_of(cos, sin, interleaved)))
+    assert np.array_equal(rotated(x, table, wrap, interleaved=interleaved), expected)
+
+
+@forms
+@pairings
+def test_a_table_is_read_in_place_when_it_is_used(form, interleaved, wrap):
+    build, arrays_of = FORMS[form]
+    sources = arrays_of(*cos_sin(), interleaved)
+    x, table = fresh(S, H, D), build(*map(wrap, sources))
+    before = rotated(x, table, wrap, interleaved=interleaved)
+    for source in sources:
+        source *= -2  # exact in binary: the rotated part of the result changes by the same factor
+    after = rotated(x, table, wrap, interleaved=interleaved)
+    assert np.array_equal(after[..., : 2 * PAIRS], -2 * before[..., : 2 * PAIRS])
+    assert np.array_equal(after[..., 2 * PAIRS :], x[..., 2 * PAIRS :])
+
+
+@pairings
+def test_a_full_width_table_is_read_at_the_first_of_each_pair(interleaved, wrap):
+    x, (cos, sin) = fresh(S, H, D), cos_sin()
+    full = [np.full((7, 2 * PAIRS), np.nan, np.float32) for _ in range(2)]
+    for width, half in zip(full, (cos, sin), strict=True):
+        width[:, slice(None, None, 2) if interleaved else slice(PAIRS)] = half
+    y = rotated(x, RotaryTable.from_full_width(*map(wrap, full)), wrap, interleaved=interleaved)
+    assert np.array_equal(y, rotated(x, (wrap(cos), wrap(sin)), wrap, interleaved=interleaved))
+
+
+@pairings
+def test_a_table_for_one_batch_and_one_head_serves_all(interleaved, wrap):
+    x, (cos, sin) = fresh(B, S, H, D), cos_sin((1, S, 1, PAIRS))
+    by_batch = wrap(cos[:, :, 0]), wrap(sin[:, :, 0])
+    by_position = wrap(cos[0, :, 0]), wrap(sin[0, :, 0])
+    expected = rotated(x, by_position, wrap, interleaved=interleaved)
+    for table in ((wrap(cos), wrap(sin)), by_batch):
+        assert np.array_equal(rotated(x, table, wrap, interleaved=interleaved), expected)
+        alone = rotated(x[1], table, wrap, interleaved=interleaved)
+        assert np.array_equal(alone, expected[1])
+
+
+# Strides and dtypes.
+
+
+def spread(array):
+    """The same numbers at every other place along every axis, NaN between them."""
+    wide = np.full([2 * size + 1 for size in array.shape], np.nan, array.dtype)
+    every_other = (slice(1, None, 2),) * array.ndim
+    wide[every_other] = array
+    return wide[every_other]
+
+
+STRIDES = {
+    ("numpy", "columns first"): np.asfortranarray,
+    ("torch", "columns first"): np.asfortranarray,
+    ("numpy", "spread"): spread,
+    ("torch", "spread"): spread,
+    ("numpy", "backwards"): lambda array: np.flip(np.flip(array).copy()),
+    ("numpy", "rows backwards"): lambda array: array[::-1].copy()[::-1],
+}
+
+
+@forms
+@pairings
+@pytest.mark.parametrize(("library", "strides"), STRIDES)
+def test_a_table_of_any_strides_is_read_in_place(library, strides, interleaved, form):
+    build, arrays_of = FORMS[form]
+    wrap, lay = WRAP[library], STRIDES[library, strides]
+    x, sources = fresh(S, H, D), arrays_of(*cos_sin(), interleaved)
+    expected = rotated(x, build(*map(wrap, sources)), wrap, interleaved=interleaved)
+    laid = [lay(source) for source in sources]
+    assert all(source.strides != array.strides for source, array in zip(laid, sources, strict=True))
+    for replaced in range(2 ** len(sources) - 1):  # cos and sin need not have the same strides
+        mixed = [
+            source if replaced >> index & 1 else array
+            for index, (array, source) in enumerate(zip(laid, sources, strict=True))
+        ]
+        y = rotated(x, build(*map(wrap, mixed)), wrap, interleaved=interleaved)
+        assert np.array_equal(y, expected)
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_a_table_may_repeat_itself_along_any_axis(axis, wrap):
+    x, whole = fresh(B, S, H, D), SHAPES[-1]
+    halves = cos_sin([1 if n == axis else size for n, size in enumerate(whole)])
+    expected = exact(x, *(half.repeat(whole[axis], axis) for half in halves))
+    strides = [0 if n == axis else stride for n, stride in enumerate(halves[0].strides)]
+    table = RotaryTable(*(wrap(as_strided(half, whole, strides)) for half in halves))
+    check(np.float64(rotated(x, table, wrap)), expected, "float32")
+
+
+REAL_DTYPES = [("numpy", name) for name in ("float16", "float32", "float64")]
+REAL_DTYPES += [("torch", name) for name in ("float16", "bfloat16", "float32", "float64")]
+
+
+@pytest.mark.parametrize("x_dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("complex", "tuple")])
+@pytest.mark.parametrize(("library", "dtype"), REAL_DTYPES)
+def test_a_table_of_any_dtype_gives_the_bits_of_its_numbers(library, dtype, form, x_dtype):
+    build, arrays_of = FORMS[form]
+    x = fresh(S, H, D).astype(x_dtype)
+    sources = [torch.from_numpy(a).to(getattr(torch, dtype)) for a in arrays_of(*cos_sin(), True)]
+    doubles = [source.double().numpy() for source in sources]
+    wrap = WRAP[library]
+    table = build(*(source.numpy() if library == "numpy" else source for source in sources))
+    assert table.dtype == dtype
+    expected = rotated(x, build(*doubles), WRAP["numpy"], interleaved=True)
+    y = rotated(x, table, wrap, interleaved=True)
+    assert y.dtype == x_dtype
+    assert np.array_equal(y, expected)
+
+
+@forms
+@shapes
+def test_a_table_tells_its_size_dtype_and_device(shape, form, wrap):
+    build, arrays_of = FORMS["half" if form == "tuple" else form]
+    shape = SHAPES[0] if form == "cache" else shape
+    table = build(*map(wrap, arrays_of(*cos_sin(shape), False)))
+    told = (table.rotary_dim, table.num_positions, table.shape, table.dtype, table.device)
+    assert told == (2 * PAIRS, shape[0] if len(shape) == 2 else shape[1], shape, "float32", "cpu")
+    for word in ("RotaryTable", str(shape), "float32", "cpu"):
+        assert word in repr(table)
+
+
+# Memory.
+
+
+@forms
+def test_a_table_keeps_the_memory_that_it_reads(form, wrap):
+    build, arrays_of = FORMS[form]
+    x, halves = fresh(64, H, D), cos_sin((4096, PAIRS))
+    expected = rotated(x, (wrap(halves[0]), wrap(halves[1])), wrap)
+    table = build(*map(wrap, arrays_of(*halves, False)))
+    gc.collect()
+    size = 4096 * PAIRS
+    churn = [np.full(count * size, np.nan, np.float32) for count in (1, 2, 4) for _ in range(32)]
+    assert np.array_equal(rotated(x, table, wrap), expected)
+    assert all(np.isnan(block[-1]) for block in churn)
+
+
+def test_a_tensor_whose_data_is_exchanged_leaves_the_table_whole():
+    x, halves = torch.from_numpy(fresh(64, H, D)), cos_sin((4096, PAIRS))
+    cos, sin = (torch.from_numpy(half).clone() for half in halves)
+    table = RotaryTable(cos, sin)
+    old = apply_rotary(x, table)
+    cos.data, sin.data = -cos, -sin
+    churn = [torch.full_like(cos, torch.nan) for _ in range(64)]
+    y = apply_rotary(x, table)
+    new = torch.cat([-old[..., : 2 * PAIRS], x[..., 2 * PAIRS :]], -1)
+    assert torch.equal(y, old) or torch.equal(y, new)
+    assert len(churn) == 64
+
+
+def test_one_table_serves_arrays_of_every_dtype_and_shape(wrap):
+    cos, sin = cos_sin()
+    table = RotaryTable(wrap(cos), wrap(sin))
+    for dtype in ("float16", "float32", "float64"):
+        for heads in (1, H):
+            x = fresh(S, heads, D).astype(dtype)
+            y = rotated(x, table, wrap, positions=2)
+            check(np.float64(y), exact(x[None], cos, sin, positions=2)[0], dtype)
