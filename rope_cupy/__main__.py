@@ -6,6 +6,7 @@ bfloat16. The exit status is 1 when a check fails.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -115,7 +116,7 @@ def _environment(cupy: Any, why_not: str) -> list[tuple[str, str]]:
         ),
         ("driver", f"CUDA {version // 1000}.{version % 1000 // 10}"),
         ("CuPy", f"{cupy.__version__}, NVRTC {'.'.join(map(str, cupy.cuda.nvrtc.getVersion()))}"),
-        ("cache", cupy.cuda.compiler.get_cache_dir()),
+        ("cache", os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))),
         *lines,
     ]
 
@@ -145,7 +146,7 @@ def _rotate_and_time(model: Model, cupy: Any) -> Report:
     copy_rate = None
     if cupy:
         # Over three times the L2 and more in turn, so that no call finds its data in the cache.
-        l2_bytes = cupy.cuda.Device().attributes["L2CacheSize"]
+        l2_bytes = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["l2CacheSize"]
         copies = 1 + 6 * l2_bytes // moved
         sets = [[part.copy() for part in q_and_k] for _ in range(copies)]
         targets = [part.copy() for part in q_and_k]

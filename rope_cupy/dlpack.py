@@ -67,9 +67,9 @@ def device_of(producer: Any) -> str:
     return name if name == "cpu" else f"{name}:{int(number)}"
 
 
-def read(capsule: Any) -> Contents:
+def read(name: str, capsule: Any) -> Contents:
     """Read a capsule without consuming it. What it points to lives as long as the capsule."""
-    tensor, writable = _tensor_of(capsule)
+    tensor, writable = _tensor_of(name, capsule)
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     if tensor.strides:
         strides = tuple(tensor.strides[i] for i in range(tensor.ndim))
@@ -87,21 +87,23 @@ def read(capsule: Any) -> Contents:
 
 def set_dtype(capsule: Any, code: int, bits: int) -> None:
     """Say that a capsule's elements are of another type of the same size."""
-    tensor, _ = _tensor_of(capsule)
+    tensor, _ = _tensor_of("the buffer", capsule)
     tensor.code, tensor.bits = code, bits
 
 
 BFLOAT = 4
 
 
-def _tensor_of(capsule: Any) -> tuple[_DLTensor, bool]:
-    name = _capsule_name(capsule)
-    address = _capsule_pointer(capsule, name)
-    if name == b"dltensor_versioned":
+def _tensor_of(name: str, capsule: Any) -> tuple[_DLTensor, bool]:
+    if type(capsule).__name__ != "PyCapsule":
+        raise TypeError(f"{name} must give a capsule for __dlpack__(), got {capsule!r}")
+    kind = _capsule_name(capsule)
+    address = _capsule_pointer(capsule, kind)
+    if kind == b"dltensor_versioned":
         managed = _DLManagedTensorVersioned.from_address(address)
         if managed.major != 1:
             raise TypeError(
-                f"DLPack capsules must have major version 1, got {managed.major}.{managed.minor}"
+                f"{name} must come as DLPack version 1, got {managed.major}.{managed.minor}"
             )
         return managed.tensor, not managed.flags & _READ_ONLY
     return _DLTensor.from_address(address), False

@@ -247,7 +247,7 @@ def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) 
     first = positions or 0
     if first < 0:
         raise ValueError(f"positions must be 0 or more where they are an int, got {first}")
-    if first + num_tokens > shape[0]:
+    if num_tokens and first + num_tokens > shape[0]:
         raise ValueError(
             f"table must hold the positions {first} to {first + num_tokens - 1} of the "
             f"{num_tokens} tokens, got "

@@ -140,7 +140,9 @@ def _rotate(
         first = implicit_position(_int_or_none(positions), spec, problem.num_tokens)
         cos += first * spec.cos.strides[0] * ITEMSIZE[spec.cos.dtype]
         sin += first * spec.sin.strides[0] * ITEMSIZE[spec.sin.dtype]
-    _check_gradients(names, inputs, outputs, table)
+    for name, array in zip(names + out_names(names), inputs + outputs, strict=True):
+        tensor.check_gradient(name, array.requires_grad)
+    tensor.check_gradient("table", table.requires_grad)
     if out is not None:
         _check_aliasing(names, inputs, outputs, table, spec, gather)
     if problem.num_rows:
@@ -155,6 +157,8 @@ def _rotate(
             pointers = (x_pointers * 2)[:2] + (out_pointers * 2)[:2] + (cos, sin, position_pointer)
             jit.launch(launch_plan(problem), pointers, number, outputs[0].library.stream(number))
     if out is not None:
+        for array, y in zip(outputs, out, strict=True):
+            array.library.wrote(y)
         return out
     return tuple(array.library.result(y, x) for array, y, x in zip(inputs, new, xs, strict=True))
 
@@ -171,32 +175,6 @@ def _int_or_none(positions: Any) -> int | None:
 def _same(x: tensor.Array, y: tensor.Array) -> bool:
     """Return whether y is x: the same elements at the same addresses."""
     return x.pointer == y.pointer and x.spec[:4] == y.spec[:4]
-
-
-def _check_gradients(
-    names: tuple[str, ...],
-    inputs: tuple[tensor.Array, ...],
-    outputs: tuple[tensor.Array, ...],
-    table: RotaryTable,
-) -> None:
-    """Refuse what would lose a gradient silently."""
-    if not tensor.records_gradients():
-        return
-    required = [
-        *((name, array.requires_grad) for name, array in zip(names, inputs, strict=True)),
-        *(
-            (name, array.requires_grad)
-            for name, array in zip(out_names(names), outputs, strict=True)
-        ),
-        ("table", table.requires_grad),
-    ]
-    for name, requires_grad in required:
-        if requires_grad:
-            raise ValueError(
-                f"{name} must not require a gradient, which this function does not record: call "
-                "it under "
-                "torch.no_grad() or pass a detached tensor, got requires_grad=True"
-            )
 
 
 def _check_aliasing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -159,7 +160,7 @@ class RotaryTable:
         num_positions = index("num_positions", num_positions)
         if num_positions < 0:
             raise ValueError(f"num_positions must be 0 or more, got {num_positions}")
-        library = tensor.library_of("like", like)
+        library = tensor.describe("like", like).library
         parts = cos_sin(_radians(inv_freq), num_positions)
         return cls(*(library.upload(part, like) for part in parts))
 
@@ -275,15 +276,18 @@ def _radians(inv_freq: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     if tensor.is_array(inv_freq):
         array = tensor.describe("inv_freq", inv_freq)
         check_dtype("inv_freq", array.spec, FLOATS)
-        inv_freq = array.library.download(inv_freq)
-    elif not isinstance(inv_freq, Sequence) or isinstance(inv_freq, str | bytes):
+        tensor.check_gradient("inv_freq", array.requires_grad)
+        values = np.asarray(array.library.download(inv_freq), np.float64)
+    elif isinstance(inv_freq, Sequence) and all(map(_is_number, inv_freq)):
+        values = np.array(inv_freq, np.float64)
+    else:
         raise TypeError(f"inv_freq must be an array or a sequence of numbers, got {inv_freq!r}")
-    try:
-        values = np.asarray(inv_freq, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"inv_freq must be numbers, got {inv_freq!r}") from error
     if values.ndim != 1 or not values.size:
         raise ValueError(
             f"inv_freq must have one axis, of rotary_dim / 2 numbers, got shape {values.shape}"
         )
     return values
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -37,6 +37,9 @@ class Library(Protocol):
     def result(self, array: Any, like: Any) -> Any:
         """Return what the caller gets for an array of `empty_like`, once work on it is launched."""
 
+    def wrote(self, array: Any) -> None:
+        """Tell the library that the elements of its array have been written."""
+
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         """Return a NumPy array as one of this library on the device of `like`."""
 
@@ -61,6 +64,9 @@ class _NumPy:
 
     def result(self, array: Any, like: Any) -> Any:
         return array
+
+    def wrote(self, array: Any) -> None:
+        pass
 
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         return array
@@ -88,6 +94,9 @@ class _CuPy:
     def result(self, array: Any, like: Any) -> Any:
         return array
 
+    def wrote(self, array: Any) -> None:
+        pass
+
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         with like.device:
             return sys.modules["cupy"].asarray(array)
@@ -102,15 +111,18 @@ class _CuPy:
 class _Torch:
     def describe(self, name: str, array: Any) -> Array:
         torch = sys.modules["torch"]
-        if array.layout is not torch.strided:
-            raise TypeError(f"{name} must be a strided tensor, got layout {array.layout}")
+        if array.layout is not torch.strided or array.is_nested:
+            kind = "nested" if array.is_nested else array.layout
+            raise TypeError(f"{name} must be a strided tensor, got layout {kind}")
         if array.is_conj() or array.is_neg():
             raise ValueError(
                 f"{name} must hold its own values, got a lazy view: call resolve_conj() or "
                 "resolve_neg()"
             )
+        if torch.autograd.forward_ad.unpack_dual(array).tangent is not None:
+            raise ValueError(f"{name} must not carry a forward-mode tangent, got a dual tensor")
         device = _supported(name, str(array.device))
-        pointer = array.data_ptr()
+        pointer = _torch_pointer(name, array)
         dtype = _torch_dtype(array.dtype)
         spec = array_spec(tuple(array.shape), array.stride(), dtype, device, pointer, True)
         # A detached alias keeps the storage though the caller may give `array.data` another one.
@@ -121,6 +133,11 @@ class _Torch:
 
     def result(self, array: Any, like: Any) -> Any:
         return array
+
+    def wrote(self, array: Any) -> None:
+        # So that a backward pass which saved the old elements finds out.
+        if not array.is_inference():
+            sys.modules["torch"].autograd.graph.increment_version(array)
 
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         return sys.modules["torch"].from_numpy(array).to(like.device)
@@ -158,6 +175,9 @@ class _Bfloat16:
     def result(self, array: Any, like: Any) -> Any:
         return array
 
+    def wrote(self, array: Any) -> None:
+        pass
+
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         return library_of("like", like.words).upload(array, like.words)
 
@@ -176,7 +196,7 @@ class _DLPack:
         capsule = dlpack.capsule_of(
             array, None if device == "cpu" else self._consumer_stream(device)
         )
-        pointer, shape, strides, dtype, device, writable = dlpack.read(capsule)
+        pointer, shape, strides, dtype, device, writable = dlpack.read(name, capsule)
         spec = array_spec(shape, strides, dtype, device, pointer, writable)
         return Array(spec, pointer, self, (array, capsule))
 
@@ -197,6 +217,9 @@ class _DLPack:
 
     def result(self, array: Any, like: Any) -> Any:
         return like.__array_namespace__().from_dlpack(array)
+
+    def wrote(self, array: Any) -> None:
+        pass
 
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         with _module_of(dlpack.device_of(like)) as module:
@@ -248,10 +271,13 @@ def is_array(value: Any) -> bool:
     return _library_of_type(type(value)) is not None  # type: ignore[arg-type]
 
 
-def records_gradients() -> bool:
-    """Return whether PyTorch, if it is there at all, records operations for a backward pass."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.is_grad_enabled()
+def check_gradient(name: str, requires_grad: bool) -> None:
+    """Refuse what would lose a gradient silently, while PyTorch records operations."""
+    if requires_grad and sys.modules["torch"].is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require a gradient, which is not recorded here: use torch.no_grad() "
+            "or a detached tensor, got requires_grad=True"
+        )
 
 
 def cupy() -> Any:
@@ -305,6 +331,17 @@ def _whole_strides(name: str, array: Any) -> tuple[int, ...]:
             )
         strides.append(elements)
     return tuple(strides)
+
+
+def _torch_pointer(name: str, array: Any) -> int:
+    """Return the address of a tensor, which fake and functorch's tensors do not have."""
+    try:
+        pointer: int = array.data_ptr()
+    except RuntimeError as error:
+        raise TypeError(f"{name} must be a tensor in memory, got {type(array).__name__}") from error
+    if not pointer and array.numel():
+        raise TypeError(f"{name} must be a tensor in memory, got {type(array).__name__}")
+    return pointer
 
 
 @cache
