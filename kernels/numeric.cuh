@@ -37,6 +37,60 @@ __device__ __forceinline__ To bit_cast(From value) {
   return bits.to;
 }
 
+// CuPy compiles with -ftz=true, under which plain float arithmetic, negation and conversion take
+// subnormal numbers for zero. PTX without .ftz keeps them.
+#ifdef __CUDA_ARCH__
+__device__ __forceinline__ float negate(float a) {
+  float result;
+  asm("neg.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
+__device__ __forceinline__ float add(float a, float b) {
+  float result;
+  asm("add.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+__device__ __forceinline__ float multiply(float a, float b) {
+  float result;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+__device__ __forceinline__ float multiply_add(float a, float b, float c) {
+  float result;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+  return result;
+}
+
+__device__ __forceinline__ float to_float(double value) {
+  float result;
+  asm("cvt.rn.f32.f64 %0, %1;" : "=f"(result) : "d"(value));
+  return result;
+}
+
+__device__ __forceinline__ double to_double(float value) {
+  double result;
+  asm("cvt.f64.f32 %0, %1;" : "=d"(result) : "f"(value));
+  return result;
+}
+#else
+inline float negate(float a) { return -a; }
+inline float add(float a, float b) { return a + b; }
+inline float multiply(float a, float b) { return a * b; }
+inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+inline float to_float(double value) { return static_cast<float>(value); }
+inline double to_double(float value) { return value; }
+#endif
+
+__device__ __forceinline__ double negate(double a) { return -a; }
+__device__ __forceinline__ double add(double a, double b) { return a + b; }
+__device__ __forceinline__ double multiply(double a, double b) { return a * b; }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) {
+  return fma(a, b, c);
+}
+
 // Widening is exact.
 __device__ __forceinline__ float to_float(bfloat16 value) {
   return bit_cast<float>(static_cast<unsigned>(value.bits) << 16);
@@ -59,25 +113,21 @@ __device__ __forceinline__ float to_float(float16 value) {
 
 template <typename Real, typename T>
 __device__ __forceinline__ Real widen(T value) {
-  return static_cast<Real>(value);
-}
-
-template <typename Real>
-__device__ __forceinline__ Real widen(float16 value) {
-  return to_float(value);
-}
-
-template <typename Real>
-__device__ __forceinline__ Real widen(bfloat16 value) {
-  return to_float(value);
+  if constexpr (sizeof(T) == sizeof(Real)) {
+    return value;
+  } else if constexpr (sizeof(T) == 4) {
+    return to_double(value);
+  } else {
+    return widen<Real>(to_float(value));
+  }
 }
 
 // Round to odd: what lies between two floats takes the one with an odd last bit, so that a second
 // rounding to a 16-bit type gives what one rounding from double would have given.
 __device__ __forceinline__ float round_to_odd(double value) {
-  const float nearest = static_cast<float>(value);
+  const float nearest = to_float(value);
   unsigned bits = bit_cast<unsigned>(nearest);
-  const double widened = nearest;
+  const double widened = to_double(nearest);
   if (widened == value || value != value) return nearest;
   if ((widened < 0 ? -widened : widened) > (value < 0 ? -value : value)) bits -= 1;
   return bit_cast<float>(bits | 1u);
@@ -129,14 +179,11 @@ template <typename T>
 __device__ __forceinline__ T narrow(double value) {
   if constexpr (sizeof(T) == 2) {
     return narrow<T>(round_to_odd(value));
+  } else if constexpr (sizeof(T) == 4) {
+    return to_float(value);
   } else {
-    return static_cast<T>(value);
+    return value;
   }
-}
-
-__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ __forceinline__ double multiply_add(double a, double b, double c) {
-  return fma(a, b, c);
 }
 
 // a * b - c * d within 1.5 units in the last place, also where the products cancel: Kahan's
@@ -144,10 +191,9 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) {
 // the accurate computation of 2 x 2 determinants", Mathematics of Computation 82 (2013).
 template <typename Real>
 __device__ __forceinline__ Real difference_of_products(Real a, Real b, Real c, Real d) {
-  const Real product = c * d;
-  const Real error = multiply_add(-c, d, product);
-  const Real difference = multiply_add(a, b, -product);
-  const Real corrected = difference + error;
-  return corrected == corrected ? corrected
-                                : difference;  // an infinite product leaves no error to add
+  const Real product = multiply(c, d);
+  const Real error = multiply_add(negate(c), d, product);
+  const Real difference = multiply_add(a, b, negate(product));
+  const Real corrected = add(difference, error);
+  return corrected == corrected ? corrected : difference;  // no error term beside an infinity
 }

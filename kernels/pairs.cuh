@@ -64,9 +64,9 @@ __device__ __forceinline__ Pairs<T, kPairs> rotate(const Pairs<T, kPairs>& pairs
     const Real x = widen<Real>(pairs.first.values[i]);
     const Real y = widen<Real>(pairs.second.values[i]);
     const Real cos = angles.cos[i];
-    const Real sin = kConjugate ? -angles.sin[i] : angles.sin[i];
+    const Real sin = kConjugate ? negate(angles.sin[i]) : angles.sin[i];
     rotated.first.values[i] = narrow<T>(difference_of_products(x, cos, y, sin));
-    rotated.second.values[i] = narrow<T>(difference_of_products(y, cos, -x, sin));
+    rotated.second.values[i] = narrow<T>(difference_of_products(y, cos, negate(x), sin));
   }
   return rotated;
 }

@@ -147,19 +147,26 @@ def _rotate_and_time(model: Model, cupy: Any) -> Report:
     if cupy:
         # Over three times the L2 and more in turn, so that no call finds its data in the cache.
         l2_bytes = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["l2CacheSize"]
-        copies = 1 + 6 * l2_bytes // moved
-        sets = [[part.copy() for part in q_and_k] for _ in range(copies)]
-        targets = [part.copy() for part in q_and_k]
+        flat = cupy.concatenate([part.ravel() for part in q_and_k])
+        copies = [flat.copy() for _ in range(1 + 6 * l2_bytes // moved)]
+        sets = [_views(copy, q_and_k) for copy in copies]
         seconds = _seconds_on_gpu(rotate, sets, cupy)
         copy_seconds = _seconds_on_gpu(
-            lambda q, k: [cupy.copyto(*pair) for pair in zip(targets, (q, k), strict=True)],
-            sets,
-            cupy,
+            lambda source: cupy.copyto(flat, source), [[copy] for copy in copies], cupy
         )
         copy_rate = moved / copy_seconds
     else:
         seconds = _seconds_on_cpu(rotate, q_and_k)
     return Report(num_tokens, accuracy, seconds, moved + cos.nbytes + sin.nbytes, copy_rate)
+
+
+def _views(flat: Any, like: list[Any]) -> list[Any]:
+    """See one buffer as the arrays of `like`, one behind the other."""
+    ends = np.cumsum([0, *(part.size for part in like)])
+    return [
+        flat[begin:end].reshape(part.shape)
+        for begin, end, part in zip(ends, ends[1:], like, strict=False)
+    ]
 
 
 def _seconds_on_gpu(call: Callable[..., Any], sets: list[list[Any]], cupy: Any) -> float:

@@ -13,3 +13,11 @@ def compiled(code: str, names: list[str], options: tuple[str, ...]) -> str:
     except nvrtc.NVRTCError as error:
         raise RuntimeError(nvrtc.getProgramLog(program)) from error
     return nvrtc.getProgramLog(program).replace("\0", "")
+
+
+def ptx(code: str, name: str, options: tuple[str, ...]) -> str:
+    """Return the PTX of a kernel."""
+    program = nvrtc.createProgram(code, "test.cu", [], [])
+    nvrtc.addNameExpression(program, name)
+    nvrtc.compileProgram(program, options)
+    return nvrtc.getPTX(program).decode()

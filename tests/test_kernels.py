@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 
@@ -15,10 +16,11 @@ from rope_cupy import cpu, jit
 from rope_cupy.plan import launch_plan
 
 try:
-    from nvrtc import compiled
+    from nvrtc import compiled, ptx
 except Exception as error:
     pytest.skip(f"NVRTC cannot be loaded ({error})", allow_module_level=True)
 
+OPTIONS = (*jit.compile_options(), "-ftz=true")  # CuPy adds the last
 ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
 BATCH = 32  # kernels in one compilation
 ON_THE_CPU = {"cupy": "numpy", "torch-cuda": "torch", "dlpack-cuda": "dlpack"}
@@ -52,7 +54,7 @@ def kernels():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_of_the_matrix_compiles_and_keeps_all_in_registers(kernels, architecture):
     code = (jit.sources() / "rotary.cu").read_text()
-    options = (*jit.compile_options(), f"-arch={architecture}", "--ptxas-options=-v")
+    options = (*OPTIONS, f"-arch={architecture}", "--ptxas-options=-v")
     batches = [kernels[i : i + BATCH] for i in range(0, len(kernels), BATCH)]
     # In processes: NVRTC compiles one program at a time. Spawned: a fork could inherit a lock.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
@@ -75,6 +77,15 @@ def test_the_matrix_launches_kernels_of_every_kind(kernels):
     assert steps == {("1", "0"), ("2", "0"), ("2", "1"), ("4", "2")}
     assert kinds[7] >= {"0", "1", "2", "4", "8"}  # elements of a copying lane
     assert kinds[8] == flags
+
+
+@pytest.mark.parametrize("table", ["float", "double"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float", "double"])
+def test_subnormal_numbers_are_not_flushed_to_zero(dtype, table):
+    name = f"rotary_kernel<{dtype}, {table}, true, true, 2, 1, 0, 0, true>"
+    code = ptx((jit.sources() / "rotary.cu").read_text(), name, (*OPTIONS, "-arch=compute_80"))
+    assert "fma.rn.f" in code
+    assert not re.search(r"\b(?!setp)\w+(\.\w+)*\.ftz\b", code)
 
 
 def test_no_header_but_our_own_is_included():
@@ -109,7 +120,7 @@ def test_the_argument_block_is_packed_as_the_kernel_reads_it():
     size = 8 * (len(pointers) + len(FIELDS))
     checks.append(f'static_assert(sizeof(Block) == {size}, "size");')
     code = '#include "rotary.cu"\nusing Block = Arguments<bfloat16, float>;\n' + "\n".join(checks)
-    compiled(code, [], (*jit.compile_options(), "-arch=sm_90"))
+    compiled(code, [], (*OPTIONS, "-arch=sm_90"))
 
     value = fields(launch_plan(posed))
     assert value["num_rows"] == 3 * 7 * 7
