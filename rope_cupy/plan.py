@@ -77,13 +77,12 @@ def _width(view: View, dtype: str, step: int, *offsets: int) -> int:
 
 
 def _pairs_per_thread(problem: RotaryProblem, widths: Widths) -> int:
-    """Four pairs a thread (two of 64-bit elements), fewer where no tensor moves as many at once."""
-    itemsize = ITEMSIZE[problem.dtype]
-    most = 2 if itemsize == 8 else 4
+    """As many pairs as one access holds elements, fewer where no tensor moves as many at once."""
+    pairs = most = ACCESS_BYTES // ITEMSIZE[problem.dtype]
     widest = max(*widths.x, *widths.out)
-    if widest * itemsize < ACCESS_BYTES:
-        most = min(most, max(1, widest // 2) if problem.interleaved else widest)
-    return math.gcd(most, problem.rotary_dim // 2)
+    if widest < most:
+        pairs = max(1, widest // 2) if problem.interleaved else widest
+    return math.gcd(pairs, problem.rotary_dim // 2)
 
 
 def _pass_run(problem: RotaryProblem) -> int:

@@ -67,8 +67,8 @@ def fields(plan):
 @pytest.mark.parametrize(
     ("dtype", "interleaved", "head_dim", "rotary_dim", "kernel"),
     [
-        ("bfloat16", True, 128, 128, "bfloat16, float, true, false, 4, 1, 0, 0, true"),
-        ("bfloat16", False, 128, 128, "bfloat16, float, false, false, 4, 1, 0, 0, true"),
+        ("bfloat16", True, 128, 128, "bfloat16, float, true, false, 8, 1, 0, 0, true"),
+        ("bfloat16", False, 128, 128, "bfloat16, float, false, false, 8, 1, 0, 0, true"),
         ("float16", False, 72, 72, "float16, float, false, false, 4, 1, 0, 0, true"),
         ("float32", True, 80, 80, "float, float, true, false, 4, 1, 0, 0, true"),
         ("float64", True, 64, 64, "double, float, true, false, 2, 1, 0, 0, true"),
@@ -88,7 +88,7 @@ def test_dense_tensors_get_the_widest_accesses_that_their_rows_allow(
 def test_an_access_is_as_wide_as_the_address_allows(address, width):
     plan = launch_plan(problem([spec((1, 5, 4, 128), address=address)], 128))
     assert fields(plan)["tensors[0].x.width"] == width
-    assert template_arguments(plan)[4] == str(min(width, 4))  # pairs of a thread
+    assert template_arguments(plan)[4] == str(width)  # pairs of a thread
 
 
 def test_the_width_is_chosen_for_each_tensor():
@@ -111,12 +111,12 @@ def test_a_table_off_its_alignment_does_not_narrow_the_tensors():
     part = spec((4096, 64), "float32", address=4)
     plan = launch_plan(problem([spec((1, 5, 4, 128))], 128, table=TableSpec(part, part, 1, 0)))
     assert (fields(plan)["tensors[0].x.width"], fields(plan)["cos.width"]) == (8, 1)
-    assert template_arguments(plan)[4] == "4"
+    assert template_arguments(plan)[4] == "8"
 
 
 @pytest.mark.parametrize(
     ("head_dim", "rotary_dim", "offset", "run", "lanes"),
-    [(128, 128, 0, 0, 16), (128, 64, 64, 8, 16), (192, 64, 128, 8, 24), (90, 24, 13, 1, 12 + 66)],
+    [(128, 128, 0, 0, 8), (128, 64, 64, 8, 12), (192, 64, 128, 8, 20), (90, 24, 13, 1, 12 + 66)],
 )
 def test_out_of_place_the_rest_of_the_head_is_copied_by_lanes_of_its_own(
     head_dim, rotary_dim, offset, run, lanes
