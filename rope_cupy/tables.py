@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,9 +40,7 @@ class RotaryTable:
     """
 
     def __init__(self, cos: Any, sin: Any) -> None:
-        cos, sin = _describe_two(cos, sin)
-        _check_shape("cos", cos.spec, 0)
-        self._set((cos, sin), (cos.pointer, sin.pointer), TableSpec(cos.spec, sin.spec, 1, 0))
+        self._look(_half_width, cos, sin)
 
     @classmethod
     def from_full_width(cls, cos: Any, sin: Any) -> RotaryTable:
@@ -50,31 +48,15 @@ class RotaryTable:
 
         Each element of the head finds its angle at its own place: with ``interleaved=False`` the
         halves repeat (Hugging Face transformers), with ``interleaved=True`` every angle repeats at
-        once (diffusers' Flux, CogVideoX and HunyuanVideo). The second copy is
-        never read. Errors as for `RotaryTable`.
+        once (diffusers' Flux, CogVideoX and HunyuanVideo). The second copy is never read. Errors
+        as for `RotaryTable`.
 
         >>> import numpy as np
         >>> angles = np.outer(np.arange(4), [1.0, 0.1])
         >>> RotaryTable.from_full_width(np.tile(np.cos(angles), 2), np.tile(np.sin(angles), 2))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        cos, sin = _describe_two(cos, sin)
-        _check_shape("cos", cos.spec, 0)
-        if cos.spec.shape[-1] % 2:
-            raise ValueError(
-                f"cos must have an even last axis, rotary_dim, got shape {cos.spec.shape}"
-            )
-        halves = [_every(array.spec, slice(0, array.spec.shape[-1] // 2)) for array in (cos, sin)]
-        evens = [_every(array.spec, slice(0, None, 2)) for array in (cos, sin)]
-        step = 2 if all(spec.strides[-1] == 2 for spec in evens) else 1
-        table = cls.__new__(cls)
-        table._set(
-            (cos, sin),
-            (cos.pointer, sin.pointer),
-            TableSpec(halves[0], halves[1], 1, 0),
-            TableSpec(evens[0], evens[1], step, 0),
-        )
-        return table
+        return cls._of(_full_width, cos, sin)
 
     @classmethod
     def from_cache(cls, cos_sin: Any) -> RotaryTable:
@@ -87,15 +69,7 @@ class RotaryTable:
         >>> RotaryTable.from_cache(np.concatenate([np.cos(angles), np.sin(angles)], axis=-1))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        cache = tensor.describe("cos_sin", cos_sin)
-        check_dtype("cos_sin", cache.spec, FLOATS)
-        if len(cache.spec.shape) != 2 or cache.spec.shape[1] % 2:
-            raise ValueError(
-                "cos_sin must have the shape (positions, rotary_dim) with an even rotary_dim, "
-                f"got {cache.spec.shape}"
-            )
-        num_pairs = cache.spec.shape[1] // 2
-        return cls._of_parts(cache, slice(0, num_pairs), num_pairs * cache.spec.strides[-1], step=1)
+        return cls._of(_cache, cos_sin)
 
     @classmethod
     def from_complex(cls, freqs_cis: Any) -> RotaryTable:
@@ -107,14 +81,7 @@ class RotaryTable:
         >>> RotaryTable.from_complex(np.exp(1j * np.outer(np.arange(4), [1.0, 0.1])))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        freqs = tensor.describe("freqs_cis", freqs_cis)
-        check_dtype("freqs_cis", freqs.spec, tuple(COMPLEX_PARTS))
-        _check_shape("freqs_cis", freqs.spec, 0)
-        reals = freqs.spec._replace(
-            strides=tuple(2 * stride for stride in freqs.spec.strides),
-            dtype=COMPLEX_PARTS[freqs.spec.dtype],
-        )
-        return cls._of_parts(freqs._replace(spec=reals), slice(None), 1, step=2)
+        return cls._of(_complex, freqs_cis)
 
     @classmethod
     def from_matrices(cls, freqs: Any) -> RotaryTable:
@@ -129,17 +96,7 @@ class RotaryTable:
         >>> RotaryTable.from_matrices(np.stack([cos, -sin, sin, cos], axis=-1).reshape(4, 2, 2, 2))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        matrices = tensor.describe("freqs", freqs)
-        check_dtype("freqs", matrices.spec, FLOATS)
-        shape, strides = matrices.spec.shape, matrices.spec.strides
-        if shape[-2:] != (2, 2):
-            raise ValueError(
-                f"freqs must have 2 x 2 matrices on its last two axes, got shape {shape}"
-            )
-        _check_shape("freqs", matrices.spec, 2)
-        column = matrices.spec._replace(shape=shape[:-2], strides=strides[:-2])
-        step = 4 if strides[-2:] == (2, 1) else 1
-        return cls._of_parts(matrices._replace(spec=column), slice(None), strides[-2], step)
+        return cls._of(_matrices, freqs)
 
     @classmethod
     def from_inverse_frequencies(
@@ -165,44 +122,39 @@ class RotaryTable:
         return cls(*(library.upload(part, like) for part in parts))
 
     @classmethod
-    def _of_parts(cls, array: tensor.Array, pairs: slice, to_sin: int, step: int) -> RotaryTable:
-        """View a table whose sines lie `to_sin` elements behind its cosines."""
-        cos = _every(array.spec, pairs)
-        pointer = array.pointer + to_sin * ITEMSIZE[cos.dtype]
-        if cos.strides[-1] != step:
-            step = 1
+    def _of(cls, form: Callable[..., _Parts], *sources: Any) -> RotaryTable:
         table = cls.__new__(cls)
-        table._set(
-            (array,),
-            (array.pointer, pointer),
-            TableSpec(
-                cos, cos._replace(alignment=alignment(pointer)), step, to_sin if step > 1 else 0
-            ),
-        )
+        table._look(form, *sources)
         return table
 
-    def _set(
-        self,
-        arrays: tuple[tensor.Array, ...],
-        pointers: tuple[int, int],
-        half: TableSpec,
-        pairs: TableSpec | None = None,
-    ) -> None:
-        if not half.cos.shape[-1]:
+    def _look(self, form: Callable[..., _Parts], *sources: Any) -> None:
+        self._form, self._sources = form, sources
+        self._parts = form(*sources)
+        if not self.rotary_dim:
             raise ValueError("table must have a rotary_dim of 2 or more, got 0")
-        self._arrays = arrays  # keeps the memory
-        self._specs = (half, pairs or half)
-        self.pointers = pointers
-        self.requires_grad = any(array.requires_grad for array in arrays)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy looks at the copies of the arrays, not at the addresses of these.
+        return RotaryTable._of, (self._form, *self._sources)
+
+    @property
+    def pointers(self) -> tuple[int, int]:
+        """The addresses of the first cosine and the first sine."""
+        return self._parts.pointers
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether PyTorch wants a gradient of the table."""
+        return any(getattr(source, "requires_grad", False) for source in self._sources)
 
     def spec(self, interleaved: bool) -> TableSpec:
         """Return where the angles of pairs lie, which at full width depends on the pairing."""
-        return self._specs[interleaved]
+        return self._parts.specs[interleaved]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of cos and of sin at half width: (..., rotary_dim / 2)."""
-        return self._specs[0].cos.shape
+        return self._parts.specs[0].cos.shape
 
     @property
     def rotary_dim(self) -> int:
@@ -217,12 +169,12 @@ class RotaryTable:
     @property
     def dtype(self) -> str:
         """The dtype of cos and sin, such as "float32"."""
-        return self._specs[0].cos.dtype
+        return self._parts.specs[0].cos.dtype
 
     @property
     def device(self) -> str:
         """The device of cos and sin, "cpu" or such as "cuda:0"."""
-        return self._specs[0].cos.device
+        return self._parts.specs[0].cos.device
 
     def __repr__(self) -> str:
         return (
@@ -240,6 +192,77 @@ def as_table(table: Any) -> RotaryTable:
     raise TypeError(f"table must be a RotaryTable or a tuple (cos, sin), got {described(table)}")
 
 
+class _Parts(NamedTuple):
+    """What a table is made of."""
+
+    arrays: tuple[tensor.Array, ...]  # these keep the memory
+    pointers: tuple[int, int]  # of the first cosine and the first sine
+    specs: tuple[TableSpec, TableSpec]  # for the half and for the interleaved pairing
+
+
+def _half_width(cos: Any, sin: Any) -> _Parts:
+    arrays = _describe_two(cos, sin)
+    spec = TableSpec(arrays[0].spec, arrays[1].spec, 1, 0)
+    return _Parts(arrays, (arrays[0].pointer, arrays[1].pointer), (spec, spec))
+
+
+def _full_width(cos: Any, sin: Any) -> _Parts:
+    arrays = _describe_two(cos, sin)
+    width = arrays[0].spec.shape[-1]
+    if width % 2:
+        raise ValueError(
+            f"cos must have an even last axis, rotary_dim, got shape {arrays[0].spec.shape}"
+        )
+    halves = [_every(array.spec, slice(0, width // 2)) for array in arrays]
+    evens = [_every(array.spec, slice(0, None, 2)) for array in arrays]
+    step = 2 if all(spec.strides[-1] == 2 for spec in evens) else 1
+    specs = TableSpec(halves[0], halves[1], 1, 0), TableSpec(evens[0], evens[1], step, 0)
+    return _Parts(arrays, (arrays[0].pointer, arrays[1].pointer), specs)
+
+
+def _cache(cos_sin: Any) -> _Parts:
+    cache = tensor.describe("cos_sin", cos_sin)
+    check_dtype("cos_sin", cache.spec, FLOATS)
+    if len(cache.spec.shape) != 2 or cache.spec.shape[1] % 2:
+        raise ValueError(
+            "cos_sin must have the shape (positions, rotary_dim) with an even rotary_dim, got "
+            f"{cache.spec.shape}"
+        )
+    num_pairs = cache.spec.shape[1] // 2
+    cos = _every(cache.spec, slice(0, num_pairs))
+    return _one_array(cache, cos, num_pairs * cache.spec.strides[-1], step=1)
+
+
+def _complex(freqs_cis: Any) -> _Parts:
+    freqs = tensor.describe("freqs_cis", freqs_cis)
+    check_dtype("freqs_cis", freqs.spec, tuple(COMPLEX_PARTS))
+    _check_shape("freqs_cis", freqs.spec, 0)
+    strides = tuple(2 * stride for stride in freqs.spec.strides)
+    cos = freqs.spec._replace(strides=strides, dtype=COMPLEX_PARTS[freqs.spec.dtype])
+    return _one_array(freqs, cos, 1, step=2)
+
+
+def _matrices(freqs: Any) -> _Parts:
+    matrices = tensor.describe("freqs", freqs)
+    check_dtype("freqs", matrices.spec, FLOATS)
+    shape, strides = matrices.spec.shape, matrices.spec.strides
+    if shape[-2:] != (2, 2):
+        raise ValueError(f"freqs must have 2 x 2 matrices on its last two axes, got shape {shape}")
+    _check_shape("freqs", matrices.spec, 2)
+    cos = matrices.spec._replace(shape=shape[:-2], strides=strides[:-2])
+    return _one_array(matrices, cos, strides[-2], step=4 if strides[-2:] == (2, 1) else 1)
+
+
+def _one_array(array: tensor.Array, cos: ArraySpec, to_sin: int, step: int) -> _Parts:
+    """View sines that lie `to_sin` elements behind their cosines in one array."""
+    pointer = array.pointer + to_sin * ITEMSIZE[cos.dtype]
+    sin = cos._replace(alignment=alignment(pointer))
+    if cos.strides[-1] != step:
+        step = 1
+    spec = TableSpec(cos, sin, step, to_sin if step > 1 else 0)
+    return _Parts((array,), (array.pointer, pointer), (spec, spec))
+
+
 def _describe_two(cos: Any, sin: Any) -> tuple[tensor.Array, tensor.Array]:
     first, second = tensor.describe("cos", cos), tensor.describe("sin", sin)
     check_dtype("cos", first.spec, FLOATS)
@@ -251,6 +274,7 @@ def _describe_two(cos: Any, sin: Any) -> tuple[tensor.Array, tensor.Array]:
         raise ValueError(
             f"sin must be on cos's device {first.spec.device}, got {second.spec.device}"
         )
+    _check_shape("cos", first.spec, 0)
     return first, second
 
 

@@ -4,7 +4,9 @@ On the CPU a result is computed in float64 and rounded once, so equal tables giv
 is held against the half-width table, and that against the float64 reference.
 """
 
+import copy
 import gc
+import pickle
 
 import numpy as np
 import pytest
@@ -252,3 +254,40 @@ def test_one_table_serves_arrays_of_every_dtype_and_shape(wrap):
             x = fresh(S, heads, D).astype(dtype)
             y = rotated(x, table, wrap, positions=2)
             check(np.float64(y), exact(x[None], cos, sin, positions=2)[0], dtype)
+
+
+FORM_SOURCES = {
+    "half": (RotaryTable, lambda cos, sin: (cos, sin)),
+    "full": (RotaryTable.from_full_width, lambda cos, sin: (np.tile(cos, 2), np.tile(sin, 2))),
+    "cache": (RotaryTable.from_cache, lambda cos, sin: (np.concatenate([cos, sin], -1),)),
+    "complex": (RotaryTable.from_complex, lambda cos, sin: (cos + 1j * sin,)),
+}
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+@pytest.mark.parametrize("form", FORM_SOURCES)
+def test_a_copy_of_a_table_outlives_the_table(form, copied):
+    make, sources = FORM_SOURCES[form]
+    angle = np.random.default_rng(3).uniform(-3, 3, (5, 4))
+    table = make(*sources(np.cos(angle), np.sin(angle)))
+    x = np.random.default_rng(4).standard_normal((5, 2, 8))
+    expected = apply_rotary(x, table)
+    twin = copied(table)
+    if copied is not copy.copy:
+        assert twin.pointers[0] != table.pointers[0]
+    del table
+    gc.collect()
+    _ = [np.full((5, 8), np.nan) for _ in range(50)]
+    assert np.array_equal(apply_rotary(x, twin), expected)
+    assert repr(twin) == repr(make(*sources(np.cos(angle), np.sin(angle))))
+
+
+def test_a_table_that_comes_to_require_a_gradient_is_refused_from_then_on():
+    cos, sin = torch.ones(5, 4), torch.zeros(5, 4)
+    table, x = RotaryTable(cos, sin), torch.ones(5, 2, 8)
+    assert torch.equal(apply_rotary(x, table), x)
+    sin.requires_grad_()
+    with pytest.raises(ValueError, match=r"^table must not require a gradient"):
+        apply_rotary(x, table)
