@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .memory import ndarray_at
-from .problem import RotaryProblem
+from .problem import Pointers, RotaryProblem, View
 
 BLOCK_ELEMENTS = 1 << 17  # of x at a time, so that the intermediate arrays stay in the cache
 
@@ -26,75 +26,50 @@ Array = NDArray[Any]
 Doubles = NDArray[np.float64]
 
 
-def rotate(
-    problem: RotaryProblem,
-    xs: Sequence[int],
-    outs: Sequence[int],
-    cos: int,
-    sin: int,
-    positions: int,
-) -> None:
+def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
     """Solve the problem on arrays at these addresses, which the caller keeps alive."""
-    batch, num_tokens = problem.batch, problem.num_tokens
-    for tensor, x_pointer, out_pointer in zip(problem.tensors, xs, outs, strict=True):
-        shape = (batch, num_tokens, tensor.num_heads, problem.head_dim)
-        storage = _STORAGE[problem.dtype]
-        x = ndarray_at(x_pointer, storage, shape, tensor.x.strides)
-        out = ndarray_at(out_pointer, storage, shape, tensor.out.strides)
-        block = max(1, BLOCK_ELEMENTS // max(1, tensor.num_heads * problem.head_dim))
-        for b in range(batch):
-            for start in range(0, num_tokens, block):
-                tokens = slice(start, min(start + block, num_tokens))
-                table_rows, in_range = _rows(problem, positions, b, tokens)
-                angles = [
-                    _angles(
-                        problem, tensor.num_heads, pointer, view.strides, row, b, tokens, table_rows
-                    )
-                    for pointer, view, row in (
-                        (cos, problem.cos, problem.cos_row),
-                        (sin, problem.sin, problem.sin_row),
-                    )
-                ]
-                _rotate_block(problem, x[b, tokens], out[b, tokens], angles[0], angles[1], in_range)
+    sizes = problem.batch, problem.num_tokens
+    storage = _STORAGE[problem.dtype]
+    positions = _positions(problem, pointers.positions)
+    for tensor, x_at, out_at in zip(problem.tensors, pointers.x, pointers.out, strict=True):
+        shape = (*sizes, tensor.num_heads, problem.head_dim)
+        x = ndarray_at(x_at, storage, shape, tensor.x.strides)
+        out = ndarray_at(out_at, storage, shape, tensor.out.strides)
+        cos = _table(problem, tensor.num_heads, pointers.cos, problem.cos, problem.cos_row)
+        sin = _table(problem, tensor.num_heads, pointers.sin, problem.sin, problem.sin_row)
+        step = max(1, BLOCK_ELEMENTS // max(1, tensor.num_heads * problem.head_dim))
+        for b, start in product(range(sizes[0]), range(0, sizes[1], step)):
+            block = b, slice(start, start + step)
+            rows: Any = block
+            in_range = None
+            if positions is not None:
+                in_range = (positions[block] >= 0) & (positions[block] < problem.num_positions)
+                rows = np.where(in_range, positions[block], 0)
+            block_cos = _widen(cos[rows], problem.table_dtype)
+            block_sin = _widen(sin[rows], problem.table_dtype)
+            _rotate_block(problem, x[block], out[block], block_cos, block_sin, in_range)
 
 
-def _rows(
-    problem: RotaryProblem, positions: int, b: int, tokens: slice
-) -> tuple[Array | None, Array | None]:
-    """Return each token's table row and whether it has one; two Nones with implicit positions."""
+def _positions(problem: RotaryProblem, pointer: int) -> Array | None:
+    """View the explicit positions as (batch, tokens)."""
     if problem.position_dtype is None:
-        return None, None
+        return None
     shape = (problem.batch, problem.num_tokens)
-    position = ndarray_at(
-        positions, _STORAGE[problem.position_dtype], shape, problem.position_strides
-    )[b, tokens]
-    in_range = (position >= 0) & (position < problem.num_positions)
-    return np.where(in_range, position, 0), in_range
+    return ndarray_at(pointer, _STORAGE[problem.position_dtype], shape, problem.position_strides)
 
 
-def _angles(
-    problem: RotaryProblem,
-    num_heads: int,
-    pointer: int,
-    strides: tuple[int, int, int, int],
-    row: int,
-    b: int,
-    tokens: slice,
-    table_rows: Array | None,
-) -> Doubles:
-    """Return cosines or sines as (tokens, 1 or heads, pairs)."""
+def _table(problem: RotaryProblem, num_heads: int, pointer: int, view: View, row: int) -> Array:
+    """View cosines or sines as (batch, tokens, heads, pairs), or by position (rows, 1, pairs)."""
     storage = _STORAGE[problem.table_dtype]
     num_pairs = problem.rotary_dim // 2
-    if table_rows is not None:
-        table = ndarray_at(pointer, storage, (problem.num_positions, num_pairs), (row, strides[3]))
-        if not len(table):
-            table = np.zeros(
-                (1, num_pairs), storage
-            )  # no position is in range: none of this is used
-        return _widen(table[table_rows], problem.table_dtype)[:, None]
-    heads = num_heads if strides[2] else 1
-    shape = (problem.batch, problem.num_tokens, heads, num_pairs)
-    return _widen(ndarray_at(pointer, storage, shape, strides)[b, tokens], problem.table_dtype)
+    if problem.position_dtype is None:
+        heads = num_heads if view.strides[2] else 1
+        by_token = (problem.batch, problem.num_tokens, heads, num_pairs)
+        return ndarray_at(pointer, storage, by_token, view.strides)
+    if not problem.num_positions:
+        return np.zeros((1, 1, num_pairs), storage)  # every token is out of range
+    by_position = (problem.num_positions, 1, num_pairs)
+    return ndarray_at(pointer, storage, by_position, (row, 0, view.strides[3]))
 
 
 def _rotate_block(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import struct
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .plan import LaunchPlan
+from .problem import Pointers
 from .tensor import cupy
 
 
@@ -45,11 +45,9 @@ def kernel(name: str, device: int) -> Any:
     return module.get_function(name)
 
 
-def launch(plan: LaunchPlan, pointers: tuple[int, ...], device: int, stream: int) -> None:
+def launch(plan: LaunchPlan, pointers: Pointers, device: int, stream: int) -> None:
     """Launch on a stream of a device. The block of arguments is read before this returns."""
-    block = ctypes.create_string_buffer(
-        struct.pack(f"<{len(pointers)}Q", *pointers) + plan.arguments
-    )
+    block = ctypes.create_string_buffer(plan.argument_block(pointers))
     with cupy().cuda.Device(device):
         argument = cupy().cuda.function.CPointer(ctypes.addressof(block))
         kernel(plan.kernel, device)(plan.grid, plan.block, (argument,), stream=_Stream(stream))

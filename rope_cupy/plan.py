@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .memory import ACCESS_BYTES, ITEMSIZE
-from .problem import RotaryProblem, View
+from .problem import Pointers, RotaryProblem, View
 
 BLOCK_THREADS = 128
 C_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
@@ -22,6 +22,12 @@ class LaunchPlan(NamedTuple):
     grid: tuple[int, int]
     block: tuple[int, int]
     arguments: bytes  # what follows the pointers in the argument block
+
+    def argument_block(self, pointers: Pointers) -> bytes:
+        """Return the kernel's one argument; a launch of one tensor repeats it as the second."""
+        x, out = (pointers.x * 2)[:2], (pointers.out * 2)[:2]
+        addresses = (*x, *out, pointers.cos, pointers.sin, pointers.positions)
+        return struct.pack("<7Q", *addresses) + self.arguments
 
 
 @lru_cache(maxsize=4096)

@@ -86,6 +86,16 @@ class RotaryProblem(NamedTuple):
         return self.batch * self.num_tokens * sum(tensor.num_heads for tensor in self.tensors)
 
 
+class Pointers(NamedTuple):
+    """The addresses of a problem's arrays: x and out of each tensor, first cos, first sin."""
+
+    x: tuple[int, ...]
+    out: tuple[int, ...]
+    cos: int
+    sin: int
+    positions: int
+
+
 def check_inputs(names: tuple[str, ...], xs: tuple[ArraySpec, ...]) -> None:
     """Refuse inputs that no output can be made for: they share dtype, device and rank."""
     first = xs[0]

@@ -10,6 +10,7 @@ from .memory import ITEMSIZE, overlap
 from .plan import launch_plan
 from .problem import (
     Options,
+    Pointers,
     TableSpec,
     check_inputs,
     implicit_position,
@@ -146,16 +147,20 @@ def _rotate(
     if out is not None:
         _check_aliasing(names, inputs, outputs, table, spec, gather)
     if problem.num_rows:
-        x_pointers = tuple(array.pointer for array in inputs)
-        out_pointers = tuple(array.pointer for array in outputs)
-        position_pointer = gather.pointer if gather else 0
+        pointers = Pointers(
+            x=tuple(array.pointer for array in inputs),
+            out=tuple(array.pointer for array in outputs),
+            cos=cos,
+            sin=sin,
+            positions=gather.pointer if gather else 0,
+        )
         device = inputs[0].spec.device
         if device == "cpu":
-            cpu.rotate(problem, x_pointers, out_pointers, cos, sin, position_pointer)
+            cpu.rotate(problem, pointers)
         else:
             number = int(device.removeprefix("cuda:"))
-            pointers = (x_pointers * 2)[:2] + (out_pointers * 2)[:2] + (cos, sin, position_pointer)
-            jit.launch(launch_plan(problem), pointers, number, outputs[0].library.stream(number))
+            stream = outputs[0].library.stream(number)
+            jit.launch(launch_plan(problem), pointers, number, stream)
     if out is not None:
         for array, y in zip(outputs, out, strict=True):
             array.library.wrote(y)
