@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .checks import index
-from .memory import FLOATS, ArraySpec, may_overlap_itself
+from .memory import FLOATS, ITEMSIZE, ArraySpec, may_overlap_itself
 
 MAX_ROWS = 2**31 - 1
 DEFAULT_LAYOUTS = {3: "shd", 4: "bshd"}
@@ -133,51 +133,32 @@ def rotary_problem(
     `names` are what the caller calls the xs. `positions` is None when they are implicit.
     """
     first = xs[0]
-    views = [_canonical(name, x, options) for name, x in zip(names, xs, strict=True)]
+    views = _canonical_inputs(names, xs, options)
     batch, num_tokens, _, head_dim = views[0].shape
-    for name, view in zip(names, views, strict=True):
-        if (*view.shape[:2], view.shape[3]) != (batch, num_tokens, head_dim):
-            raise ValueError(
-                f"{name} must have {names[0]}'s shape on every axis but heads, (batch, tokens, "
-                "head_dim) = "
-                f"{(batch, num_tokens, head_dim)}, got {(*view.shape[:2], view.shape[3])}"
-            )
     num_heads = tuple(view.shape[2] for view in views)
-    if batch * num_tokens * sum(num_heads) > MAX_ROWS:
-        raise ValueError(
-            f"{names[0]} must have at most {MAX_ROWS} (batch, token, head) rows, with "
-            f"{len(names)} tensors counted "
-            f"together, got {batch * num_tokens * sum(num_heads)}"
-        )
-    tensors = []
-    for name, x, view, out in zip(out_names(names), xs, views, outs, strict=True):
+    for name, out, x in zip(out_names(names), outs, xs, strict=True):
         _check_out(name, out, x)
-        out_view = _canonical(name, out, options)
-        tensors.append(
-            RotaryTensor(
-                view.shape[2],
-                View(view.strides, x.alignment),
-                View(out_view.strides, out.alignment),
-            )
+    tensors = tuple(
+        RotaryTensor(
+            num_heads=view.shape[2],
+            x=View(view.strides, x.alignment),
+            out=View(_canonical("out", out, options).strides, out.alignment),
         )
-
-    rotary_dim = 2 * table.cos.shape[-1]
-    if not 0 < rotary_dim <= head_dim:
-        raise ValueError(
-            f"table must have a rotary_dim in (0, head_dim={head_dim}], got {rotary_dim}"
-        )
-    if not 0 <= options.rotary_offset <= head_dim - rotary_dim:
-        raise ValueError(
-            f"rotary_offset must be in [0, head_dim - rotary_dim = {head_dim - rotary_dim}], got "
-            f"{options.rotary_offset}"
-        )
+        for view, x, out in zip(views, xs, outs, strict=True)
+    )
+    rotary_dim = _check_rotary_dim(table, head_dim, options.rotary_offset)
     if table.cos.device != first.device:
         raise ValueError(
             f"table must be on {names[0]}'s device {first.device}, got {table.cos.device}"
         )
     _check_table(table.cos.shape, batch, num_tokens, num_heads, positions)
+    named = [*zip(names, xs, strict=True), *zip(out_names(names), outs, strict=True)]
+    named += [("table", table.cos), ("table", table.sin)]
     if positions:
         _check_positions(positions, batch, num_tokens, first.device, names[0])
+        named.append(("positions", positions))
+    for name, array in named:
+        _check_alignment(name, array)
     return RotaryProblem(
         dtype=first.dtype,
         batch=batch,
@@ -185,7 +166,7 @@ def rotary_problem(
         head_dim=head_dim,
         rotary_dim=rotary_dim,
         rotary_offset=options.rotary_offset,
-        tensors=tuple(tensors),
+        tensors=tensors,
         in_place=in_place,
         table_dtype=table.cos.dtype,
         cos=_table_view(table.cos, positions),
@@ -295,6 +276,50 @@ def _canonical(name: str, x: ArraySpec, options: Options) -> Canonical:
         tuple(shape[at[axis]] if axis in at else 1 for axis in "bshd"),  # type: ignore[arg-type]
         tuple(strides[at[axis]] if axis in at else 0 for axis in "bshd"),  # type: ignore[arg-type]
     )
+
+
+def _canonical_inputs(
+    names: tuple[str, ...], xs: tuple[ArraySpec, ...], options: Options
+) -> list[Canonical]:
+    """See the inputs alike, and refuse any that differ on another axis than heads."""
+    views = [_canonical(name, x, options) for name, x in zip(names, xs, strict=True)]
+    shared = [(*view.shape[:2], view.shape[3]) for view in views]
+    for name, shape in zip(names, shared, strict=True):
+        if shape != shared[0]:
+            raise ValueError(
+                f"{name} must have {names[0]}'s shape on every axis but heads, (batch, tokens, "
+                f"head_dim) = {shared[0]}, got {shape}"
+            )
+    rows = shared[0][0] * shared[0][1] * sum(view.shape[2] for view in views)
+    if rows > MAX_ROWS:
+        raise ValueError(
+            f"{' and '.join(names)} must have at most {MAX_ROWS} heads of tokens, got {rows}"
+        )
+    return views
+
+
+def _check_rotary_dim(table: TableSpec, head_dim: int, offset: int) -> int:
+    """Return how many elements of a head turn, which with their offset must fit the head."""
+    rotary_dim = 2 * table.cos.shape[-1]
+    if not 0 < rotary_dim <= head_dim:
+        raise ValueError(
+            f"table must have a rotary_dim in (0, head_dim={head_dim}], got {rotary_dim}"
+        )
+    if not 0 <= offset <= head_dim - rotary_dim:
+        raise ValueError(
+            f"rotary_offset must be in [0, head_dim - rotary_dim = {head_dim - rotary_dim}], got "
+            f"{offset}"
+        )
+    return rotary_dim
+
+
+def _check_alignment(name: str, array: ArraySpec) -> None:
+    itemsize = ITEMSIZE[array.dtype]
+    if array.device != "cpu" and array.alignment < itemsize:
+        raise ValueError(
+            f"{name} must begin at a multiple of its {itemsize} bytes an element on a GPU, got one "
+            f"of {array.alignment}"
+        )
 
 
 def _check_out(name: str, out: ArraySpec, x: ArraySpec) -> None:

@@ -1,4 +1,4 @@
-"""Any array in, the same kind out: the only file that knows libraries. It imports none of them."""
+"""Any array in, the same kind out: the only file that knows libraries. It imports CuPy alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,32 +25,38 @@ class Array(NamedTuple):
     requires_grad: bool = False
 
 
-class Library(Protocol):
+class Library:
     """What rope_cupy asks of an array library."""
 
     def describe(self, name: str, array: Any) -> Array:
         """Return the array as rope_cupy sees it. `name` is what the caller calls it."""
+        raise NotImplementedError
 
     def empty_like(self, array: Any) -> Any:
         """Return a new dense array whose axes lie in memory in the order of `array`'s."""
+        raise NotImplementedError
 
     def result(self, array: Any, like: Any) -> Any:
         """Return what the caller gets for an array of `empty_like`, once work on it is launched."""
+        return array
 
     def wrote(self, array: Any) -> None:
         """Tell the library that the elements of its array have been written."""
 
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         """Return a NumPy array as one of this library on the device of `like`."""
+        raise NotImplementedError
 
     def download(self, array: Any) -> NDArray[Any]:
         """Return an array as a NumPy array, copied from its device."""
+        raise NotImplementedError
 
     def stream(self, device: int) -> int:
         """Return the handle of the current stream of this library."""
+        raise NotImplementedError
 
 
-class _NumPy:
+class _NumPy(Library):
     def describe(self, name: str, array: Any) -> Array:
         if not array.dtype.isnative:
             raise TypeError(f"{name} must be in native byte order, got {array.dtype.str}")
@@ -62,23 +68,14 @@ class _NumPy:
     def empty_like(self, array: Any) -> Any:
         return np.empty_like(array)
 
-    def result(self, array: Any, like: Any) -> Any:
-        return array
-
-    def wrote(self, array: Any) -> None:
-        pass
-
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         return array
 
     def download(self, array: Any) -> NDArray[Any]:
         return np.asarray(array)
 
-    def stream(self, device: int) -> int:
-        raise ValueError("NumPy arrays have no stream")
 
-
-class _CuPy:
+class _CuPy(Library):
     def describe(self, name: str, array: Any) -> Array:
         pointer = array.data.ptr
         device = f"cuda:{array.device.id}"
@@ -91,12 +88,6 @@ class _CuPy:
         with array.device:
             return sys.modules["cupy"].empty_like(array)
 
-    def result(self, array: Any, like: Any) -> Any:
-        return array
-
-    def wrote(self, array: Any) -> None:
-        pass
-
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         with like.device:
             return sys.modules["cupy"].asarray(array)
@@ -108,7 +99,7 @@ class _CuPy:
         return sys.modules["cupy"].cuda.get_current_stream(device).ptr  # type: ignore[no-any-return]
 
 
-class _Torch:
+class _Torch(Library):
     def describe(self, name: str, array: Any) -> Array:
         torch = sys.modules["torch"]
         if array.layout is not torch.strided or array.is_nested:
@@ -130,9 +121,6 @@ class _Torch:
 
     def empty_like(self, array: Any) -> Any:
         return sys.modules["torch"].empty_like(array, requires_grad=False)
-
-    def result(self, array: Any, like: Any) -> Any:
-        return array
 
     def wrote(self, array: Any) -> None:
         # So that a backward pass which saved the old elements finds out.
@@ -164,7 +152,7 @@ class Bfloat16:
         return self.words.__dlpack_device__()
 
 
-class _Bfloat16:
+class _Bfloat16(Library):
     def describe(self, name: str, array: Any) -> Array:
         words = describe(name, array.words)
         return words._replace(spec=words.spec._replace(dtype="bfloat16"))
@@ -172,23 +160,14 @@ class _Bfloat16:
     def empty_like(self, array: Any) -> Any:
         return Bfloat16(library_of("x", array.words).empty_like(array.words))
 
-    def result(self, array: Any, like: Any) -> Any:
-        return array
-
-    def wrote(self, array: Any) -> None:
-        pass
-
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         return library_of("like", like.words).upload(array, like.words)
-
-    def download(self, array: Any) -> NDArray[Any]:
-        raise TypeError("bfloat16 words cannot be read as numbers")
 
     def stream(self, device: int) -> int:
         return _CUPY.stream(device)
 
 
-class _DLPack:
+class _DLPack(Library):
     """Any other producer: read through DLPack, results made from a NumPy or CuPy buffer."""
 
     def describe(self, name: str, array: Any) -> Array:
@@ -204,8 +183,7 @@ class _DLPack:
         if not hasattr(array, "__array_namespace__"):
             raise TypeError(
                 "out must be an array where the input's library has no __array_namespace__ to "
-                "make one, got None "
-                f"for {type(array).__name__}"
+                f"make one, got None for {type(array).__name__}"
             )
         spec = self.describe("x", array).spec
         order = sorted(range(len(spec.shape)), key=lambda axis: -abs(spec.strides[axis]))
@@ -217,9 +195,6 @@ class _DLPack:
 
     def result(self, array: Any, like: Any) -> Any:
         return like.__array_namespace__().from_dlpack(array)
-
-    def wrote(self, array: Any) -> None:
-        pass
 
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         with _module_of(dlpack.device_of(like)) as module:
@@ -245,7 +220,7 @@ _LIBRARIES: dict[tuple[str, str], Library] = {
     ("numpy", "ndarray"): _NumPy(),
     ("cupy", "ndarray"): _CUPY,
     ("torch", "Tensor"): _Torch(),
-    (__name__, "Bfloat16"): _Bfloat16(),
+    ("rope_cupy", "Bfloat16"): _Bfloat16(),
 }
 _OTHER = _DLPack()
 
@@ -295,11 +270,9 @@ def cupy() -> Any:
 @cache
 def _library_of_type(kind: type) -> Library | None:
     for base in kind.__mro__:
-        library = _LIBRARIES.get(
-            (base.__module__.partition(".")[0], base.__qualname__)
-        ) or _LIBRARIES.get((base.__module__, base.__qualname__))
-        if library is not None:
-            return library
+        package = base.__module__.partition(".")[0]
+        if (package, base.__qualname__) in _LIBRARIES:
+            return _LIBRARIES[package, base.__qualname__]
     return _OTHER if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__") else None
 
 

@@ -28,6 +28,20 @@ def test_every_array_is_on_the_device_of_x(name, arguments):
         problem([X], 64, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("q", {"xs": [spec((2, 5, 3, 64), address=1)], "outs": [X]}),
+        ("out", {"outs": [spec((2, 5, 3, 64), address=3)]}),
+        ("table", {"table": TableSpec(TABLE.cos, spec((9, 32), "float32", address=2), 1, 0)}),
+        ("positions", {"positions": spec((5,), "int64", address=4)}),
+    ],
+)
+def test_an_address_between_two_elements_is_refused_on_a_gpu(name, arguments):
+    with pytest.raises(ValueError, match=rf"^{name} must begin at a multiple of .*, got one of "):
+        problem(**{"xs": [X], "rotary_dim": 64} | arguments)
+
+
 def test_as_many_rows_as_the_kernel_can_number_are_accepted_and_no_more():
     most = spec((1, MAX_ROWS, 1, 64))
     assert problem([most], 64).num_rows == MAX_ROWS
