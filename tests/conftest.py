@@ -55,10 +55,12 @@ def record(
     return keep
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     # Every worker of pytest-xdist sends its reports here, with their keywords and properties.
+    if hasattr(config, "workerinput"):
+        return
     reports = terminalreporter.getreports
-    reasons = [str(r.longrepr[2]) for r in reports("skipped") if "gpu" in r.keywords]
+    reasons = [str(r.longrepr[2]) for r in reports("skipped") if "gpu" in getattr(r, "keywords", ())]
     reasons = [reason.removeprefix("Skipped: ") for reason in reasons if NO_GPU in reason]
     if reasons:
         line = f"gpu: {len(reasons)} tests skipped, {reasons[0]}"

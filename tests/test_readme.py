@@ -12,7 +12,8 @@ from reference import check, rotate
 
 import rope_cupy
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^##+ (.*)\n((?:(?!##+ ).*\n)*)", README, re.M))
 ON_GPU = pytest.mark.gpu
 
@@ -87,3 +88,10 @@ def test_the_table_of_tables_lists_every_view_of_a_models_table():
     listed = set(re.findall(r"^\| `RotaryTable\.(\w+)\(", SECTIONS["Tables"], re.M))
     offered = {name for name in vars(rope_cupy.RotaryTable) if name.startswith("from_")}
     assert listed == offered - {"from_inverse_frequencies"}
+
+
+def test_every_line_of_a_measurement_shown_stands_in_the_committed_results():
+    results = (ROOT / "benchmarks/results/2026-11-23-h100.txt").read_text().splitlines()
+    shown = code("Try it", "text").splitlines()
+    assert any("of copy" in line for line in shown)
+    assert set(shown) <= set(results)
