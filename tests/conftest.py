@@ -60,7 +60,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if hasattr(config, "workerinput"):
         return
     reports = terminalreporter.getreports
-    reasons = [str(r.longrepr[2]) for r in reports("skipped") if "gpu" in getattr(r, "keywords", ())]
+    skipped = [r for r in reports("skipped") if "gpu" in getattr(r, "keywords", ())]
+    reasons = [str(report.longrepr[2]) for report in skipped]
     reasons = [reason.removeprefix("Skipped: ") for reason in reasons if NO_GPU in reason]
     if reasons:
         line = f"gpu: {len(reasons)} tests skipped, {reasons[0]}"
