@@ -105,8 +105,8 @@ __device__ __forceinline__ float to_float(float16 value) {
   const unsigned sign = (value.bits & 0x8000u) << 16;
   const unsigned magnitude = (value.bits & 0x7fffu) << 13;
   if (magnitude >= 0x7c00u << 13) return bit_cast<float>(sign | 0x70000000u | magnitude);
-  const float scaled =
-      bit_cast<float>(magnitude) * 0x1p112f;  // moves the exponent; exact for subnormals too
+  // A power of two moves the exponent, and makes normal numbers of subnormal ones.
+  const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
   return bit_cast<float>(sign | bit_cast<unsigned>(scaled));
 #endif
 }

@@ -114,9 +114,8 @@ def _span(spec: ArraySpec) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def _share_a_byte(a: ArraySpec, b: ArraySpec, distance: int) -> bool:
-    base = (
-        1 << 60
-    )  # nothing is read there: NumPy solves the Diophantine equation of the two address sets
+    # Nothing is read there: NumPy solves the Diophantine equation of the two sets of addresses.
+    base = 1 << 60
     views = [
         ndarray_at(base + offset, f"V{ITEMSIZE[spec.dtype]}", spec.shape, spec.strides)
         for spec, offset in ((a, 0), (b, distance))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .checks import index
 from .memory import FLOATS, ITEMSIZE, ArraySpec, may_overlap_itself
 
-MAX_ROWS = 2**31 - 1
+MAX_ROWS = 2**31 - 2**10  # the last block may reach beyond them, and counts in 32 bits too
 DEFAULT_LAYOUTS = {3: "shd", 4: "bshd"}
 
 Four = tuple[int, int, int, int]

@@ -8,7 +8,7 @@ import pytest
 
 from rope_cupy.memory import array_spec
 from rope_cupy.plan import BLOCK_THREADS, divisor, launch_plan
-from rope_cupy.problem import TableSpec, rotary_options, rotary_problem
+from rope_cupy.problem import MAX_ROWS, TableSpec, rotary_options, rotary_problem
 
 # The integers of the argument block, in the order of kernels/rotary.cu (test_kernels.py compares).
 VIEW = ("origin", "outer", "middle", "inner", "element", "width")
@@ -138,6 +138,12 @@ def test_the_grid_covers_every_row_and_lane_once(head_dim, heads):
     assert block_x * block_y <= BLOCK_THREADS
     assert (grid_x - 1) * block_y < rows <= grid_x * block_y
     assert (grid_y - 1) * block_x < lanes <= grid_y * block_x
+
+
+def test_the_last_block_of_the_largest_launch_counts_its_rows_in_32_bits():
+    for head_dim in (2, 128, 2048):
+        plan = launch_plan(problem([spec((1, MAX_ROWS, 1, head_dim))], head_dim))
+        assert MAX_ROWS <= plan.grid[0] * plan.block[1] < 2**31
 
 
 @pytest.mark.parametrize(("layout", "inner"), [("bshd", 4), ("bhsd", 37), ("sbhd", 4), ("hsd", 37)])
