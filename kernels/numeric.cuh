@@ -1,8 +1,8 @@
 // Storage types and their conversions to and from the types that are computed with.
 //
-// No CUDA header is included, so every install of NVRTC compiles this, and so does a host compiler:
-// the PTX of each conversion has a portable twin in integer arithmetic. All rounding is to nearest,
-// ties to even.
+// No CUDA header is included, so every install of NVRTC compiles this. The PTX of each conversion
+// has a portable twin in integer arithmetic, for older GPUs and for a host compiler that is given
+// CUDA's qualifiers. All rounding is to nearest, ties to even.
 #pragma once
 
 struct float16 {
@@ -46,9 +46,9 @@ __device__ __forceinline__ float negate(float a) {
   return result;
 }
 
-__device__ __forceinline__ float add(float a, float b) {
+__device__ __forceinline__ float subtract(float a, float b) {
   float result;
-  asm("add.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  asm("sub.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
   return result;
 }
 
@@ -77,7 +77,7 @@ __device__ __forceinline__ double to_double(float value) {
 }
 #else
 inline float negate(float a) { return -a; }
-inline float add(float a, float b) { return a + b; }
+inline float subtract(float a, float b) { return a - b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 inline float to_float(double value) { return static_cast<float>(value); }
@@ -85,7 +85,7 @@ inline double to_double(float value) { return value; }
 #endif
 
 __device__ __forceinline__ double negate(double a) { return -a; }
-__device__ __forceinline__ double add(double a, double b) { return a + b; }
+__device__ __forceinline__ double subtract(double a, double b) { return a - b; }
 __device__ __forceinline__ double multiply(double a, double b) { return a * b; }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
@@ -192,8 +192,9 @@ __device__ __forceinline__ T narrow(double value) {
 template <typename Real>
 __device__ __forceinline__ Real difference_of_products(Real a, Real b, Real c, Real d) {
   const Real product = multiply(c, d);
-  const Real error = multiply_add(negate(c), d, product);
+  const Real residual = multiply_add(c, d, negate(product));
   const Real difference = multiply_add(a, b, negate(product));
-  const Real corrected = add(difference, error);
-  return corrected == corrected ? corrected : difference;  // no error term beside an infinity
+  const Real corrected = subtract(difference, residual);  // a residual of 0 keeps a -0
+  return corrected == corrected ? corrected
+                                : difference;  // beside an infinity there is no residual
 }

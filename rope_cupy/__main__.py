@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,11 +68,11 @@ def main() -> int:
     for model in MODELS:
         report = _rotate_and_time(model, cupy)
         accuracy, rate = report.accuracy, report.num_bytes / report.seconds
-        verdict = "ok" if accuracy.passes else f"FAILED: {accuracy.worst_ulp:.1f} ulp off"
+        verdict = "ok" if accuracy.passes else f"FAILED: up to {accuracy.worst_ulp:.1f} ulp off"
         print(
             f"  {model.name:19}{report.num_tokens:8}{f'{model.q_heads}/{model.k_heads}':>8}"
             f"{'interleaved' if model.interleaved else 'half':>13}{accuracy.relative_error:12.2e}"
-            f"{accuracy.rounded_right:11.4%}{_duration(report.seconds):>12}{rate / 1e9:8.0f}"
+            f"{accuracy.rounded_right:11.4%}{_duration(report.seconds):>12}{_gigabytes(rate):>8}"
             f"{f'{rate / report.copy_rate:.1%}' if report.copy_rate else '-':>10}  {verdict}"
         )
         passed &= accuracy.passes
@@ -236,9 +237,16 @@ def _numbers(words: NDArray[np.uint16]) -> NDArray[np.float64]:
     return (words.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
+def _gigabytes(rate: float) -> str:
+    return f"{rate / 1e9:.0f}" if rate >= 1e11 else f"{rate / 1e9:.2g}"
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
 
 
 if __name__ == "__main__":
+    ArgumentParser(
+        prog="python -m rope_cupy", description=(__doc__ or "").partition(": ")[2]
+    ).parse_args()
     sys.exit(main())

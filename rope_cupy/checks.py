@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import operator
 
+import numpy as np
+
 
 def index(name: str, value: object) -> int:
     """Return `value` as an int, or refuse it by name. Booleans are no ints here."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    is_array = hasattr(value, "ndim") and not isinstance(value, np.generic)
+    if isinstance(value, bool) or is_array or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return operator.index(value)
 

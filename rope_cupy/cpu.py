@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -37,9 +38,7 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
         out = ndarray_at(out_at, storage, shape, tensor.out.strides)
         cos = _table(problem, tensor.num_heads, pointers.cos, problem.cos, problem.cos_row)
         sin = _table(problem, tensor.num_heads, pointers.sin, problem.sin, problem.sin_row)
-        step = max(1, BLOCK_ELEMENTS // max(1, tensor.num_heads * problem.head_dim))
-        for b, start in product(range(sizes[0]), range(0, sizes[1], step)):
-            block = b, slice(start, start + step)
+        for block in _blocks(*sizes, tensor.num_heads * problem.head_dim):
             rows: Any = block
             in_range = None
             if positions is not None:
@@ -48,6 +47,14 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
             block_cos = _widen(cos[rows], problem.table_dtype)
             block_sin = _widen(sin[rows], problem.table_dtype)
             _rotate_block(problem, x[block], out[block], block_cos, block_sin, in_range)
+
+
+def _blocks(batch: int, num_tokens: int, token_size: int) -> Iterator[tuple[slice, slice]]:
+    """Cut (batch, tokens) into blocks of about BLOCK_ELEMENTS."""
+    tokens = max(1, min(num_tokens, BLOCK_ELEMENTS // max(1, token_size)))
+    batches = max(1, BLOCK_ELEMENTS // max(1, tokens * token_size))
+    for b, start in product(range(0, batch, batches), range(0, num_tokens, tokens)):
+        yield slice(b, b + batches), slice(start, start + tokens)
 
 
 def _positions(problem: RotaryProblem, pointer: int) -> Array | None:
@@ -75,7 +82,7 @@ def _table(problem: RotaryProblem, num_heads: int, pointer: int, view: View, row
 def _rotate_block(
     problem: RotaryProblem, x: Array, out: Array, cos: Doubles, sin: Doubles, in_range: Array | None
 ) -> None:
-    """Rotate (tokens, heads, head_dim) of storage words; `out` may be `x`."""
+    """Rotate (batch, tokens, heads, head_dim) of storage words; `out` may be `x`."""
     start, num_pairs = problem.rotary_offset, problem.rotary_dim // 2
     end = start + problem.rotary_dim
     if problem.interleaved:
@@ -94,7 +101,7 @@ def _rotate_block(
     for place, values in zip(places, rotated, strict=True):
         if in_range is not None:
             outside = x[..., place] if problem.keep else _narrow(np.array(np.nan), problem.dtype)
-            values = np.where(in_range[:, None, None], values, outside)
+            values = np.where(in_range[..., None, None], values, outside)
         out[..., place] = values
 
 

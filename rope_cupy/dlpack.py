@@ -47,9 +47,8 @@ class Contents(NamedTuple):
     strides: tuple[int, ...]
     dtype: str
     device: str
-    writable: (
-        bool  # only where a versioned capsule says so: immutable arrays often come unversioned
-    )
+    # Only where a versioned capsule says so: immutable arrays often come unversioned.
+    writable: bool
 
 
 def capsule_of(producer: Any, stream: int | None) -> Any:
@@ -62,9 +61,7 @@ def capsule_of(producer: Any, stream: int | None) -> Any:
 
 def device_of(producer: Any) -> str:
     """Return "cpu", "cuda:0" or another device's DLPack number."""
-    kind, number = producer.__dlpack_device__()
-    name = _DEVICES.get(int(kind), f"device type {int(kind)}")
-    return name if name == "cpu" else f"{name}:{int(number)}"
+    return _device(*producer.__dlpack_device__())
 
 
 def read(name: str, capsule: Any) -> Contents:
@@ -78,8 +75,7 @@ def read(name: str, capsule: Any) -> Contents:
     dtype = f"{_KINDS.get(tensor.code, f'type code {tensor.code} with bits ')}{tensor.bits}"
     if tensor.lanes != 1:
         dtype += f"x{tensor.lanes}"
-    kind = _DEVICES.get(tensor.device_type, f"device type {tensor.device_type}")
-    device = kind if kind == "cpu" else f"{kind}:{tensor.device_id}"
+    device = _device(tensor.device_type, tensor.device_id)
     return Contents(
         (tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, device, writable
     )
@@ -92,6 +88,11 @@ def set_dtype(capsule: Any, code: int, bits: int) -> None:
 
 
 BFLOAT = 4
+
+
+def _device(kind: int, number: int) -> str:
+    name = _DEVICES.get(int(kind), f"device type {int(kind)}")
+    return name if name == "cpu" else f"{name}:{int(number)}"
 
 
 def _tensor_of(name: str, capsule: Any) -> tuple[_DLTensor, bool]:

@@ -44,6 +44,11 @@ def array_spec(
     return ArraySpec(shape, used, dtype, device, alignment(pointer), writable)
 
 
+def cuda_index(device: str) -> int:
+    """Return the number of a device such as "cuda:0"."""
+    return int(device.removeprefix("cuda:"))
+
+
 def alignment(pointer: int) -> int:
     """Return the largest power of two, up to 16, that divides the address."""
     return min(pointer & -pointer, ACCESS_BYTES) or ACCESS_BYTES

@@ -9,6 +9,7 @@ from .checks import index
 from .memory import FLOATS, ITEMSIZE, ArraySpec, may_overlap_itself
 
 MAX_ROWS = 2**31 - 2**10  # the last block may reach beyond them, and counts in 32 bits too
+MAX_HEAD_DIM = 2**22  # its lanes fit a grid of 65,535 blocks
 DEFAULT_LAYOUTS = {3: "shd", 4: "bshd"}
 
 Four = tuple[int, int, int, int]
@@ -19,10 +20,10 @@ class TableSpec(NamedTuple):
 
     cos: ArraySpec
     sin: ArraySpec
-    step: int  # neighbouring elements a pair owns: over 1 where cos and sin, or copies, alternate
-    sin_offset: (
-        int  # elements from a pair's cos to its sin when both lie in what the pair owns, else 0
-    )
+    # Neighbouring elements that a pair owns: over 1 where cos and sin, or copies, alternate.
+    step: int
+    # Elements from a pair's cos to its sin where both lie in what the pair owns, else 0.
+    sin_offset: int
 
 
 class Options(NamedTuple):
@@ -219,9 +220,10 @@ def rotary_options(
         raise ValueError(
             f"layout must end in 'hd' where head_dim splits the last axis, got {layout!r}"
         )
+    if not isinstance(out_of_range, str):
+        raise TypeError(f"out_of_range must be 'nan' or 'keep', got {out_of_range!r}")
     if out_of_range not in ("nan", "keep"):
-        kind = ValueError if isinstance(out_of_range, str) else TypeError
-        raise kind(f"out_of_range must be 'nan' or 'keep', got {out_of_range!r}")
+        raise ValueError(f"out_of_range must be 'nan' or 'keep', got {out_of_range!r}")
     offset = index("rotary_offset", rotary_offset)
     return Options(interleaved, layout, head_dim, offset, conjugate, out_of_range)
 
@@ -290,6 +292,10 @@ def _canonical_inputs(
                 f"{name} must have {names[0]}'s shape on every axis but heads, (batch, tokens, "
                 f"head_dim) = {shared[0]}, got {shape}"
             )
+    if shared[0][2] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"{names[0]} must have a head_dim of at most {MAX_HEAD_DIM}, got {shared[0][2]}"
+        )
     rows = shared[0][0] * shared[0][1] * sum(view.shape[2] for view in views)
     if rows > MAX_ROWS:
         raise ValueError(
@@ -303,7 +309,8 @@ def _check_rotary_dim(table: TableSpec, head_dim: int, offset: int) -> int:
     rotary_dim = 2 * table.cos.shape[-1]
     if not 0 < rotary_dim <= head_dim:
         raise ValueError(
-            f"table must have a rotary_dim in (0, head_dim={head_dim}], got {rotary_dim}"
+            f"table must have a rotary_dim in (0, head_dim={head_dim}], got {rotary_dim}: if it "
+            "holds every angle twice, take RotaryTable.from_full_width"
         )
     if not 0 <= offset <= head_dim - rotary_dim:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import cpu, jit, tensor
 from .checks import described, index
-from .memory import ITEMSIZE, overlap
+from .memory import ITEMSIZE, cuda_index, overlap
 from .plan import launch_plan
 from .problem import (
     Options,
@@ -18,7 +18,7 @@ from .problem import (
     rotary_options,
     rotary_problem,
 )
-from .tables import RotaryTable, as_table
+from .tables import as_table
 
 
 def apply_rotary(
@@ -34,7 +34,9 @@ def apply_rotary(
     out: Any = None,
     out_of_range: str = "nan",
 ) -> Any:
-    """Rotate the heads of one array; everything is as for `apply_rotary_qk`.
+    """Rotate the heads of one array x, such as (b, s, h, d), and return an array of its kind.
+
+    Shapes, dtypes, options and errors are those of `apply_rotary_qk`; `out` is one array.
 
     >>> import numpy as np
     >>> quarter_turn = np.array([[0.0]]), np.array([[1.0]])  # cos, sin
@@ -68,10 +70,12 @@ def apply_rotary_qk(
     Args:
         q, k: float16, bfloat16, float32 or float64 arrays of CuPy, PyTorch, NumPy or any DLPack
             producer, with any strides. They share dtype, device and every axis but heads.
-        table: a `RotaryTable`, or a tuple (cos, sin) of arrays of shape (num_positions,
-            rotary_dim / 2), on the device of q.
+        table: a `RotaryTable` on the device of q, or a tuple (cos, sin) that stands for
+            ``RotaryTable(cos, sin)``: half width, so not the tables of Hugging Face transformers,
+            which `RotaryTable.from_full_width` takes.
         positions: the table row of each token: None for its index along the token axis, an int for
-            that index plus an offset, or an int32 or int64 array of shape (s,) or (b, s).
+            that index plus an offset (an error where the table is too short), or an int32 or int64
+            array of shape (s,) or (b, s).
         interleaved: True pairs elements (2 i, 2 i + 1), False elements (i, i + rotary_dim / 2).
         layout: the names of the axes: b, s (or t) for tokens, h for heads, and d last. By default
             "shd" for 3 axes and "bshd" for 4.
@@ -80,8 +84,8 @@ def apply_rotary_qk(
             through.
         conjugate: turn the other way: the inverse, and the gradient.
         out: None for new arrays, or a tuple of two arrays to write, such as q and k themselves.
-        out_of_range: what becomes of a token whose position the table does not hold: "nan" fills
-            its rotated slice with NaN, "keep" leaves it as it is.
+        out_of_range: what becomes of a token whose position, in an array of them, the table does
+            not hold: "nan" fills its rotated slice with NaN, "keep" leaves it as it is.
 
     Returns:
         (q_out, k_out): new arrays of the caller's library, dense, with the axes in memory in the
@@ -90,9 +94,10 @@ def apply_rotary_qk(
     Raises:
         TypeError, ValueError: say what was wanted and what came; nothing has been written then.
 
-    The arithmetic is float32, or float64 when q or the table is 64-bit, with one rounding, to q's
-    dtype. On a GPU the kernel runs on the current stream of the library that owns the output, and
-    nothing waits for it.
+    On a GPU the arithmetic is float32, or float64 when q or the table is 64-bit, with one rounding,
+    to q's dtype; on the CPU it is float64 throughout. The kernel runs on the current stream of the
+    library that owns the output (q's), and nothing waits for it: with `out` given, keep inputs of
+    other libraries until it has run.
 
     >>> import numpy as np
     >>> q, k = np.ones((1, 6, 8, 64), np.float32), np.ones((1, 6, 2, 64), np.float32)
@@ -116,17 +121,20 @@ def _rotate(
     options: Options,
     out: tuple[Any, ...] | None,
 ) -> tuple[Any, ...]:
-    inputs = tuple(tensor.describe(name, x) for name, x in zip(names, xs, strict=True))
+    # A given output says on which stream the inputs must be ready.
+    given = _describe_all(out_names(names), out or ())
+    stream = tensor.stream_of(given[0]) if given else None
+    inputs = _describe_all(names, xs, stream)
     check_inputs(names, tuple(array.spec for array in inputs))
-    table = as_table(table)
-    gather = tensor.describe("positions", positions) if tensor.is_array(positions) else None
-    if out is None:
-        new = tuple(array.library.empty_like(x) for array, x in zip(inputs, xs, strict=True))
-    outputs = tuple(
-        tensor.describe(name, y)
-        for name, y in zip(out_names(names), new if out is None else out, strict=True)
+    looked_up = as_table(table).view(stream)
+    gather = None
+    if tensor.is_array(positions):
+        gather = tensor.describe("positions", positions, stream)
+    new = tuple(
+        array.library.empty_like(x) for array, x in zip(inputs, () if out else xs, strict=False)
     )
-    spec = table.spec(options.interleaved)
+    outputs = given or _describe_all(out_names(names), new)
+    spec = looked_up.specs[options.interleaved]
     problem = rotary_problem(
         names,
         tuple(array.spec for array in inputs),
@@ -136,16 +144,16 @@ def _rotate(
         gather.spec if gather else None,
         options,
     )
-    cos, sin = table.pointers
+    cos, sin = looked_up.pointers
     if gather is None:
         first = implicit_position(_int_or_none(positions), spec, problem.num_tokens)
         cos += first * spec.cos.strides[0] * ITEMSIZE[spec.cos.dtype]
         sin += first * spec.sin.strides[0] * ITEMSIZE[spec.sin.dtype]
     for name, array in zip(names + out_names(names), inputs + outputs, strict=True):
         tensor.check_gradient(name, array.requires_grad)
-    tensor.check_gradient("table", table.requires_grad)
+    tensor.check_gradient("table", looked_up.requires_grad)
     if out is not None:
-        _check_aliasing(names, inputs, outputs, table, spec, gather)
+        _check_aliasing(names, inputs, outputs, looked_up.pointers, spec, gather)
     if problem.num_rows:
         pointers = Pointers(
             x=tuple(array.pointer for array in inputs),
@@ -154,18 +162,24 @@ def _rotate(
             sin=sin,
             positions=gather.pointer if gather else 0,
         )
-        device = inputs[0].spec.device
-        if device == "cpu":
+        stream = tensor.stream_of(outputs[0])
+        if stream is None:
             cpu.rotate(problem, pointers)
         else:
-            number = int(device.removeprefix("cuda:"))
-            stream = outputs[0].library.stream(number)
-            jit.launch(launch_plan(problem), pointers, number, stream)
+            device = cuda_index(inputs[0].spec.device)
+            jit.launch(launch_plan(problem), pointers, device, stream)
     if out is not None:
         for array, y in zip(outputs, out, strict=True):
             array.library.wrote(y)
         return out
     return tuple(array.library.result(y, x) for array, y, x in zip(inputs, new, xs, strict=True))
+
+
+def _describe_all(
+    names: tuple[str, ...], arrays: tuple[Any, ...], stream: int | None = None
+) -> tuple[tensor.Array, ...]:
+    pairs = zip(names, arrays, strict=False)
+    return tuple(tensor.describe(name, array, stream) for name, array in pairs)
 
 
 def _int_or_none(positions: Any) -> int | None:
@@ -186,13 +200,13 @@ def _check_aliasing(
     names: tuple[str, ...],
     inputs: tuple[tensor.Array, ...],
     outputs: tuple[tensor.Array, ...],
-    table: RotaryTable,
+    table_pointers: tuple[int, int],
     spec: TableSpec,
     gather: tensor.Array | None,
 ) -> None:
     """Refuse an output that shares memory with another or with what is read, unless in place."""
     read = [(name, array.spec, array.pointer) for name, array in zip(names, inputs, strict=True)]
-    read += [("table", spec.cos, table.pointers[0]), ("table", spec.sin, table.pointers[1])]
+    read += [("table", spec.cos, table_pointers[0]), ("table", spec.sin, table_pointers[1])]
     if gather:
         read.append(("positions", gather.spec, gather.pointer))
     written = [

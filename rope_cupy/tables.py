@@ -108,6 +108,9 @@ class RotaryTable:
         on the device of the array `like`. `inv_freq` is any array of shape (rotary_dim / 2,), or a
         sequence of numbers.
 
+        Raises TypeError or ValueError when `inv_freq` is not numbers of one axis or `num_positions`
+        not an int of 0 or more.
+
         >>> import numpy as np
         >>> from rope_cupy.frequencies import inverse_frequencies
         >>> x = np.zeros((4, 1, 8), np.float32)
@@ -122,39 +125,34 @@ class RotaryTable:
         return cls(*(library.upload(part, like) for part in parts))
 
     @classmethod
-    def _of(cls, form: Callable[..., _Parts], *sources: Any) -> RotaryTable:
+    def _of(cls, form: Callable[..., TableView], *sources: Any) -> RotaryTable:
         table = cls.__new__(cls)
         table._look(form, *sources)
         return table
 
-    def _look(self, form: Callable[..., _Parts], *sources: Any) -> None:
+    def _look(self, form: Callable[..., TableView], *sources: Any) -> None:
         self._form, self._sources = form, sources
-        self._parts = form(*sources)
-        if not self.rotary_dim:
+        cos = self.view().specs[0].cos
+        if not cos.shape[-1]:
             raise ValueError("table must have a rotary_dim of 2 or more, got 0")
+        self._cos = cos
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy looks at the copies of the arrays, not at the addresses of these.
-        return RotaryTable._of, (self._form, *self._sources)
+        return type(self)._of, (self._form, *self._sources)
 
-    @property
-    def pointers(self) -> tuple[int, int]:
-        """The addresses of the first cosine and the first sine."""
-        return self._parts.pointers
+    def view(self, stream: int | None = None) -> TableView:
+        """Return where the table lies now, ready for work on `stream`.
 
-    @property
-    def requires_grad(self) -> bool:
-        """Whether PyTorch wants a gradient of the table."""
-        return any(getattr(source, "requires_grad", False) for source in self._sources)
-
-    def spec(self, interleaved: bool) -> TableSpec:
-        """Return where the angles of pairs lie, which at full width depends on the pairing."""
-        return self._parts.specs[interleaved]
+        It is looked up at every use, for PyTorch can move the data of a tensor: `share_memory_`,
+        `resize_`, an assignment to `.data`.
+        """
+        return self._form(stream, *self._sources)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of cos and of sin at half width: (..., rotary_dim / 2)."""
-        return self._parts.specs[0].cos.shape
+        return self._cos.shape
 
     @property
     def rotary_dim(self) -> int:
@@ -169,12 +167,12 @@ class RotaryTable:
     @property
     def dtype(self) -> str:
         """The dtype of cos and sin, such as "float32"."""
-        return self._parts.specs[0].cos.dtype
+        return self._cos.dtype
 
     @property
     def device(self) -> str:
         """The device of cos and sin, "cpu" or such as "cuda:0"."""
-        return self._parts.specs[0].cos.device
+        return self._cos.device
 
     def __repr__(self) -> str:
         return (
@@ -192,22 +190,27 @@ def as_table(table: Any) -> RotaryTable:
     raise TypeError(f"table must be a RotaryTable or a tuple (cos, sin), got {described(table)}")
 
 
-class _Parts(NamedTuple):
-    """What a table is made of."""
+class TableView(NamedTuple):
+    """A table as it lies in memory during one call."""
 
     arrays: tuple[tensor.Array, ...]  # these keep the memory
     pointers: tuple[int, int]  # of the first cosine and the first sine
     specs: tuple[TableSpec, TableSpec]  # for the half and for the interleaved pairing
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether PyTorch wants a gradient of the table."""
+        return any(array.requires_grad for array in self.arrays)
 
-def _half_width(cos: Any, sin: Any) -> _Parts:
-    arrays = _describe_two(cos, sin)
+
+def _half_width(stream: int | None, cos: Any, sin: Any) -> TableView:
+    arrays = _describe_two(cos, sin, stream)
     spec = TableSpec(arrays[0].spec, arrays[1].spec, 1, 0)
-    return _Parts(arrays, (arrays[0].pointer, arrays[1].pointer), (spec, spec))
+    return TableView(arrays, (arrays[0].pointer, arrays[1].pointer), (spec, spec))
 
 
-def _full_width(cos: Any, sin: Any) -> _Parts:
-    arrays = _describe_two(cos, sin)
+def _full_width(stream: int | None, cos: Any, sin: Any) -> TableView:
+    arrays = _describe_two(cos, sin, stream)
     width = arrays[0].spec.shape[-1]
     if width % 2:
         raise ValueError(
@@ -217,11 +220,11 @@ def _full_width(cos: Any, sin: Any) -> _Parts:
     evens = [_every(array.spec, slice(0, None, 2)) for array in arrays]
     step = 2 if all(spec.strides[-1] == 2 for spec in evens) else 1
     specs = TableSpec(halves[0], halves[1], 1, 0), TableSpec(evens[0], evens[1], step, 0)
-    return _Parts(arrays, (arrays[0].pointer, arrays[1].pointer), specs)
+    return TableView(arrays, (arrays[0].pointer, arrays[1].pointer), specs)
 
 
-def _cache(cos_sin: Any) -> _Parts:
-    cache = tensor.describe("cos_sin", cos_sin)
+def _cache(stream: int | None, cos_sin: Any) -> TableView:
+    cache = tensor.describe("cos_sin", cos_sin, stream)
     check_dtype("cos_sin", cache.spec, FLOATS)
     if len(cache.spec.shape) != 2 or cache.spec.shape[1] % 2:
         raise ValueError(
@@ -233,8 +236,8 @@ def _cache(cos_sin: Any) -> _Parts:
     return _one_array(cache, cos, num_pairs * cache.spec.strides[-1], step=1)
 
 
-def _complex(freqs_cis: Any) -> _Parts:
-    freqs = tensor.describe("freqs_cis", freqs_cis)
+def _complex(stream: int | None, freqs_cis: Any) -> TableView:
+    freqs = tensor.describe("freqs_cis", freqs_cis, stream)
     check_dtype("freqs_cis", freqs.spec, tuple(COMPLEX_PARTS))
     _check_shape("freqs_cis", freqs.spec, 0)
     strides = tuple(2 * stride for stride in freqs.spec.strides)
@@ -242,8 +245,8 @@ def _complex(freqs_cis: Any) -> _Parts:
     return _one_array(freqs, cos, 1, step=2)
 
 
-def _matrices(freqs: Any) -> _Parts:
-    matrices = tensor.describe("freqs", freqs)
+def _matrices(stream: int | None, freqs: Any) -> TableView:
+    matrices = tensor.describe("freqs", freqs, stream)
     check_dtype("freqs", matrices.spec, FLOATS)
     shape, strides = matrices.spec.shape, matrices.spec.strides
     if shape[-2:] != (2, 2):
@@ -253,18 +256,19 @@ def _matrices(freqs: Any) -> _Parts:
     return _one_array(matrices, cos, strides[-2], step=4 if strides[-2:] == (2, 1) else 1)
 
 
-def _one_array(array: tensor.Array, cos: ArraySpec, to_sin: int, step: int) -> _Parts:
+def _one_array(array: tensor.Array, cos: ArraySpec, to_sin: int, step: int) -> TableView:
     """View sines that lie `to_sin` elements behind their cosines in one array."""
     pointer = array.pointer + to_sin * ITEMSIZE[cos.dtype]
     sin = cos._replace(alignment=alignment(pointer))
     if cos.strides[-1] != step:
         step = 1
     spec = TableSpec(cos, sin, step, to_sin if step > 1 else 0)
-    return _Parts((array,), (array.pointer, pointer), (spec, spec))
+    return TableView((array,), (array.pointer, pointer), (spec, spec))
 
 
-def _describe_two(cos: Any, sin: Any) -> tuple[tensor.Array, tensor.Array]:
-    first, second = tensor.describe("cos", cos), tensor.describe("sin", sin)
+def _describe_two(cos: Any, sin: Any, stream: int | None) -> tuple[tensor.Array, tensor.Array]:
+    first = tensor.describe("cos", cos, stream)
+    second = tensor.describe("sin", sin, stream)
     check_dtype("cos", first.spec, FLOATS)
     if second.spec.dtype != first.spec.dtype:
         raise TypeError(f"sin must have cos's dtype {first.spec.dtype}, got {second.spec.dtype}")
@@ -302,8 +306,8 @@ def _radians(inv_freq: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
         check_dtype("inv_freq", array.spec, FLOATS)
         tensor.check_gradient("inv_freq", array.requires_grad)
         values = np.asarray(array.library.download(inv_freq), np.float64)
-    elif isinstance(inv_freq, Sequence) and all(map(_is_number, inv_freq)):
-        values = np.array(inv_freq, np.float64)
+    elif _is_sequence_of_numbers(inv_freq):
+        values = np.array([float(value) for value in inv_freq])
     else:
         raise TypeError(f"inv_freq must be an array or a sequence of numbers, got {inv_freq!r}")
     if values.ndim != 1 or not values.size:
@@ -313,5 +317,9 @@ def _radians(inv_freq: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     return values
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _is_sequence_of_numbers(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str | bytes)
+        and all(isinstance(item, Real) and not isinstance(item, bool) for item in value)
+    )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import dlpack
-from .memory import ArraySpec, array_spec
+from .memory import ArraySpec, array_spec, cuda_index
 
 
 class Array(NamedTuple):
@@ -28,8 +28,11 @@ class Array(NamedTuple):
 class Library:
     """What rope_cupy asks of an array library."""
 
-    def describe(self, name: str, array: Any) -> Array:
-        """Return the array as rope_cupy sees it. `name` is what the caller calls it."""
+    def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
+        """Return the array as rope_cupy sees it. `name` is what the caller calls it.
+
+        The work on it comes on `stream`; None is this library's current one.
+        """
         raise NotImplementedError
 
     def empty_like(self, array: Any) -> Any:
@@ -57,7 +60,9 @@ class Library:
 
 
 class _NumPy(Library):
-    def describe(self, name: str, array: Any) -> Array:
+    def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name} must be an array without a mask, got {type(array).__name__}")
         if not array.dtype.isnative:
             raise TypeError(f"{name} must be in native byte order, got {array.dtype.str}")
         pointer, read_only = array.__array_interface__["data"]
@@ -76,7 +81,7 @@ class _NumPy(Library):
 
 
 class _CuPy(Library):
-    def describe(self, name: str, array: Any) -> Array:
+    def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
         pointer = array.data.ptr
         device = f"cuda:{array.device.id}"
         spec = array_spec(
@@ -100,8 +105,13 @@ class _CuPy(Library):
 
 
 class _Torch(Library):
-    def describe(self, name: str, array: Any) -> Array:
+    def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
         torch = sys.modules["torch"]
+        proxy = torch._C._TorchDispatchModeKey.PROXY
+        if torch.jit.is_tracing() or torch._C._get_dispatch_mode(proxy) is not None:
+            raise TypeError(
+                f"{name} must not be traced, for the launch is not recorded: got a trace"
+            )
         if array.layout is not torch.strided or array.is_nested:
             kind = "nested" if array.is_nested else array.layout
             raise TypeError(f"{name} must be a strided tensor, got layout {kind}")
@@ -116,8 +126,7 @@ class _Torch(Library):
         pointer = _torch_pointer(name, array)
         dtype = _torch_dtype(array.dtype)
         spec = array_spec(tuple(array.shape), array.stride(), dtype, device, pointer, True)
-        # A detached alias keeps the storage though the caller may give `array.data` another one.
-        return Array(spec, pointer, self, array.detach(), array.requires_grad)
+        return Array(spec, pointer, self, array, array.requires_grad)
 
     def empty_like(self, array: Any) -> Any:
         return sys.modules["torch"].empty_like(array, requires_grad=False)
@@ -153,15 +162,12 @@ class Bfloat16:
 
 
 class _Bfloat16(Library):
-    def describe(self, name: str, array: Any) -> Array:
-        words = describe(name, array.words)
-        return words._replace(spec=words.spec._replace(dtype="bfloat16"))
+    def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
+        words = describe(name, array.words, stream)
+        return words._replace(spec=words.spec._replace(dtype="bfloat16"), library=self)
 
     def empty_like(self, array: Any) -> Any:
         return Bfloat16(library_of("x", array.words).empty_like(array.words))
-
-    def upload(self, array: NDArray[Any], like: Any) -> Any:
-        return library_of("like", like.words).upload(array, like.words)
 
     def stream(self, device: int) -> int:
         return _CUPY.stream(device)
@@ -170,11 +176,10 @@ class _Bfloat16(Library):
 class _DLPack(Library):
     """Any other producer: read through DLPack, results made from a NumPy or CuPy buffer."""
 
-    def describe(self, name: str, array: Any) -> Array:
+    def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
         device = _supported(name, dlpack.device_of(array))
-        capsule = dlpack.capsule_of(
-            array, None if device == "cpu" else self._consumer_stream(device)
-        )
+        consumer = None if device == "cpu" else self._consumer(device, stream)
+        capsule = dlpack.capsule_of(array, consumer)
         pointer, shape, strides, dtype, device, writable = dlpack.read(name, capsule)
         spec = array_spec(shape, strides, dtype, device, pointer, writable)
         return Array(spec, pointer, self, (array, capsule))
@@ -209,10 +214,11 @@ class _DLPack(Library):
     def stream(self, device: int) -> int:
         return cupy().cuda.get_current_stream(device).ptr  # type: ignore[no-any-return]
 
-    def _consumer_stream(self, device: str) -> int:
+    def _consumer(self, device: str, stream: int | None) -> int:
         """Return DLPack's number of the stream: 1 is the default one, -1 asks for no wait."""
-        stream = cupy().cuda.get_current_stream(int(device[5:]))
-        return -1 if stream.is_capturing() else stream.ptr or 1
+        if stream is None:
+            stream = self.stream(cuda_index(device))
+        return -1 if cupy().cuda.runtime.streamIsCapturing(stream) else stream or 1
 
 
 _CUPY = _CuPy()
@@ -225,9 +231,15 @@ _LIBRARIES: dict[tuple[str, str], Library] = {
 _OTHER = _DLPack()
 
 
-def describe(name: str, array: Any) -> Array:
-    """Return an array of any library as rope_cupy sees it; `name` is what the caller calls it."""
-    return library_of(name, array).describe(name, array)
+def describe(name: str, array: Any, stream: int | None = None) -> Array:
+    """Return an array of any library as rope_cupy sees it: see `Library.describe`."""
+    return library_of(name, array).describe(name, array, stream)
+
+
+def stream_of(array: Array) -> int | None:
+    """Return the current stream of the library that owns the array, None on the CPU."""
+    device = array.spec.device
+    return None if device == "cpu" else array.library.stream(cuda_index(device))
 
 
 def library_of(name: str, array: Any) -> Library:
@@ -282,7 +294,7 @@ def _module_of(device: str) -> Iterator[Any]:
     if device == "cpu":
         yield np
     else:
-        with cupy().cuda.Device(int(device[5:])):
+        with cupy().cuda.Device(cuda_index(device)):
             yield cupy()
 
 
@@ -296,7 +308,7 @@ def _whole_strides(name: str, array: Any) -> tuple[int, ...]:
     """Return the strides of a NumPy or CuPy array in elements instead of bytes."""
     strides = []
     for size, stride in zip(array.shape, array.strides, strict=True):
-        elements, rest = divmod(stride, array.itemsize)
+        elements, rest = divmod(stride, array.itemsize or 1)
         if rest and size > 1:
             raise ValueError(
                 f"{name} must have strides of whole elements of {array.itemsize} bytes, got "

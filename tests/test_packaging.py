@@ -37,6 +37,8 @@ import numpy
 sys.path.pop()
 site.addsitedir(folder)
 import rope_cupy.jit
+x = numpy.ones((3, 1, 2))
+assert numpy.array_equal(rope_cupy.apply_rotary(x, (x[:, 0, :1] * 0, x[:, 0, :1])), x * [-1, 1])
 print(json.dumps([rope_cupy.__version__, str(rope_cupy.jit.sources())]))
 """
 

@@ -13,6 +13,7 @@ from rope_cupy.problem import MAX_ROWS, TableSpec, rotary_options, rotary_proble
 # The integers of the argument block, in the order of kernels/rotary.cu (test_kernels.py compares).
 VIEW = ("origin", "outer", "middle", "inner", "element", "width")
 DIVISOR = ("value", "multiplier", "shift")
+XY = ("x", "out")
 FIELDS = [
     *(f"tensors[{i}].{array}.{part}" for i in range(2) for array in ("x", "out") for part in VIEW),
     *(f"{table}.{part}" for table in ("cos", "sin") for part in VIEW),
@@ -154,6 +155,96 @@ def test_rows_are_numbered_as_they_lie_in_memory(layout, inner):
     strides = [packed[f"tensors[0].x.{axis}"] for axis in ("outer", "middle", "inner")]
     assert sorted(strides, reverse=True)[: len(layout) - 1] == strides[: len(layout) - 1]
     assert packed["inner.value"] == (inner if "b" in layout else 1)
+
+
+def view(origin, outer, middle, inner, element, width):
+    return dict(zip(VIEW, (origin, outer, middle, inner, element, width), strict=True))
+
+
+def flat(**nested):
+    """Names and integers, a view's by its name and a dot."""
+    return {
+        f"{name}.{part}" if part else name: number
+        for name, value in nested.items()
+        for part, number in (value if isinstance(value, dict) else {"": value}).items()
+    }
+
+
+def test_every_integer_of_a_launch_by_a_table_of_heads():
+    q = spec((2, 5, 3, 90), strides=(5000, 700, 200, 2))
+    k = spec((2, 3, 5, 90), "bfloat16")  # to be seen as (2, 5, 3, 90)
+    k = k._replace(shape=(2, 5, 3, 90), strides=(1350, 90, 450, 1))
+    outs = [spec((2, 5, 3, 90), address=4), spec((2, 5, 3, 90), address=2)]
+    cos = spec((2, 5, 3, 12), "float32", strides=(800, 160, 40, 1))
+    sin = spec((2, 5, 3, 12), "float32", strides=(900, 150, 50, 3))
+    posed = problem(
+        [q, k], 24, outs, table=TableSpec(cos, sin, 1, 0), rotary_offset=6, out_of_range="keep"
+    )
+    packed = fields(launch_plan(posed))
+    expected = flat(
+        **{
+            "tensors[0].x": view(12, 5000, 700, 200, 2, 1),
+            "tensors[0].out": view(6, 1350, 270, 90, 1, 2),
+            "tensors[1].x": view(6 - 3 * 450, 1350, 90, 450, 1, 2),
+            "tensors[1].out": view(6 - 3 * 90, 1350, 270, 90, 1, 1),
+            "cos": view(0, 800, 160, 40, 1, 4),
+            "sin": view(0, 900, 150, 50, 3, 1),
+            "cos_of_k": -3 * 40,
+            "sin_of_k": -3 * 50,
+            "position": view(0, 0, 0, 0, 0, 0),
+            "inner": dict(zip(DIVISOR, divisor(6), strict=True)),
+            "middle": dict(zip(DIVISOR, divisor(5), strict=True)),
+        },
+        **{"position_bytes": 0, "num_positions": 1, "cos_row": 0, "sin_row": 0, "keep": 1},
+        **{"num_rows": 2 * 5 * 6, "head_axis": 2, "num_q_heads": 3, "rotary_offset": 6},
+        **{"num_pairs": 12, "num_pair_lanes": 12 // 2, "num_lanes": 12 // 2 + 66 // 2},
+    )
+    assert packed == expected
+
+
+def test_every_integer_of_a_launch_by_positions():
+    x = spec((2, 3, 5, 128))  # batch, heads, tokens
+    cos = spec((40, 64), "float32", strides=(200, 2))
+    sin = spec((40, 64), "float32", strides=(300, 2))
+    positions = spec((2, 5), "int64", strides=(11, 2))
+    posed = problem([x], 128, table=TableSpec(cos, sin, 2, 0), positions=positions, layout="bhsd")
+    inner, middle = divisor(5), divisor(3)
+    assert fields(launch_plan(posed)) == flat(
+        **{
+            f"tensors[{i}].{y}": view(-3 * 640 * i, 1920, 640, 128, 1, 8)
+            for i in (0, 1)
+            for y in XY
+        },
+        cos=view(0, 0, 0, 0, 1, 4),
+        sin=view(0, 0, 0, 0, 1, 4),
+        position=view(0, 11, 0, 2, 0, 0),
+        inner=dict(zip(DIVISOR, inner, strict=True)),
+        middle=dict(zip(DIVISOR, middle, strict=True)),
+        **{"cos_of_k": 0, "sin_of_k": 0, "position_bytes": 8, "num_positions": 40, "cos_row": 200},
+        **{"sin_row": 300, "keep": 0, "num_rows": 30, "head_axis": 1, "num_q_heads": 3},
+        **{"rotary_offset": 0, "num_pairs": 64, "num_pair_lanes": 8, "num_lanes": 8},
+    )
+    assert template_arguments(launch_plan(posed))[-1] == "false"  # the rows of sin lie elsewhere
+
+
+@pytest.mark.parametrize(
+    "change", ["out strides", "sin strides", "table of heads", "table element"]
+)
+def test_what_the_common_path_takes_for_granted_holds_there(change):
+    x, part = spec((2, 5, 4, 128)), spec((5, 64), "float32")
+    outs, table = [x], TableSpec(part, part, 1, 0)
+    assert template_arguments(launch_plan(problem([x], 128, outs, table=table)))[-1] == "true"
+    if change == "out strides":
+        outs = [spec((2, 5, 4, 128), strides=(128 * 40, 128 * 8, 128, 1))]
+    elif change == "sin strides":
+        table = TableSpec(part, spec((5, 64), "float32", strides=(128, 1)), 1, 0)
+    elif change == "table of heads":
+        part = spec((2, 5, 4, 64), "float32")
+        table = TableSpec(part, part, 1, 0)
+    else:
+        part = spec((5, 64), "float32", strides=(128, 2))
+        table = TableSpec(part, part, 1, 0)
+    assert template_arguments(launch_plan(problem([x], 128, outs, table=table)))[-1] == "false"
 
 
 def test_strides_beyond_32_bits_leave_the_common_path():

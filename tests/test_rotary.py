@@ -294,3 +294,21 @@ def test_the_check_finds_what_is_wrong(dtype):
                 check(near, exact, dtype)
         else:
             assert check(near, exact, dtype).unequal == 10_000 // share
+
+
+@in_every_library
+@in_both_pairings
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_at_the_angle_0_every_bit_stays_also_of_a_negative_zero(library, interleaved, dtype):
+    x = np.random.default_rng(5).standard_normal((2, 7, 3, 16))
+    x[:, ::2], x[:, 1::4, :, ::2] = np.copysign(0.0, x[:, ::2]), -0.0
+    example = Example(library, dtype, x=x)
+    table = example.make_table(np.ones((9, 8)), np.zeros((9, 8)))
+    y = apply_rotary(example.x, table, interleaved=interleaved)
+    back = apply_rotary(y, table, interleaved=interleaved, conjugate=True)
+    # A negative zero stays where a positive zero is not added to it: -0 - 0 is -0, -0 + 0 is 0.
+    exact = example.exact_x
+    cos, sin = np.ones((9, 8)), np.zeros((9, 8))
+    expected = rotate(exact, cos, sin, interleaved=interleaved)
+    assert np.array_equal(np.signbit(to_float64(y)), np.signbit(expected))
+    assert np.array_equal(to_float64(y), exact) and np.array_equal(to_float64(back), exact)

@@ -276,7 +276,7 @@ def test_a_copy_of_a_table_outlives_the_table(form, copied):
     expected = apply_rotary(x, table)
     twin = copied(table)
     if copied is not copy.copy:
-        assert twin.pointers[0] != table.pointers[0]
+        assert twin.view().pointers[0] != table.view().pointers[0]
     del table
     gc.collect()
     _ = [np.full((5, 8), np.nan) for _ in range(50)]
@@ -291,3 +291,32 @@ def test_a_table_that_comes_to_require_a_gradient_is_refused_from_then_on():
     sin.requires_grad_()
     with pytest.raises(ValueError, match=r"^table must not require a gradient"):
         apply_rotary(x, table)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda cos: cos.share_memory_(),
+        lambda cos: cos.resize_(400, 4),
+        lambda cos: cos.untyped_storage().resize_(1 << 16),
+        lambda cos: setattr(cos, "data", cos.data.clone()),
+    ],
+    ids=["shared", "resized", "storage resized", "data"],
+)
+def test_a_table_follows_a_tensor_whose_data_moves(move):
+    angle = torch.rand(300, 4)
+    cos, sin, x = angle.cos(), angle.sin(), torch.randn(300, 2, 8)
+    table = RotaryTable(cos, sin)
+    expected = apply_rotary(x, table)
+    for part in (cos, sin):
+        move(part)
+    assert [torch.full((300, 4), torch.nan) for _ in range(8)]  # in the memory that is free now
+    assert torch.equal(apply_rotary(x, table), expected)
+
+
+def test_a_tensor_that_has_given_its_memory_back_is_refused():
+    cos, sin = torch.ones(5, 4), torch.zeros(5, 4)
+    table = RotaryTable(cos, sin)
+    sin.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match=r"^sin must be a tensor in memory"):
+        apply_rotary(torch.ones(5, 2, 8), table)
