@@ -270,3 +270,27 @@ def test_rows_of_a_table_may_lie_past_2_31_elements(big, stride, record):
     table = (to_float64(part[rows]) for part in (cos, sin))
     exact = rotate(to_float64(x.array), *table)
     record("float32", check(to_float64(y), exact, "float32"))
+
+
+def test_a_producer_is_asked_to_be_ready_on_the_stream_of_the_launch():
+    torch, asked = pytest.importorskip("torch"), []
+
+    class Recorded(Producer):
+        def __dlpack__(self, **options):
+            asked.append(options["stream"])
+            return super().__dlpack__(**options)
+
+    rng = np.random.default_rng(10)
+    x = hold(rng.standard_normal((2, 5, 3, 8)), "float32", "cupy")
+    out = hold(rng.standard_normal((2, 5, 3, 8)), "float32", "torch-cuda")
+    cos, sin = (hold(rng.standard_normal((5, 4)), "float32", "cupy") for _ in range(2))
+    table = RotaryTable(Recorded(cos.array), Recorded(sin.array))
+    assert set(asked) == {1}  # CuPy's default stream, when the table is made
+    asked.clear()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        apply_rotary(Recorded(x.array), table, out=out.array)
+    assert asked == [stream.cuda_stream] * 3
+    stream.synchronize()
+    exact = rotate(*(to_float64(part.array) for part in (x, cos, sin)))
+    check(to_float64(out.array), exact, "float32")
