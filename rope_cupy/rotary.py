@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import cpu, jit, tensor
 from .checks import described, index
@@ -18,7 +18,7 @@ from .problem import (
     rotary_options,
     rotary_problem,
 )
-from .tables import as_table
+from .tables import TableView, as_table
 
 
 def apply_rotary(
@@ -113,6 +113,17 @@ def apply_rotary_qk(
     return q_out, k_out
 
 
+class _Call(NamedTuple):
+    """The arrays of a call as rope_cupy sees them."""
+
+    names: tuple[str, ...]  # of the inputs
+    inputs: tuple[tensor.Array, ...]
+    outputs: tuple[tensor.Array, ...]
+    given: bool  # the outputs are the caller's, so that they may overlap anything
+    table: TableView
+    positions: tensor.Array | int | None
+
+
 def _rotate(
     names: tuple[str, ...],
     xs: tuple[Any, ...],
@@ -122,73 +133,74 @@ def _rotate(
     out: tuple[Any, ...] | None,
 ) -> tuple[Any, ...]:
     # A given output says on which stream the inputs must be ready.
-    given = _describe_all(out_names(names), out or ())
+    given = _describe(out_names(names), out or ())
     stream = tensor.stream_of(given[0]) if given else None
-    inputs = _describe_all(names, xs, stream)
+    inputs = _describe(names, xs, stream)
     check_inputs(names, tuple(array.spec for array in inputs))
-    looked_up = as_table(table).view(stream)
-    gather = None
+    view = as_table(table).view(stream)
     if tensor.is_array(positions):
-        gather = tensor.describe("positions", positions, stream)
-    new = tuple(
-        array.library.empty_like(x) for array, x in zip(inputs, () if out else xs, strict=False)
-    )
-    outputs = given or _describe_all(out_names(names), new)
-    spec = looked_up.specs[options.interleaved]
+        positions = tensor.describe("positions", positions, stream)
+    elif positions is not None:
+        positions = index("positions", positions, "None, an int or an int32 or int64 array")
+
+    if out is not None:
+        _solve(_Call(names, inputs, given, True, view, positions), options)
+        for array, y in zip(given, out, strict=True):
+            array.library.wrote(y)
+        return out
+    new = tuple(array.library.empty_like(x) for array, x in zip(inputs, xs, strict=True))
+    outputs = _describe(out_names(names), new)
+    _solve(_Call(names, inputs, outputs, False, view, positions), options)
+    return tuple(array.library.result(y, x) for array, y, x in zip(inputs, new, xs, strict=True))
+
+
+def _describe(
+    names: tuple[str, ...], arrays: tuple[Any, ...], stream: int | None = None
+) -> tuple[tensor.Array, ...]:
+    pairs = zip(names, arrays, strict=False)  # no arrays where none are given
+    return tuple(tensor.describe(name, array, stream) for name, array in pairs)
+
+
+def _solve(call: _Call, options: Options) -> None:
+    """Check all that is left to check, then write the outputs."""
+    spec = call.table.specs[options.interleaved]
+    gather = call.positions if isinstance(call.positions, tensor.Array) else None
     problem = rotary_problem(
-        names,
-        tuple(array.spec for array in inputs),
-        tuple(array.spec for array in outputs),
-        all(_same(x, y) for x, y in zip(inputs, outputs, strict=True)),
+        call.names,
+        tuple(array.spec for array in call.inputs),
+        tuple(array.spec for array in call.outputs),
+        all(map(_same, call.inputs, call.outputs)),
         spec,
         gather.spec if gather else None,
         options,
     )
-    cos, sin = looked_up.pointers
-    if gather is None:
-        first = implicit_position(_int_or_none(positions), spec, problem.num_tokens)
+    cos, sin = call.table.pointers
+    if not isinstance(call.positions, tensor.Array):
+        first = implicit_position(call.positions, spec, problem.num_tokens)
         cos += first * spec.cos.strides[0] * ITEMSIZE[spec.cos.dtype]
         sin += first * spec.sin.strides[0] * ITEMSIZE[spec.sin.dtype]
-    for name, array in zip(names + out_names(names), inputs + outputs, strict=True):
+    for name, array in zip(
+        call.names + out_names(call.names), call.inputs + call.outputs, strict=True
+    ):
         tensor.check_gradient(name, array.requires_grad)
-    tensor.check_gradient("table", looked_up.requires_grad)
-    if out is not None:
-        _check_aliasing(names, inputs, outputs, looked_up.pointers, spec, gather)
-    if problem.num_rows:
-        pointers = Pointers(
-            x=tuple(array.pointer for array in inputs),
-            out=tuple(array.pointer for array in outputs),
-            cos=cos,
-            sin=sin,
-            positions=gather.pointer if gather else 0,
-        )
-        stream = tensor.stream_of(outputs[0])
-        if stream is None:
-            cpu.rotate(problem, pointers)
-        else:
-            device = cuda_index(inputs[0].spec.device)
-            jit.launch(launch_plan(problem), pointers, device, stream)
-    if out is not None:
-        for array, y in zip(outputs, out, strict=True):
-            array.library.wrote(y)
-        return out
-    return tuple(array.library.result(y, x) for array, y, x in zip(inputs, new, xs, strict=True))
-
-
-def _describe_all(
-    names: tuple[str, ...], arrays: tuple[Any, ...], stream: int | None = None
-) -> tuple[tensor.Array, ...]:
-    pairs = zip(names, arrays, strict=False)
-    return tuple(tensor.describe(name, array, stream) for name, array in pairs)
-
-
-def _int_or_none(positions: Any) -> int | None:
-    if positions is not None and not hasattr(positions, "__index__"):
-        raise TypeError(
-            "positions must be None, an int or an int32 or int64 array, got "
-            f"{type(positions).__name__}"
-        )
-    return None if positions is None else index("positions", positions)
+    tensor.check_gradient("table", call.table.requires_grad)
+    if call.given:
+        _check_aliasing(call, spec)
+    if not problem.num_rows:
+        return
+    pointers = Pointers(
+        x=tuple(array.pointer for array in call.inputs),
+        out=tuple(array.pointer for array in call.outputs),
+        cos=cos,
+        sin=sin,
+        positions=gather.pointer if gather else 0,
+    )
+    stream = tensor.stream_of(call.outputs[0])
+    if stream is None:
+        cpu.rotate(problem, pointers)
+    else:
+        device = cuda_index(call.outputs[0].spec.device)
+        jit.launch(launch_plan(problem), pointers, device, stream)
 
 
 def _same(x: tensor.Array, y: tensor.Array) -> bool:
@@ -196,30 +208,24 @@ def _same(x: tensor.Array, y: tensor.Array) -> bool:
     return x.pointer == y.pointer and x.spec[:4] == y.spec[:4]
 
 
-def _check_aliasing(
-    names: tuple[str, ...],
-    inputs: tuple[tensor.Array, ...],
-    outputs: tuple[tensor.Array, ...],
-    table_pointers: tuple[int, int],
-    spec: TableSpec,
-    gather: tensor.Array | None,
-) -> None:
+def _check_aliasing(call: _Call, spec: TableSpec) -> None:
     """Refuse an output that shares memory with another or with what is read, unless in place."""
-    read = [(name, array.spec, array.pointer) for name, array in zip(names, inputs, strict=True)]
-    read += [("table", spec.cos, table_pointers[0]), ("table", spec.sin, table_pointers[1])]
-    if gather:
-        read.append(("positions", gather.spec, gather.pointer))
-    written = [
-        (name, array.spec, array.pointer)
-        for name, array in zip(out_names(names), outputs, strict=True)
-    ]
-    for i, (name, y, pointer) in enumerate(written):
-        for j, (other, x, other_pointer) in enumerate(read + written[:i]):
-            if i == j and _same(inputs[i], outputs[i]):
-                continue
-            if overlap(y, pointer, x, other_pointer):
+    read = [(name, x.spec, x.pointer) for name, x in zip(call.names, call.inputs, strict=True)]
+    cos, sin = call.table.pointers
+    read += [("table", spec.cos, cos), ("table", spec.sin, sin)]
+    if isinstance(call.positions, tensor.Array):
+        read.append(("positions", call.positions.spec, call.positions.pointer))
+    names = out_names(call.names)
+    for i, (name, x, y) in enumerate(zip(names, call.inputs, call.outputs, strict=True)):
+        others = read + [
+            (other, earlier.spec, earlier.pointer)
+            for other, earlier in zip(names[:i], call.outputs[:i], strict=True)
+        ]
+        if _same(x, y):
+            others.pop(i)  # in place
+        for other, other_spec, pointer in others:
+            if overlap(y.spec, y.pointer, other_spec, pointer):
                 raise ValueError(
-                    f"{name} must not share memory with {other}"
-                    f"{', unless it is the same array' if i == j else ''}, got two arrays that "
-                    "overlap"
+                    f"{name} must be its input or share no memory with {other}, got two arrays "
+                    "that overlap"
                 )

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from arrays import OPTIONS, OTHER, Case, hold, possible, sample, verify
+from arrays import OPTIONS, OTHER, Case, Producer, hold, possible, sample, verify
 from reference import FORMATS, check, rotate, rounded, to_bits, to_float64
 
 from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
