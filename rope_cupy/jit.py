@@ -10,11 +10,22 @@ from typing import Any, NamedTuple
 
 from .plan import LaunchPlan
 from .problem import Pointers
-from .tensor import cupy
 
 
 class _Stream(NamedTuple):
     ptr: int
+
+
+def cupy() -> Any:
+    """Import CuPy, which every launch on a GPU needs."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            "rope_cupy needs CuPy for arrays on a GPU: pip install 'rope-cupy[cuda12]', or "
+            "[cuda13] with CUDA 13"
+        ) from error
+    return cupy
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Any array in, the same kind out: the only file that knows libraries. It imports CuPy alone."""
+"""Any array in, the same kind out: the only file that knows libraries. It imports none."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import dlpack
+from .jit import cupy
 from .memory import ArraySpec, array_spec, cuda_index
 
 
@@ -265,18 +266,6 @@ def check_gradient(name: str, requires_grad: bool) -> None:
             f"{name} must not require a gradient, which is not recorded here: use torch.no_grad() "
             "or a detached tensor, got requires_grad=True"
         )
-
-
-def cupy() -> Any:
-    """Import CuPy, which every launch on a GPU needs."""
-    try:
-        import cupy
-    except ImportError as error:
-        raise ImportError(
-            "rope_cupy needs CuPy for arrays on a GPU: pip install 'rope-cupy[cuda12]', or "
-            "[cuda13] with CUDA 13"
-        ) from error
-    return cupy
 
 
 @cache

@@ -4,13 +4,13 @@ import sys
 
 import pytest
 
-from rope_cupy import jit, tensor
+from rope_cupy import jit
 
 
 def test_without_cupy_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(ImportError, match=r"needs CuPy .*pip install 'rope-cupy\[cuda12\]'"):
-        tensor.cupy()
+        jit.cupy()
 
 
 def test_an_install_without_kernels_is_named(monkeypatch, tmp_path):
