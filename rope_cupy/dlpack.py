@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 _KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 _DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # host, CUDA, CUDA pinned host, CUDA managed
+_BFLOAT = 4
 _READ_ONLY = 1
 
 
@@ -81,13 +82,10 @@ def read(name: str, capsule: Any) -> Contents:
     )
 
 
-def set_dtype(capsule: Any, code: int, bits: int) -> None:
-    """Say that a capsule's elements are of another type of the same size."""
+def set_bfloat16(capsule: Any) -> None:
+    """Say that a capsule's elements, of 16 bits, are bfloat16 numbers."""
     tensor, _ = _tensor_of("the buffer", capsule)
-    tensor.code, tensor.bits = code, bits
-
-
-BFLOAT = 4
+    tensor.code = _BFLOAT
 
 
 def _device(kind: int, number: int) -> str:

@@ -210,8 +210,7 @@ def rotary_options(
     ):
         raise ValueError(
             "layout must name the axes b (optional), s or t, and h in any order, then d, such as "
-            "'bshd', 'bhsd', "
-            f"'sbhd', 'shd' or 'thd', got {layout!r}"
+            f"'bshd', 'bhsd', 'sbhd', 'shd' or 'thd', got {layout!r}"
         )
     head_dim = None if head_dim is None else index("head_dim", head_dim)
     if head_dim is not None and head_dim <= 0:
@@ -243,8 +242,7 @@ def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) 
     if num_tokens and first + num_tokens > shape[0]:
         raise ValueError(
             f"table must hold the positions {first} to {first + num_tokens - 1} of the "
-            f"{num_tokens} tokens, got "
-            f"{shape[0]} positions"
+            f"{num_tokens} tokens, got {shape[0]} positions"
         )
     return first
 
@@ -367,8 +365,7 @@ def _check_table(
     if len(shape) == 4 and shape[2] != 1 and any(shape[2] != heads for heads in num_heads):
         raise ValueError(
             "table must have 1 head or as many as every tensor, "
-            f"{' and '.join(map(str, num_heads))}, "
-            f"got {shape[2]} heads in shape {shape}"
+            f"{' and '.join(map(str, num_heads))}, got {shape[2]} heads in shape {shape}"
         )
 
 
@@ -390,8 +387,7 @@ def _check_positions(
     if positions.shape not in ((num_tokens,), (1, num_tokens), (batch, num_tokens)):
         raise ValueError(
             f"positions must have the shape {(num_tokens,)}, one for each token, or "
-            f"{(batch, num_tokens)}, "
-            f"got {positions.shape}"
+            f"{(batch, num_tokens)}, got {positions.shape}"
         )
     if positions.device != device:
         raise ValueError(f"positions must be on {x_name}'s device {device}, got {positions.device}")

@@ -18,7 +18,7 @@ from .problem import (
     rotary_options,
     rotary_problem,
 )
-from .tables import TableView, as_table
+from .tables import TableView, view_of
 
 
 def apply_rotary(
@@ -121,7 +121,8 @@ class _Call(NamedTuple):
     outputs: tuple[tensor.Array, ...]
     given: bool  # the outputs are the caller's, so that they may overlap anything
     table: TableView
-    positions: tensor.Array | int | None
+    gather: tensor.Array | None  # positions, where they are an array
+    first: int | None  # the first of them, where they are an int
 
 
 def _rotate(
@@ -137,20 +138,21 @@ def _rotate(
     stream = tensor.stream_of(given[0]) if given else None
     inputs = _describe(names, xs, stream)
     check_inputs(names, tuple(array.spec for array in inputs))
-    view = as_table(table).view(stream)
+    view = view_of(table, stream)
+    gather = first = None
     if tensor.is_array(positions):
-        positions = tensor.describe("positions", positions, stream)
+        gather = tensor.describe("positions", positions, stream)
     elif positions is not None:
-        positions = index("positions", positions, "None, an int or an int32 or int64 array")
+        first = index("positions", positions, "None, an int or an int32 or int64 array")
 
     if out is not None:
-        _solve(_Call(names, inputs, given, True, view, positions), options)
+        _solve(_Call(names, inputs, given, True, view, gather, first), options)
         for array, y in zip(given, out, strict=True):
             array.library.wrote(y)
         return out
     new = tuple(array.library.empty_like(x) for array, x in zip(inputs, xs, strict=True))
     outputs = _describe(out_names(names), new)
-    _solve(_Call(names, inputs, outputs, False, view, positions), options)
+    _solve(_Call(names, inputs, outputs, False, view, gather, first), options)
     return tuple(array.library.result(y, x) for array, y, x in zip(inputs, new, xs, strict=True))
 
 
@@ -164,7 +166,7 @@ def _describe(
 def _solve(call: _Call, options: Options) -> None:
     """Check all that is left to check, then write the outputs."""
     spec = call.table.specs[options.interleaved]
-    gather = call.positions if isinstance(call.positions, tensor.Array) else None
+    gather = call.gather
     problem = rotary_problem(
         call.names,
         tuple(array.spec for array in call.inputs),
@@ -175,8 +177,8 @@ def _solve(call: _Call, options: Options) -> None:
         options,
     )
     cos, sin = call.table.pointers
-    if not isinstance(call.positions, tensor.Array):
-        first = implicit_position(call.positions, spec, problem.num_tokens)
+    if gather is None:
+        first = implicit_position(call.first, spec, problem.num_tokens)
         cos += first * spec.cos.strides[0] * ITEMSIZE[spec.cos.dtype]
         sin += first * spec.sin.strides[0] * ITEMSIZE[spec.sin.dtype]
     for name, array in zip(
@@ -213,8 +215,8 @@ def _check_aliasing(call: _Call, spec: TableSpec) -> None:
     read = [(name, x.spec, x.pointer) for name, x in zip(call.names, call.inputs, strict=True)]
     cos, sin = call.table.pointers
     read += [("table", spec.cos, cos), ("table", spec.sin, sin)]
-    if isinstance(call.positions, tensor.Array):
-        read.append(("positions", call.positions.spec, call.positions.pointer))
+    if call.gather:
+        read.append(("positions", call.gather.spec, call.gather.pointer))
     names = out_names(call.names)
     for i, (name, x, y) in enumerate(zip(names, call.inputs, call.outputs, strict=True)):
         others = read + [

@@ -181,15 +181,6 @@ class RotaryTable:
         )
 
 
-def as_table(table: Any) -> RotaryTable:
-    """Return a RotaryTable, or the half-width one that a (cos, sin) tuple stands for."""
-    if isinstance(table, RotaryTable):
-        return table
-    if isinstance(table, tuple) and len(table) == 2:
-        return RotaryTable(*table)
-    raise TypeError(f"table must be a RotaryTable or a tuple (cos, sin), got {described(table)}")
-
-
 class TableView(NamedTuple):
     """A table as it lies in memory during one call."""
 
@@ -201,6 +192,15 @@ class TableView(NamedTuple):
     def requires_grad(self) -> bool:
         """Whether PyTorch wants a gradient of the table."""
         return any(array.requires_grad for array in self.arrays)
+
+
+def view_of(table: Any, stream: int | None) -> TableView:
+    """View a RotaryTable, or the half-width one that a (cos, sin) tuple stands for."""
+    if isinstance(table, RotaryTable):
+        return table.view(stream)
+    if isinstance(table, tuple) and len(table) == 2:
+        return _half_width(stream, *table)
+    raise TypeError(f"table must be a RotaryTable or a tuple (cos, sin), got {described(table)}")
 
 
 def _half_width(stream: int | None, cos: Any, sin: Any) -> TableView:
@@ -286,9 +286,8 @@ def _check_shape(name: str, spec: ArraySpec, trailing: int) -> None:
     if len(spec.shape) - trailing not in (2, 3, 4):
         behind = ", 2, 2" if trailing else ""
         raise ValueError(
-            f"{name} must have the shape (positions, pairs{behind}), (batch, tokens, "
-            f"pairs{behind}) or "
-            f"(batch, tokens, heads, pairs{behind}), got {spec.shape}"
+            f"{name} must have the shape (positions, pairs{behind}), (batch, tokens, pairs{behind})"
+            f" or (batch, tokens, heads, pairs{behind}), got {spec.shape}"
         )
 
 

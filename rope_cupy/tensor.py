@@ -1,4 +1,4 @@
-"""Any array in, the same kind out: the only file that knows libraries. It imports none."""
+"""Any array in, the same kind out: the only file that knows libraries."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class _CuPy(Library):
         return array.get()  # type: ignore[no-any-return]
 
     def stream(self, device: int) -> int:
-        return sys.modules["cupy"].cuda.get_current_stream(device).ptr  # type: ignore[no-any-return]
+        return cupy().cuda.get_current_stream(device).ptr  # type: ignore[no-any-return]
 
 
 class _Torch(Library):
@@ -155,7 +155,7 @@ class Bfloat16:
 
     def __dlpack__(self, **options: Any) -> Any:
         capsule = self.words.__dlpack__(**options)
-        dlpack.set_dtype(capsule, dlpack.BFLOAT, 16)
+        dlpack.set_bfloat16(capsule)
         return capsule
 
     def __dlpack_device__(self) -> Any:
@@ -213,7 +213,7 @@ class _DLPack(Library):
             return copy if device == "cpu" else copy.get()  # type: ignore[no-any-return]
 
     def stream(self, device: int) -> int:
-        return cupy().cuda.get_current_stream(device).ptr  # type: ignore[no-any-return]
+        return _CUPY.stream(device)
 
     def _consumer(self, device: str, stream: int | None) -> int:
         """Return DLPack's number of the stream: 1 is the default one, -1 asks for no wait."""
