@@ -1,5 +1,6 @@
-"""Tests marked gpu are skipped where there is no GPU, and counted; the accuracy seen is summed up.
+"""Tests marked gpu or host_cuda are skipped where they cannot run, and counted; a summary of all.
 
+In tests marked host_cuda the kernels' sources, run on the CPU, take the place of the NumPy path.
 With ROPE_CUPY_FIGURES naming a folder, the accuracy is also appended to figures.jsonl there.
 """
 
@@ -8,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import host_cuda
 import pytest
 from reference import FORMATS, Error
 
-NO_GPU = "no GPU here"
+from rope_cupy import cpu
 
 # JAX would take most of the GPU's memory for itself.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -34,11 +36,31 @@ def why_no_gpu() -> str | None:
         return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+WHY_NOT = {"gpu": why_no_gpu, "host_cuda": host_cuda.why_not}
+SKIPPED = {"gpu": "no GPU here", "host_cuda": "no kernels on the CPU here"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    why = why_no_gpu() if marked else None
-    for item in marked if why else []:
-        item.add_marker(pytest.mark.skip(reason=f"{NO_GPU} ({why})"))
+    for name, why_not in WHY_NOT.items():
+        marked = [item for item in items if item.get_closest_marker(name)]
+        why = why_not() if marked else None
+        for item in marked if why else []:
+            item.add_marker(pytest.mark.skip(reason=f"{SKIPPED[name]} ({why})"))
+
+
+@pytest.fixture(autouse=True)
+def kernels_on_the_cpu(
+    request: pytest.FixtureRequest, record_property: Callable[[str, Any], None]
+) -> Iterator[None]:
+    """Run the kernels' sources instead of NumPy in tests marked host_cuda."""
+    if not request.node.get_closest_marker("host_cuda"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "rotate", host_cuda.rotate)
+        patch.setattr(host_cuda, "launched", launched := [])
+        record_property("launched", launched)
+        yield
 
 
 @pytest.fixture
@@ -46,7 +68,8 @@ def record(
     request: pytest.FixtureRequest, record_property: Callable[[str, Any], None]
 ) -> Callable[..., None]:
     """Keep for the summary how far results were from the exact ones: record(dtype, *errors)."""
-    device = "GPU" if request.node.get_closest_marker("gpu") else "CPU"
+    places = {"gpu": "GPU", "host_cuda": "CPU, by the kernels"}
+    device = next((places[mark.name] for mark in request.node.iter_markers() if mark.name in places), "CPU")
 
     def keep(dtype: str, *errors: Error) -> None:
         for error in errors:
@@ -60,13 +83,20 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if hasattr(config, "workerinput"):
         return
     reports = terminalreporter.getreports
-    skipped = [r for r in reports("skipped") if "gpu" in getattr(r, "keywords", ())]
-    reasons = [str(report.longrepr[2]) for report in skipped]
-    reasons = [reason.removeprefix("Skipped: ") for reason in reasons if NO_GPU in reason]
-    if reasons:
-        line = f"gpu: {len(reasons)} tests skipped, {reasons[0]}"
-        terminalreporter.write_line(line, yellow=True, bold=True)
+    for name, told in SKIPPED.items():
+        skipped = [r for r in reports("skipped") if name in getattr(r, "keywords", ())]
+        reasons = [str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped]
+        reasons = [reason for reason in reasons if reason.startswith(told)]
+        if reasons:
+            line = f"{name}: {len(reasons)} tests skipped, {reasons[0]}"
+            terminalreporter.write_line(line, yellow=True, bold=True)
 
+    launched = [kernel for kernels in recorded(reports("passed"), "launched") for kernel in kernels]
+    if launched:
+        terminalreporter.write_line(
+            f"host_cuda: {len(launched):,} launches of {len(set(launched))} kernels on the CPU under "
+            "AddressSanitizer and UndefinedBehaviorSanitizer"
+        )
     figures = summed_up(reports("passed") + reports("failed"))
     for figure in figures:
         line = "accuracy on the {device}, {dtype}: worst relative error {relative:.1e}"
@@ -81,14 +111,19 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             file.writelines(json.dumps(figure) + "\n" for figure in figures)
 
 
+def recorded(reports: list[Any], name: str) -> Iterator[Any]:
+    """What the tests' calls recorded under a name."""
+    for report in reports:
+        for key, value in report.user_properties if report.when == "call" else []:
+            if key == name:
+                yield value
+
+
 def summed_up(reports: list[Any]) -> list[dict[str, Any]]:
     """The worst and the sum of what `record` kept, by device and dtype."""
     kept: dict[tuple[str, str], list[Error]] = {}
-    for report in reports:
-        for name, value in report.user_properties if report.when == "call" else []:
-            if name == "accuracy":
-                device, dtype, *error = value
-                kept.setdefault((device, dtype), []).append(Error(*error))
+    for device, dtype, *error in recorded(reports, "accuracy"):
+        kept.setdefault((device, dtype), []).append(Error(*error))
     figures = []
     for device, dtype in sorted(kept, key=lambda key: (key[0], list(FORMATS).index(key[1]))):
         errors = kept[device, dtype]

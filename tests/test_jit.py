@@ -1,16 +1,103 @@
-"""What stands between a caller and a launch: CuPy, and the sources of the kernels."""
+"""From sources to a launch: kernels compiled once, by many threads, with and without the disk."""
 
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from rope_cupy import jit
+from rope_cupy import apply_rotary, cpu, environment, jit
+from rope_cupy.plan import launch_plan
+
+THREADS = 16
+SOON = 20  # seconds, for what takes none unless it is blocked
+FULL = OSError(28, "No space left on device")
 
 
-def test_without_cupy_the_error_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match=r"needs CuPy .*pip install 'rope-cupy\[cuda12\]'"):
-        jit.cupy()
+class StandIn:
+    """As much of CuPy as a launch takes; `compile` and `run` are what a kernel of a name does."""
+
+    __version__ = "14.2.0"
+
+    def __init__(self):
+        self.compiled, self.in_memory, self.launched = [], [], []
+        self.compile = self.run = lambda name: None
+        self.cuda = SimpleNamespace(
+            Device=lambda device: nullcontext(),
+            function=SimpleNamespace(CPointer=lambda address: address, Module=Module),
+            compiler=SimpleNamespace(compile_using_nvrtc=self.compile_in_memory),
+            runtime=SimpleNamespace(getDeviceCount=lambda: 1, runtimeGetVersion=lambda: 12090),
+        )
+
+    def RawModule(self, code, options, name_expressions):  # noqa: N802
+        assert "rotary_kernel" in code and options == jit.compile_options()
+        return SimpleNamespace(get_function=self.get_function)
+
+    def get_function(self, name):
+        self.compiled.append(name)
+        self.compile(name)
+
+        def launch(grid, block, args, stream):
+            self.run(name)
+            self.launched.append((name, grid, block, stream.ptr))
+
+        return launch
+
+    def compile_in_memory(self, code, options, *, name_expressions, cache_in_memory):
+        assert "rotary_kernel" in code and options == (*jit.compile_options(), "-ftz=true")
+        assert cache_in_memory
+        self.in_memory += name_expressions
+        return b"cubin", {name: f"_Z{name}" for name in name_expressions}
+
+
+class Module:
+    def load(self, cubin):
+        self.cubin = cubin
+
+    def get_function(self, name):
+        return self.cubin, name
+
+
+def launch(name):
+    plan = SimpleNamespace(kernel=name, grid=(2,), block=(3,), argument_block=lambda _: b"block")
+    jit.launch(plan, None, device=0, stream=7)
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """A process that has neither compiled a kernel nor warned."""
+    for name, value in (("_kernels", {}), ("_locks", {}), ("_not_warned", threading.Lock())):
+        monkeypatch.setattr(jit, name, value)
+
+
+@pytest.fixture
+def cupy(monkeypatch, cold):
+    """A stand-in for CuPy on a machine with a GPU."""
+    environment.cupy.cache_clear()
+    stand_in = StandIn()
+    monkeypatch.setitem(sys.modules, "cupy", stand_in)
+    yield stand_in
+    environment.cupy.cache_clear()
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(THREADS) as threads:
+        yield threads
+
+
+def at_once(pool, call, arguments):
+    """The results of calls that start at the same time."""
+    barrier = threading.Barrier(len(arguments))
+
+    def started(argument):
+        barrier.wait(SOON)
+        return call(argument)
+
+    return [future.result(SOON) for future in [pool.submit(started, each) for each in arguments]]
 
 
 def test_an_install_without_kernels_is_named(monkeypatch, tmp_path):
@@ -21,3 +108,176 @@ def test_an_install_without_kernels_is_named(monkeypatch, tmp_path):
             jit.sources()
     finally:
         jit.sources.cache_clear()
+
+
+def test_a_launch_is_that_of_its_plan_on_the_stream(cupy):
+    launch("a")
+    launch("a")
+    assert cupy.compiled == ["a"]
+    assert cupy.launched == [("a", (2,), (3,), 7)] * 2
+
+
+def test_threads_that_ask_for_one_kernel_at_once_have_it_compiled_once(cupy, pool):
+    in_compilation = threading.Event()
+    cupy.compile = lambda name: in_compilation.wait(0.2)  # until the others have come, too
+    kernels = at_once(pool, lambda name: jit.kernel(name, 0), ["a"] * THREADS)
+    assert cupy.compiled == ["a"]
+    assert len(set(map(id, kernels))) == 1
+
+
+def test_a_kernel_is_compiled_for_each_device(cupy):
+    first, second = (jit.kernel("a", device) for device in (0, 1))
+    assert first is not second
+    assert cupy.compiled == ["a", "a"]
+
+
+def test_different_kernels_are_compiled_at_the_same_time(cupy, pool):
+    both = threading.Barrier(2)
+    cupy.compile = lambda name: both.wait(SOON)
+    at_once(pool, lambda name: jit.kernel(name, 0), ["a", "b"])
+
+
+def test_while_a_launch_blocks_others_launch_and_compile(cupy, pool):
+    blocked, go_on = threading.Event(), threading.Event()
+
+    def block_once(name):
+        if name == "slow" and not blocked.is_set():
+            blocked.set()
+            assert go_on.wait(SOON)
+
+    launch("warm")
+    cupy.run = block_once
+    slow = pool.submit(launch, "slow")
+    try:
+        assert blocked.wait(SOON)
+        for name in ("warm", "cold", "slow"):
+            pool.submit(launch, name).result(SOON / 4)
+        assert not slow.done()
+    finally:
+        go_on.set()
+    slow.result(SOON)
+    assert cupy.compiled == ["warm", "slow", "cold"]
+
+
+def test_while_a_kernel_is_compiled_another_is_launched(cupy, pool):
+    compiling, go_on = threading.Event(), threading.Event()
+
+    def block(name):
+        compiling.set()
+        assert go_on.wait(SOON)
+
+    launch("warm")
+    cupy.compile = block
+    cold = pool.submit(launch, "cold")
+    try:
+        assert compiling.wait(SOON)
+        pool.submit(launch, "warm").result(SOON / 4)
+    finally:
+        go_on.set()
+    cold.result(SOON)
+
+
+def test_a_kernel_that_is_there_is_found_without_a_lock(cupy, monkeypatch):
+    kernel = jit.kernel("a", 0)
+    monkeypatch.setattr(jit, "_locks", None)
+    assert jit.kernel("a", 0) is kernel
+
+
+def test_a_failed_compilation_reaches_its_caller_and_the_next_call_tries_again(cupy, pool):
+    def fail_once(name):
+        if len(cupy.compiled) == 1:
+            raise ZeroDivisionError("a mistake of our own")
+
+    def outcome(name):
+        try:
+            return jit.kernel(name, 0)
+        except ZeroDivisionError as error:
+            return error
+
+    cupy.compile = fail_once
+    outcomes = at_once(pool, outcome, ["a"] * THREADS)
+    (failed,) = (each for each in outcomes if isinstance(each, Exception))
+    assert str(failed) == "a mistake of our own"
+    assert len(set(map(id, outcomes))) == 2
+    assert cupy.compiled == ["a", "a"]
+
+
+def test_a_kernel_that_cannot_be_cached_is_compiled_in_memory_and_one_warning_says_so(
+    cupy, monkeypatch, tmp_path
+):
+    def fail(name):
+        raise FULL
+
+    cupy.compile = fail
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "removed"))
+    expected = (
+        rf"^kernels cannot be cached in {tmp_path}/removed \(No such file or directory\): "
+        r"export CUPY_CACHE_DIR=/a/folder/that/can/be/written$"
+    )
+    with pytest.warns(RuntimeWarning, match=expected):
+        assert jit.kernel("a", 0) == (b"cubin", "_Za")
+    assert jit.kernel("b", 0) == (b"cubin", "_Zb")
+    assert jit.kernel("a", 0) == (b"cubin", "_Za")
+    assert cupy.in_memory == ["a", "b"]
+
+
+def test_threads_without_a_cache_are_warned_once(cupy, pool, recwarn):
+    def fail(name):
+        raise FULL
+
+    cupy.compile = fail
+    at_once(pool, lambda name: jit.kernel(name, 0), [str(i) for i in range(THREADS)])
+    assert len(cupy.in_memory) == THREADS
+    assert len(recwarn) == 1
+
+
+def test_a_cached_kernel_that_cannot_be_read_is_compiled_in_memory(cupy, monkeypatch, tmp_path):
+    def fail(name):
+        raise PermissionError(13, "Permission denied", "1234.cubin")
+
+    cupy.compile = fail
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    with pytest.warns(RuntimeWarning, match=rf"{tmp_path} .*Permission denied: '1234\.cubin'\): "):
+        assert jit.kernel("a", 0) == (b"cubin", "_Za")
+
+
+def test_what_the_machine_lacks_for_a_compilation_is_explained_and_mistakes_are_not(cupy):
+    def fail(name):
+        raise error
+
+    cupy.compile = fail
+    error = RuntimeError("Failure finding libnvrtc.so.12")
+    with pytest.raises(RuntimeError, match=r"pip install --force-reinstall nvidia-") as raised:
+        launch("a")
+    assert raised.value.__cause__ is error
+    error = RuntimeError("default_program(1): error: expected a ;")
+    with pytest.raises(RuntimeError) as raised:
+        launch("a")
+    assert raised.value is error
+
+
+def test_cupy_compiles_in_memory_as_it_is_asked_to(monkeypatch, cold):
+    """The true compiler, for a GPU that need not be there; only its cubin is not loaded."""
+    cupy = pytest.importorskip("cupy")
+    names = []
+
+    def record(problem, pointers):
+        names.append(launch_plan(problem).kernel)
+
+    def fail(**arguments):
+        raise FULL
+
+    monkeypatch.setattr(cpu, "rotate", record)
+    apply_rotary(np.ones((4, 2, 64), np.float32), (np.ones((4, 32)), np.ones((4, 32))))
+    monkeypatch.setattr(jit, "cupy", lambda: cupy)
+    monkeypatch.setattr(cupy, "RawModule", fail)
+    monkeypatch.setattr(cupy.cuda.function, "Module", Module)
+    monkeypatch.setattr(
+        cupy.cuda.compiler,
+        "_get_arch_for_options_for_nvrtc",
+        lambda arch: ("-arch=sm_80", "cubin"),
+    )
+    with pytest.warns(RuntimeWarning, match="cannot be cached"):
+        cubin, name = jit.kernel(names[0], 0)
+    assert cubin.startswith(b"\x7fELF")
+    assert name.encode() in cubin

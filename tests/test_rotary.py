@@ -24,14 +24,17 @@ CASES = sample(400, seed=1, library=["numpy", "torch", "dlpack"])
 INT_MIN = -(2**31)
 
 
+ON_THE_HOST = pytest.param("numpy", marks=pytest.mark.host_cuda, id="host_cuda")
+
+
 def on_every(*libraries):
     """Parametrize `library`, marking those on a GPU."""
-    gpu = [name for name in libraries if name == "cupy" or name.endswith("cuda")]
+    gpu = [name for name in libraries if name in ("cupy", "torch-cuda", "jax-cuda")]
     params = [pytest.param(x, marks=pytest.mark.gpu) if x in gpu else x for x in libraries]
     return pytest.mark.parametrize("library", params)
 
 
-in_every_library = on_every("numpy", "torch", "cupy", "torch-cuda")
+in_every_library = on_every("numpy", "torch", "cupy", "torch-cuda", ON_THE_HOST)
 PAIRINGS = {"half": False, "interleaved": True}
 in_both_pairings = pytest.mark.parametrize("interleaved", PAIRINGS.values(), ids=PAIRINGS)
 

@@ -1,0 +1,228 @@
+"""The kernels of kernels/, run on the CPU: the sources unchanged, the very launch that is planned.
+
+`rotate` takes the place of `rope_cupy.cpu.rotate`. It plans the launch of a problem as for a GPU,
+builds that one kernel with the host's C++ compiler, under AddressSanitizer and
+UndefinedBehaviorSanitizer, and runs every thread of the grid over a copy of the arrays' memory, in
+which there is nothing but the elements that the problem may touch. See cuda.h and launch.cpp.
+
+A build is kept in build/host_cuda until a source changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rope_cupy import jit
+from rope_cupy.memory import ITEMSIZE, ndarray_at
+from rope_cupy.plan import launch_plan
+from rope_cupy.problem import Pointers, RotaryProblem, View
+
+HERE = Path(__file__).parent
+BUILDS = HERE.parents[1] / "build" / "host_cuda"
+OPTIONS = ["-std=c++17", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+BASE = 0x2000_0000_0000  # far from where Linux puts anything
+PAGE = 4096
+
+launched: list[str] = []  # the kernels that `rotate` has run
+
+
+class KernelError(Exception):
+    """A kernel has done what it must not; the message is the sanitizer's report."""
+
+
+class Array(NamedTuple):
+    """Elements in memory that a launch may touch; strides count elements."""
+
+    address: int
+    itemsize: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    written: bool = False
+
+
+@cache
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, or the first that is found."""
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+@cache
+def why_not() -> str | None:
+    """What keeps the kernels from running here, or None."""
+    if compiler() is None:
+        return "no C++ compiler is found"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cpp")
+        source.write_text("int main() {}\n")
+        command = [compiler(), *SANITIZERS, str(source), "-o", f"{folder}/empty"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            done = subprocess.run([f"{folder}/empty"], capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+            return f"{compiler()} makes no programs with sanitizers: {said[-1]}"
+    return None
+
+
+def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
+    """Solve the problem as its kernel does, on arrays at these addresses."""
+    plan, arrays = launch_plan(problem), arrays_of(problem, pointers)
+    shift = shift_of(arrays)
+    moved = Pointers(
+        x=tuple(pointer + shift for pointer in pointers.x),
+        out=tuple(pointer + shift for pointer in pointers.out),
+        cos=pointers.cos + shift,
+        sin=pointers.sin + shift,
+        positions=pointers.positions and pointers.positions + shift,
+    )
+    source = jit.sources() / "rotary.cu"
+    run(source, plan.kernel, plan.grid, plan.block, plan.argument_block(moved), arrays)
+    launched.append(plan.kernel)
+
+
+def arrays_of(problem: RotaryProblem, pointers: Pointers) -> list[Array]:
+    """What the launch of a problem may touch: in place, nothing but the slice that turns."""
+    arrays = []
+    itemsize = ITEMSIZE[problem.dtype]
+    first, size = 0, problem.head_dim
+    if problem.in_place:
+        first, size = problem.rotary_offset, problem.rotary_dim
+    for tensor, *addresses in zip(problem.tensors, pointers.x, pointers.out, strict=True):
+        shape = (problem.batch, problem.num_tokens, tensor.num_heads, size)
+        for address, view, written in zip(addresses, tensor[1:], (False, True), strict=True):
+            start = address + first * view.strides[3] * itemsize
+            arrays.append(Array(start, itemsize, shape, view.strides, written))
+    arrays.append(_table(problem, pointers.cos, problem.cos, problem.cos_row))
+    if not problem.sin_offset:  # else the sines lie among the cosines
+        arrays.append(_table(problem, pointers.sin, problem.sin, problem.sin_row))
+    if problem.position_dtype:
+        shape, strides = (problem.batch, problem.num_tokens), problem.position_strides
+        itemsize = ITEMSIZE[problem.position_dtype]
+        arrays.append(Array(pointers.positions, itemsize, shape, strides))
+    return arrays
+
+
+def _table(problem: RotaryProblem, address: int, view: View, row: int) -> Array:
+    num_pairs, step = problem.rotary_dim // 2, problem.table_step
+    shape: tuple[int, ...] = (problem.num_positions,)
+    strides: tuple[int, ...] = (row,)
+    if problem.position_dtype is None:
+        heads = max(tensor.num_heads for tensor in problem.tensors)
+        shape, strides = (problem.batch, problem.num_tokens, heads), view.strides[:3]
+    shape, strides = (*shape, num_pairs, step), (*strides, view.strides[3], view.strides[3] // step)
+    return Array(address, ITEMSIZE[problem.table_dtype], shape, strides)
+
+
+def shift_of(arrays: list[Array]) -> int:
+    """How far a launch moves its arrays: whole pages, so that their alignment stays."""
+    return BASE - int(_ranges(arrays)[0, 0]) // PAGE * PAGE
+
+
+def run(
+    source: Path,
+    kernel: str,
+    grid: tuple[int, int],
+    block: tuple[int, int],
+    argument_block: bytes,
+    arrays: list[Array],
+) -> None:
+    """Run a kernel, whose arguments name addresses moved by `shift_of`, and write what it wrote."""
+    ranges = _ranges(arrays)
+    places = _every_byte(ranges)
+    first, last = int(places[0]), int(places[-1])
+    memory = ndarray_at(first, "u1", (last + 1 - first,), (1,))  # holes and all: none is touched
+    before = memory[places - first]
+
+    header = struct.pack("<6I", *grid, *block, len(argument_block), len(ranges))
+    moved = ranges + [shift_of(arrays), 0]
+    job = b"".join([header, argument_block, moved.tobytes(), before.tobytes()])
+    settings = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    program = build(source, kernel)
+    done = subprocess.run(program, input=job, capture_output=True, env=os.environ | settings)
+    if done.returncode:
+        raise KernelError(f"{kernel}\n{done.stderr.decode(errors='replace')}")
+
+    after = np.frombuffer(done.stdout, np.uint8)
+    written = np.zeros(len(places), bool)
+    outputs = _every_byte(_ranges([array for array in arrays if array.written]))
+    written[np.searchsorted(places, outputs)] = True
+    if not np.array_equal(before[~written], after[~written]):
+        raise KernelError(f"{kernel}\nhost_cuda: an array that is only read has been written")
+    memory[places[written] - first] = after[written]
+
+
+def _ranges(arrays: list[Array]) -> np.ndarray:
+    """The bytes of arrays as rows (address, number), in order; none touches the next."""
+    starts, ends = [], []
+    for array in arrays:
+        places = np.zeros(1, np.int64)
+        for size, stride in zip(array.shape, array.strides, strict=True):
+            steps = np.arange(size if stride else min(size, 1)) * stride
+            places = (places[:, None] + steps).ravel()
+        starts.append(array.address + array.itemsize * places)
+        ends.append(starts[-1] + array.itemsize)
+    order = np.argsort(start := np.concatenate(starts), kind="stable")
+    start, end = start[order], np.maximum.accumulate(np.concatenate(ends)[order])
+    first = np.flatnonzero(np.r_[True, start[1:] > end[:-1]])
+    last = np.r_[first[1:], len(start)] - 1
+    return np.stack([start[first], end[last] - start[first]], axis=1)
+
+
+def _every_byte(ranges: np.ndarray) -> np.ndarray:
+    """The address of every byte of ranges, in order."""
+    start, size = ranges.T
+    return np.repeat(start - np.cumsum(size) + size, size) + np.arange(size.sum())
+
+
+def build(source: Path, kernel: str) -> tuple[Path, Path]:
+    """Return the program that launches kernels, and one kernel of a source file as it wants it."""
+    folder = BUILDS / source.stem / _digest(source.parent)
+    if not folder.exists() and folder.parent.exists():
+        for other in {*folder.parent.iterdir()} - {folder}:  # of sources that are no more
+            shutil.rmtree(other, ignore_errors=True)
+    name = hashlib.sha256(kernel.encode()).hexdigest()[:32]
+    launch = ["-O1", "-rdynamic", str(HERE / "launch.cpp"), "-ldl"]
+    return _made(folder / "launch", *launch), _made(folder / name, *kernel_options(source, kernel))
+
+
+def kernel_options(source: Path, kernel: str) -> list[str]:
+    defines = [f'-DSOURCE="{source.name}"', f"-DKERNEL={kernel}", f"-I{source.parent}"]
+    return ["-shared", "-fPIC", *defines, str(HERE / "kernel.cpp")]
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line that compiles with sanitizers."""
+    compiler_found = compiler()
+    assert compiler_found, "why_not() must have been asked"
+    return [compiler_found, *OPTIONS, *SANITIZERS, *arguments]
+
+
+def _made(target: Path, *arguments: str) -> Path:
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder, target.name)
+            subprocess.run(command(*arguments, "-o", str(made)), check=True)
+            made.replace(target)  # at once, for others may be at it too
+    return target
+
+
+@cache
+def _digest(sources: Path) -> str:
+    """What stands for everything that goes into a build."""
+    files = [*sorted(sources.glob("*.cu*")), *sorted(HERE.glob("*.cpp")), *HERE.glob("*.h")]
+    version = subprocess.run(command("--version"), capture_output=True, check=True).stdout
+    contents = b"".join([version, *(path.read_bytes() for path in files)])
+    return hashlib.sha256(contents).hexdigest()[:16]

@@ -1,0 +1,285 @@
+// Launch one kernel on the CPU: a launch comes on stdin, the memory as it is then leaves on stdout.
+//
+// argv[1]  the library that kernel.cpp makes of the kernel
+// stdin    a Header, its argument block, its ranges of memory, then what each range holds
+// stdout   what each range holds when all threads are done
+//
+// The ranges lie at the very addresses that the argument block names. Everything else there is
+// poisoned for AddressSanitizer, and full of 1 bits, which are NaN and the position -1: what is read
+// beside the ranges is reported, or where AddressSanitizer's 8 bytes are too coarse spoils a result,
+// and what is written there is found.
+//
+// A thread of the kernel is a context with a stack of its own. It runs until it ends or waits for
+// others; when no thread can go on, those whose partners have all arrived are released.
+#include <dlfcn.h>
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda.h"
+
+Dim3 threadIdx, blockIdx, blockDim{1, 1, 1}, gridDim{1, 1, 1};
+
+namespace {
+
+constexpr std::uint64_t kPage = 4096;
+constexpr std::size_t kStackBytes = 128 << 10;
+constexpr unsigned char kCanary = 0xff;
+
+[[noreturn]] void fail(const std::string& message) {
+  std::fprintf(stderr, "host_cuda: %s\n", message.c_str());
+  std::exit(1);
+}
+
+// Memory.
+
+struct Range {
+  std::uint64_t address, bytes;
+
+  unsigned char* begin() const { return reinterpret_cast<unsigned char*>(address); }
+};
+
+std::vector<Range> pages_of(const std::vector<Range>& ranges) {
+  std::vector<Range> pages;
+  for (const Range& range : ranges) {
+    const std::uint64_t first = range.address / kPage * kPage;
+    const std::uint64_t end = (range.address + range.bytes + kPage - 1) / kPage * kPage;
+    if (!pages.empty() && first <= pages.back().address + pages.back().bytes)
+      pages.back().bytes = std::max(pages.back().bytes, end - pages.back().address);
+    else
+      pages.push_back({first, end - first});
+  }
+  return pages;
+}
+
+void map(const Range& pages) {
+  void* const memory =
+      mmap(pages.begin(), pages.bytes, PROT_READ | PROT_WRITE,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
+  if (memory != pages.begin()) fail("the addresses of the arrays are taken here");
+  std::memset(pages.begin(), kCanary, pages.bytes);
+  ASAN_POISON_MEMORY_REGION(pages.begin(), pages.bytes);
+}
+
+// Report what was written beside the ranges, whose own bytes become canaries too.
+void check_canaries(const std::vector<Range>& pages, const std::vector<Range>& ranges) {
+  for (const Range& range : ranges) std::memset(range.begin(), kCanary, range.bytes);
+  for (const Range& page : pages) {
+    const unsigned char* const end = page.begin() + page.bytes;
+    if (std::any_of(page.begin(), const_cast<unsigned char*>(end),
+                    [](unsigned char byte) { return byte != kCanary; }))
+      fail("memory beside the arrays has been written");
+  }
+}
+
+// Threads.
+
+struct Thread {
+  Dim3 index;
+  ucontext_t context;
+  std::vector<unsigned char> stack;
+  bool done;
+  const char* waits;  // for what, or null
+  unsigned mask;      // whom a warp's operation waits for; 0 is the whole block
+  unsigned long long bits;
+};
+
+std::vector<Thread> threads;
+std::size_t current;
+ucontext_t scheduler;
+const void* scheduler_stack;
+std::size_t scheduler_stack_bytes;
+unsigned long long (*run_kernel)(const void* block);
+const void* argument_block;
+
+std::size_t warp_of(std::size_t thread) { return thread / warpSize * warpSize; }
+
+std::string name_of(std::size_t thread) {
+  const Dim3& index = threads[thread].index;
+  return "thread (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ") of block (" +
+         std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ")";
+}
+
+void to_scheduler(Thread& thread) {
+  void* fake_stack = nullptr;
+  __sanitizer_start_switch_fiber(thread.done ? nullptr : &fake_stack, scheduler_stack,
+                                 scheduler_stack_bytes);
+  swapcontext(&thread.context, &scheduler);
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+}
+
+void thread_main() {
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+  run_kernel(argument_block);
+  threads[current].done = true;
+  to_scheduler(threads[current]);
+}
+
+void resume(std::size_t thread) {
+  current = thread;
+  threadIdx = threads[thread].index;
+  void* fake_stack = nullptr;
+  __sanitizer_start_switch_fiber(&fake_stack, threads[thread].stack.data(),
+                                 threads[thread].stack.size());
+  swapcontext(&scheduler, &threads[thread].context);
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+}
+
+void wait(unsigned mask, const char* what) {
+  Thread& thread = threads[current];
+  if (mask && !(mask >> host::lane() & 1u)) fail(name_of(current) + " is not in its mask of " + what);
+  thread.waits = what;
+  thread.mask = mask;
+  to_scheduler(thread);
+}
+
+// Whether the threads that this one waits for wait with it, or have ended.
+bool has_partners(std::size_t waiting) {
+  const Thread& thread = threads[waiting];
+  const std::size_t warp = warp_of(waiting);
+  const std::size_t begin = thread.mask ? warp : 0;
+  const std::size_t end = thread.mask ? std::min(warp + warpSize, threads.size()) : threads.size();
+  for (std::size_t other = begin; other < end; ++other) {
+    const Thread& partner = threads[other];
+    if (partner.done || (thread.mask && !(thread.mask >> (other - warp) & 1u))) continue;
+    if (!partner.waits || std::strcmp(partner.waits, thread.waits) || partner.mask != thread.mask)
+      return false;
+  }
+  return true;
+}
+
+// Let go those that wait for no one else; all at once, for they are partners of each other.
+std::vector<std::size_t> release(const std::vector<std::size_t>& waiting) {
+  std::vector<std::size_t> released;
+  std::copy_if(waiting.begin(), waiting.end(), std::back_inserter(released), has_partners);
+  if (released.empty() && !waiting.empty())
+    fail(name_of(waiting.front()) + " waits at " + threads[waiting.front()].waits +
+         " for threads that never come");
+  for (const std::size_t thread : released) threads[thread].waits = nullptr;
+  return released;
+}
+
+void prepare(Thread& thread, unsigned number) {
+  thread.index = {number % blockDim.x, number / blockDim.x, 0};
+  thread.done = false;
+  thread.waits = nullptr;
+  thread.stack.resize(kStackBytes);
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack.data();
+  thread.context.uc_stack.ss_size = thread.stack.size();
+  thread.context.uc_link = nullptr;
+  makecontext(&thread.context, thread_main, 0);
+}
+
+void run_block(std::mt19937& random) {
+  for (std::size_t i = 0; i < threads.size(); ++i) prepare(threads[i], static_cast<unsigned>(i));
+  std::vector<std::size_t> ready(threads.size());
+  std::iota(ready.begin(), ready.end(), 0);
+  while (!ready.empty()) {
+    std::shuffle(ready.begin(), ready.end(), random);
+    for (const std::size_t thread : ready) resume(thread);
+    std::vector<std::size_t> waiting;
+    for (std::size_t i = 0; i < threads.size(); ++i)
+      if (!threads[i].done) waiting.push_back(i);
+    ready = release(waiting);
+  }
+}
+
+// A launch.
+
+struct Header {
+  std::uint32_t grid_x, grid_y, block_x, block_y, argument_bytes, num_ranges;
+};
+
+void receive(void* data, std::size_t bytes) {
+  if (std::fread(data, 1, bytes, stdin) != bytes) fail("the launch ends too soon");
+}
+
+}  // namespace
+
+namespace host {
+
+int lane() { return static_cast<int>(current % warpSize); }
+
+void wait_for_block() { wait(0, "__syncthreads"); }
+
+void wait_for_warp(unsigned mask, const char* what) { wait(mask, what); }
+
+unsigned long long exchange(unsigned mask, unsigned long long bits, int source, const char* what) {
+  threads[current].bits = bits;
+  wait(mask, what);
+  const std::size_t from = warp_of(current) + static_cast<std::size_t>(source);
+  if (source < 0 || source >= warpSize || from >= threads.size() || !(mask >> source & 1u) ||
+      threads[from].done)
+    fail(name_of(current) + " reads a lane that takes no part in " + what);
+  const unsigned long long read = threads[from].bits;
+  wait(mask, what);  // until all have read
+  return read;
+}
+
+unsigned ballot(unsigned mask, bool vote, const char* what) {
+  threads[current].bits = vote;
+  wait(mask, what);
+  unsigned votes = 0;
+  for (int lane = 0; lane < warpSize; ++lane) {
+    const std::size_t other = warp_of(current) + static_cast<std::size_t>(lane);
+    if (mask >> lane & 1u && other < threads.size() && !threads[other].done)
+      votes |= static_cast<unsigned>(threads[other].bits) << lane;
+  }
+  wait(mask, what);
+  return votes;
+}
+
+}  // namespace host
+
+int main(int, char** arguments) {
+  void* const library = dlopen(arguments[1], RTLD_NOW);
+  if (!library) fail(dlerror());
+  run_kernel = reinterpret_cast<decltype(run_kernel)>(dlsym(library, "run_kernel"));
+  Header header;
+  receive(&header, sizeof header);
+  std::vector<unsigned char> block(header.argument_bytes);
+  receive(block.data(), block.size());
+  std::vector<Range> ranges(header.num_ranges);
+  receive(ranges.data(), ranges.size() * sizeof(Range));
+  const std::vector<Range> pages = pages_of(ranges);
+  for (const Range& page : pages) map(page);
+  for (const Range& range : ranges) {
+    ASAN_UNPOISON_MEMORY_REGION(range.begin(), range.bytes);
+    receive(range.begin(), range.bytes);
+  }
+
+  if (run_kernel(nullptr) != block.size())
+    fail("the kernel takes " + std::to_string(run_kernel(nullptr)) + " bytes of arguments, got " +
+         std::to_string(block.size()));
+  argument_block = block.data();
+  gridDim = {header.grid_x, header.grid_y, 1};
+  blockDim = {header.block_x, header.block_y, 1};
+  threads.resize(std::size_t{header.block_x} * header.block_y);
+  std::vector<std::uint64_t> blocks(std::uint64_t{header.grid_x} * header.grid_y);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  std::mt19937 random(header.grid_x);
+  std::shuffle(blocks.begin(), blocks.end(), random);
+  for (const std::uint64_t number : blocks) {
+    blockIdx = {static_cast<unsigned>(number % header.grid_x),
+                static_cast<unsigned>(number / header.grid_x), 0};
+    run_block(random);
+  }
+
+  for (const Range& page : pages) ASAN_UNPOISON_MEMORY_REGION(page.begin(), page.bytes);
+  for (const Range& range : ranges) std::fwrite(range.begin(), 1, range.bytes, stdout);
+  check_canaries(pages, ranges);
+  return 0;
+}

@@ -1,0 +1,272 @@
+"""The kernels' real sources, run on the CPU under sanitizers; and proof that these see mistakes."""
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import host_cuda
+import numpy as np
+import pytest
+import test_rotary
+from arrays import Case, possible, verify
+from host_cuda import Array, KernelError
+from numpy.lib.stride_tricks import as_strided
+from reference import check, rotate
+
+from rope_cupy import apply_rotary, jit
+
+pytestmark = pytest.mark.host_cuda
+
+COLLECTIVES = Path(host_cuda.__file__).with_name("collectives.cu")
+
+
+@pytest.mark.parametrize("case", test_rotary.CASES, ids=str)
+def test_a_call_of_any_kind_is_right(case, record):
+    record(case.dtype, *verify(case))
+
+
+@pytest.mark.parametrize("kernel", ["bfloat16, float, true, false, 8, 1, 0, 8, false"])
+def test_the_kernel_compiles_without_a_warning(kernel, tmp_path):
+    options = host_cuda.kernel_options(jit.sources() / "rotary.cu", f"rotary_kernel<{kernel}>")
+    options += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-o", str(tmp_path / "kernel.so")]
+    done = subprocess.run(host_cuda.command(*options), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Where 32 bits are not enough. What is not touched of an array takes no memory.
+
+
+def sparse(shape, strides):
+    """Zeros in float16 of any strides, in elements."""
+    reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    buffer = np.zeros(reach + 1, np.float16)
+    return as_strided(buffer, shape, [2 * stride for stride in strides])
+
+
+def rotate_far_apart(axis, stride):
+    """The error of a rotation in place where one axis has a stride of its own."""
+    sizes, strides = [2, 2, 2, 64], [512, 256, 64, 1]
+    at = "bsh".index(axis)
+    sizes[at], strides[at] = (2 if abs(stride) >= 2**31 else 4), abs(stride)
+    x = sparse(sizes, strides)
+    x = np.flip(x, at) if stride < 0 else x
+    rng = np.random.default_rng(1)
+    x[...] = rng.standard_normal(x.shape)
+    angle = rng.uniform(-np.pi, np.pi, (sizes[1], 32))
+    exact = rotate(np.float64(x), np.cos(angle), np.sin(angle))
+    apply_rotary(x, (np.cos(angle), np.sin(angle)), out=x)
+    return check(np.float64(x), exact, "float16")
+
+
+@pytest.mark.parametrize("stride", [2**31 + 128, 2**30 + 64, -(2**30) - 64])
+@pytest.mark.parametrize("axis", ["b", "s", "h"])
+def test_elements_may_lie_2_31_elements_apart(axis, stride, record):
+    record("float16", rotate_far_apart(axis, stride))
+
+
+@pytest.mark.parametrize("stride", [2**31 + 64, 2**28 + 32])
+def test_rows_of_a_table_may_lie_2_31_elements_apart(stride, record):
+    rng, last = np.random.default_rng(2), -(-(2**31) // stride)
+    cos, sin = (sparse((last + 1, 32), (stride, 1)) for _ in range(2))
+    angle = rng.uniform(-np.pi, np.pi, cos.shape)
+    cos[...], sin[...] = np.cos(angle), np.sin(angle)
+    x, positions = rng.standard_normal((1, 4, 2, 64)), np.array([last, 0, last, last + 1])
+    y = apply_rotary(x, (cos, sin), positions=positions)
+    exact = rotate(x, np.float64(cos), np.float64(sin), positions=positions)
+    record("float64", check(y, exact, "float64"))
+
+
+# Mistakes are seen.
+
+
+class Mutant(NamedTuple):
+    """A kernel source with a mistake, what it is seen by, and a call that shows it."""
+
+    file: str
+    right: str
+    wrong: str
+    seen_by: str
+    case: Case = Case("float32", sizes=(2, 5, 3, 1))
+
+    def show(self):
+        verify(possible(self.case))
+
+
+class FarApart(Mutant):
+    def show(self):
+        rotate_far_apart("s", 2**30 + 64)
+
+
+PLAIN = Mutant._field_defaults["case"]
+GATHERED = PLAIN._replace(positions="int64 bs", outside="nan")
+OUT_OF_BOUNDS = "AddressSanitizer: (use-after-poison|SEGV)"
+WRONG = "^float(32|64) at .* expected "
+MUTANTS = {
+    "an index off by one": Mutant(
+        "rotary.cu",
+        "cos_row + pair *",
+        "cos_row + (pair + 1) *",
+        OUT_OF_BOUNDS,
+        PLAIN._replace(table_style="offset1"),
+    ),
+    "a wrong stride": Mutant(
+        "rotary.cu",
+        "x_view = args.tensors[which].x",
+        "x_view = args.tensors[0].x",
+        OUT_OF_BOUNDS,
+        PLAIN._replace(k_style="padded"),
+    ),
+    "a missing bound": Mutant(
+        "rotary.cu",
+        "in_range = static_cast<unsigned long long>(position) <",
+        "in_range = static_cast<unsigned long long>(position) >= 0 ||",
+        OUT_OF_BOUNDS,
+        GATHERED,
+    ),
+    "float for double": Mutant(
+        "numeric.cuh", "double, float>::Type", "float, float>::Type", WRONG, Case("float64")
+    ),
+    "a swapped sign": Mutant("pairs.cuh", "(y, cos, negate(x), sin)", "(y, cos, x, sin)", WRONG),
+    "rows that are no rows": Mutant(
+        "rotary.cu", "row >= static_cast<int>(args.num_rows) ||", "", OUT_OF_BOUNDS
+    ),
+    "elements copied past the head": Mutant(
+        "rotary.cu",
+        "int element = pass_lane * kPassRun",
+        "int element = (pass_lane + 1) * kPassRun",
+        OUT_OF_BOUNDS,
+        PLAIN._replace(head=(96, 64, 0), sizes=(1, 5, 3, 0)),
+    ),
+    "an access wider than its address allows": Mutant(
+        "vec.cuh",
+        "if (access.width >= kWholeWidth<T, kSize>)\n      return",
+        "if (access.stride == 1) return",
+        "runtime error: .* misaligned address",
+        PLAIN._replace(k_style="offset1"),
+    ),
+    "an offset in 32 bits": FarApart(
+        "rotary.cu",
+        "static_cast<long long>(at.outer) * static_cast<Stride>(outer)",
+        "at.outer * static_cast<int>(outer)",
+        "runtime error: signed integer overflow",
+    ),
+    "int32 positions for int64": Mutant(
+        "rotary.cu", "position_bytes == 8", "position_bytes == 4", WRONG, GATHERED
+    ),
+    "a NaN for a padding token": Mutant(
+        "rotary.cu", "if (!args.keep)", "if (true)", WRONG, GATHERED._replace(outside="keep")
+    ),
+    "a rotation forward for backward": Mutant(
+        "pairs.cuh", "kConjugate ? ", "false ? ", WRONG, PLAIN._replace(conjugate=True)
+    ),
+    "k's cosines by q's heads": Mutant(
+        "rotary.cu",
+        "which * args.cos_of_k",
+        "0",
+        f"{OUT_OF_BOUNDS}|{WRONG}",
+        PLAIN._replace(rows="head", sizes=(2, 5, 4, 4)),
+    ),
+    "arguments of another shape": Mutant(
+        "rotary.cu",
+        "long long cos_of_k;",
+        "long long cos_of_k, cos_of_v;",
+        "the kernel takes 560 bytes of arguments, got 552",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mistake_in_a_kernel_is_seen(name, tmp_path, monkeypatch):
+    mutant = MUTANTS[name]
+    mutant.show()
+    sources = shutil.copytree(jit.sources(), tmp_path / "kernels")
+    file = sources / mutant.file
+    code = file.read_text()
+    assert code.count(mutant.right) == 1
+    file.write_text(code.replace(mutant.right, mutant.wrong))
+    monkeypatch.setattr(jit, "sources", lambda: sources)
+    monkeypatch.setattr(host_cuda, "BUILDS", tmp_path / "builds")
+    with pytest.raises((KernelError, AssertionError), match=mutant.seen_by):
+        mutant.show()
+
+
+# What the threads of a block do together.
+
+
+def collectives(size):
+    """What `collectives_kernel` gives by CUDA's definitions: a row for each operation."""
+    thread = np.arange(size)
+    lane, warp = thread % 32, thread // 32 * 32
+    bit = 1 << (32 + lane) % 64
+
+    def shuffled(source, first=warp, last=warp + 31):
+        return np.where((source < first) | (source > last), thread, source)
+
+    half = lane % 2
+    votes = np.where(half, 0xAA, 0x55)
+    first_warp = np.where(thread < 32, 31, 0)
+    eight, sixteen = thread // 8 * 8, thread // 16 * 16
+    return np.array(
+        [
+            (size - 1 - thread) ** 2,
+            np.full(size, np.sum(thread**2)),
+            warp + 5,
+            warp + 3,
+            eight + 3,
+            shuffled(thread - 3),
+            shuffled(thread - 3, sixteen),
+            shuffled(thread + 3),
+            shuffled(thread + 3, warp, sixteen + 15),
+            thread ^ 17,
+            shuffled(thread ^ 9, warp, eight + 7),
+            bit[thread ^ 1] >> 32,
+            warp * 32 + 31 * 16,
+            [sum(1 << i for i in range(32) if (w + i) % 3 == 0) for w in warp],
+            (40 >= warp) & (40 < warp + 32),
+            warp + 31 < 40,
+            warp + 7 - (1 - half) + votes,
+            first_warp,
+        ],
+        np.uint32,
+    )
+
+
+def run_collectives(kernel, size):
+    out = np.zeros((18, size), np.uint32)
+    array = Array(out.ctypes.data, 4, out.shape, (size, 1), written=True)
+    address = out.ctypes.data + host_cuda.shift_of([array])
+    host_cuda.run(COLLECTIVES, kernel, (1, 1), (size, 1), struct.pack("<Q", address), [array])
+    return out
+
+
+@pytest.mark.parametrize("size", [64, 256, 1024])
+def test_barriers_shuffles_and_votes_do_what_they_do_in_cuda(size):
+    assert np.array_equal(run_collectives("collectives_kernel", size), collectives(size))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("kDivergentBarrier", "waits at __sync(threads|warp) for threads that never come"),
+        ("kOutsideMask", r"thread \(0, 0\) of block \(0, 0\) is not in its mask of __shfl_sync"),
+        ("kAbsentLane", "reads a lane that takes no part in __shfl_sync"),
+        ("kEndedLane", "reads a lane that takes no part in __shfl_sync"),
+        ("kPastTheEnd", "runtime error: index 32 out of bounds"),
+    ],
+)
+def test_what_threads_must_not_do_together_is_an_error(mistake, message):
+    run_collectives("mistaken_kernel<kNone>", 32)
+    with pytest.raises(KernelError, match=message):
+        run_collectives(f"mistaken_kernel<{mistake}>", 32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 256, 1024])
+def test_barriers_shuffles_and_votes_do_the_same_on_a_gpu(size):
+    cupy = pytest.importorskip("cupy")
+    kernel = cupy.RawKernel(COLLECTIVES.read_text(), "collectives_kernel", ("-std=c++17",))
+    out = cupy.zeros((18, size), cupy.uint32)
+    kernel((1,), (size,), (out,))
+    assert np.array_equal(out.get(), collectives(size))
