@@ -19,7 +19,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from reference import FORMATS, Error, arranged, canonical, check, decode, encode, rotate, to_bits
+from reference import (
+    FORMATS,
+    Error,
+    arranged,
+    canonical,
+    check,
+    decode,
+    encode,
+    rotate,
+    to_bits,
+)
 
 import rope_cupy
 
@@ -44,6 +54,34 @@ INPUT_STYLES = ["repeated", "repeated heads"]  # of stride 0: not for outputs
 NUMPY_STYLES = ["reversed"]  # of negative strides: for NumPy and CuPy alone
 
 
+class Strides(NamedTuple):
+    """Strides of any kind, for up to four axes; an array of fewer takes the last ones."""
+
+    order: tuple[int, ...]  # of the axes in memory, outermost first
+    gaps: tuple[int, ...]  # elements left out behind each index of an axis
+    backward: tuple[bool, ...]
+    repeated: tuple[bool, ...]  # of stride 0
+    offset: int  # elements from an aligned address to the first one in memory
+
+    def __str__(self) -> str:
+        flags = ["".join("ny"[flag] for flag in flags) for flags in (self.backward, self.repeated)]
+        numbers = [".".join(map(str, numbers)) for numbers in (self.order, self.gaps)]
+        return "_".join([*numbers, *flags, str(self.offset)])
+
+    def place(self, shape: tuple[int, ...]) -> Placement:
+        first, size, start = 4 - len(shape), 1, 0
+        strides = [0] * len(shape)
+        for axis in reversed([axis - first for axis in self.order if axis >= first]):
+            if not self.repeated[first + axis]:
+                stride = size + self.gaps[first + axis]
+                size = stride * max(shape[axis], 1)
+                backward = self.backward[first + axis]
+                strides[axis] = -stride if backward else stride
+                start += stride * max(shape[axis] - 1, 0) if backward else 0
+        start += GUARD + self.offset
+        return Placement(tuple(strides), start, GUARD + self.offset + size + GUARD)
+
+
 class Placement(NamedTuple):
     """Where a view lies in its buffer, in elements."""
 
@@ -52,8 +90,12 @@ class Placement(NamedTuple):
     size: int  # of the whole buffer
 
 
-def place(shape: tuple[int, ...], style: str, heads: int = -1, unit: int = 1) -> Placement:
+def place(
+    shape: tuple[int, ...], style: str | Strides, heads: int = -1, unit: int = 1
+) -> Placement:
     """Strides of a style for a shape; `heads` is its axis of heads, each `unit` elements of it."""
+    if isinstance(style, Strides):
+        return style.place(shape)
     order = list(range(len(shape)))  # in memory, outermost first
     extent = list(shape)
     step = 2 if style == "stepped" else 1
@@ -160,7 +202,7 @@ class Held:
         return to_bits(self._buffer).reshape(-1).view(np.uint8) != self._before
 
 
-def hold(values: Any, dtype: str, library: str, style: str = "dense") -> Held:
+def hold(values: Any, dtype: str, library: str, style: str | Strides = "dense") -> Held:
     """Hold numbers, rounded to dtype, in a library's array of the given style of strides."""
     elements = encode(values, dtype) if dtype in FORMATS else np.asarray(values).astype(dtype)
     return Held(elements, dtype, library, place(elements.shape, style))
@@ -201,6 +243,23 @@ def make_table(
     return make(*(h.array for h in held)), held
 
 
+def table_values(held: list[Held], case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The cosines and sines, half width, that the memory of a table holds."""
+    values = [h.elements for h in held]
+    if case.form != "complex":
+        values = [decode(elements, case.table_dtype) for elements in values]
+    first, last = values[0], values[-1]
+    width = first.shape[-1] // 2
+    if case.form == "full":
+        half = np.s_[..., ::2] if case.interleaved else np.s_[..., :width]
+        return first[half], last[half]
+    if case.form == "cache":
+        return first[..., :width], first[..., width:]
+    if case.form == "complex":
+        return np.float64(first.real), np.float64(first.imag)
+    return (first[..., 0, 0], first[..., 1, 0]) if case.form == "matrices" else (first, last)
+
+
 class Case(NamedTuple):
     """One call of apply_rotary or apply_rotary_qk."""
 
@@ -214,10 +273,10 @@ class Case(NamedTuple):
     head: tuple[int, int, int] = (64, 64, 0)  # head_dim, rotary_dim, rotary_offset
     sizes: tuple[int, int, int, int] = (2, 5, 3, 1)  # batch, tokens, heads of q and k (0: no k)
     layout: str = "bshd"  # parentheses join two axes, which head_dim splits
-    style: str = "dense"  # of q's strides, and of k's output
-    k_style: str = "dense"  # of k's strides, and of q's output
+    style: str | Strides = "dense"  # of q's strides, and of k's output
+    k_style: str | Strides = "dense"  # of k's strides, and of q's output
     rows: str = "position"  # the table has one a position, or a batch's token, or such a head
-    table_style: str = "dense"
+    table_style: str | Strides = "dense"
     positions: str = "none"
     outside: str = "inside"  # are positions beside the table, and what becomes of their tokens
     write: str = "new"
@@ -225,7 +284,7 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         words = {2: ["half", "interleaved"], 4: ["forward", "conjugate"]}
         values = [words[i][value] if i in words else value for i, value in enumerate(self)]
-        values = [".".join(map(str, v)) if isinstance(v, tuple) else v for v in values]
+        values = [".".join(map(str, v)) if type(v) is tuple else str(v) for v in values]
         return "-".join(values).replace(" ", "_")
 
 
@@ -302,98 +361,123 @@ def able(library: str, dtype: str) -> str:
     return OTHER[library] if lacking else library
 
 
-def known(style: str, library: str, written: bool) -> str:
+def repeats(style: str | Strides) -> bool:
+    """Whether elements of the array share memory."""
+    return any(style.repeated) if isinstance(style, Strides) else style.startswith("repeated")
+
+
+def known(style: str | Strides, library: str, written: bool) -> str | Strides:
     """The style, or another where the library knows no such strides or they cannot be written."""
+    if isinstance(style, Strides):
+        if library not in ("numpy", "cupy"):
+            style = style._replace(backward=(False,) * 4)
+        return style._replace(repeated=(False,) * 4) if written else style
     if style in NUMPY_STYLES and library not in ("numpy", "cupy"):
         return "ragged"
     return "packed" if written and style in INPUT_STYLES else style
 
 
-def verify(case: Case) -> list[Error]:
-    """Make the call, hold all it did against the reference, and say how far each result is off."""
-    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
-    batch, tokens, *heads = case.sizes
-    head_dim, rotary_dim, offset = case.head
-    axes, flat = case.layout.replace("(", "").replace(")", ""), "(" in case.layout
-    turned = np.isin(np.arange(head_dim), np.arange(offset, offset + rotary_dim))
+class Call:
+    """The arrays and options of a case, and the calls that they allow."""
 
-    def hold_heads(library: str, styles: list[str]) -> list[Held]:
+    def __init__(self, case: Case):
+        self.case, self._rng = case, np.random.default_rng(zlib.crc32(str(case).encode()))
+        rng, (head_dim, rotary_dim, offset) = self._rng, case.head
+        batch, tokens, *heads = case.sizes
+        self.axes = case.layout.replace("(", "").replace(")", "")
+        self.split = head_dim if "(" in case.layout else None
+        self.turned = np.isin(np.arange(head_dim), np.arange(offset, offset + rotary_dim))
+        self.styles = [case.style, case.k_style]
+        self.inputs = self.hold_heads(case.library, self.styles)
+
+        first = 3 if case.positions == "int" else 0
+        leading = (first + tokens + 4,)
+        if case.rows != "position":
+            leading = (rng.choice([1, batch]), tokens, rng.choice([1, heads[0]]))
+            leading = leading[: 3 if case.rows == "head" else 2]
+        angle = rng.uniform(-np.pi, np.pi, (*leading, rotary_dim // 2))
+        self.table, self.held = make_table(np.cos(angle), np.sin(angle), case)
+        self.cos, self.sin = table_values(self.held, case)
+        self.positions: Any = first if case.positions == "int" else None
+        self.rows = self.positions
+        if " " in case.positions:
+            dtype, names = case.positions.split()
+            shape = {"s": (tokens,), "bs": (batch, tokens), "1s": (1, tokens)}[names]
+            rows = rng.integers(0, leading[0], shape)
+            if case.outside != "inside":
+                outside = rng.choice([*OUTSIDE[dtype], leading[0]], shape)
+                rows = np.where(rng.random(shape) < 0.4, outside, rows)
+            self.held.append(hold(rows, dtype, case.table_library, case.table_style))
+            self.positions, self.rows = self.held[-1].array, self.held[-1].elements
+        self.options = {
+            "interleaved": case.interleaved,
+            "rotary_offset": offset,
+            "conjugate": case.conjugate,
+            "out_of_range": "keep" if case.outside == "keep" else "nan",
+        }
+
+    def hold_heads(self, library: str, styles: list[Any]) -> list[Held]:
         """q, and k if any: numbers where the head is rotated, any bits at all where it is not."""
-        held, most = [], np.iinfo(FORMATS[case.dtype].bits).max
+        case, rng, held = self.case, self._rng, []
+        bits = FORMATS[case.dtype].bits
+        batch, tokens, *heads = case.sizes
         for num_heads, style in zip(heads, styles, strict=True):
-            shape = (batch, tokens, num_heads, head_dim)
+            shape = (batch, tokens, num_heads, case.head[0])
             numbers = rng.standard_normal(shape) * 2.0 ** rng.integers(-3, 3, shape)
-            noise = rng.integers(0, most, shape, FORMATS[case.dtype].bits, endpoint=True)
-            x = arranged(np.where(turned, encode(numbers, case.dtype), noise), axes, flat=flat)
-            where = place(x.shape, style, *((-1, head_dim) if flat else (axes.index("h"),)))
-            held.append(Held(x, case.dtype, library, where))
+            noise = rng.integers(0, np.iinfo(bits).max, shape, bits, endpoint=True)
+            x = np.where(self.turned, encode(numbers, case.dtype), noise)
+            x = arranged(x, self.axes, flat=self.split is not None)
+            units = (-1, self.split) if self.split else (self.axes.index("h"),)
+            held.append(Held(x, case.dtype, library, place(x.shape, style, *units)))
         return held[: 2 if heads[1] else 1]
 
-    # What goes in.
-    styles = [case.style, case.k_style]
-    inputs = hold_heads(case.library, styles)
-    first = 3 if case.positions == "int" else 0
-    leading = (first + tokens + 4,)
-    if case.rows != "position":
-        leading = (rng.choice([1, batch]), tokens, rng.choice([1, heads[0]]))
-        leading = leading[: 3 if case.rows == "head" else 2]
-    angle = rng.uniform(-np.pi, np.pi, (*leading, rotary_dim // 2))
-    if case.table_style == "repeated":
-        angle[:] = angle[:1]
-    kind = case.table_dtype
-    cos, sin = (decode(encode(part, kind), kind) for part in (np.cos(angle), np.sin(angle)))
-    table, held = make_table(cos, sin, case)
-    positions: Any = first if case.positions == "int" else None
-    rows = positions
-    if " " in case.positions:
-        dtype, names = case.positions.split()
-        shape = {"s": (tokens,), "bs": (batch, tokens), "1s": (1, tokens)}[names]
-        rows = rng.integers(0, leading[0], shape)
-        if case.outside != "inside":
-            outside = rng.choice([*OUTSIDE[dtype], leading[0]], shape)
-            rows = np.where(rng.random(shape) < 0.4, outside, rows)
-        held.append(hold(rows, dtype, case.table_library, case.table_style))
-        positions, rows = held[-1].array, held[-1].elements
+    def __call__(self, *xs: Any, out: Any = None, **options: Any) -> list[Any]:
+        """Rotate one array or two."""
+        rotated = (rope_cupy.apply_rotary_qk if len(xs) == 2 else rope_cupy.apply_rotary)(
+            *xs,
+            self.table,
+            positions=self.positions,
+            layout=None if self.case.layout in DEFAULT_LAYOUTS else self.axes,
+            head_dim=self.split,
+            out=(tuple(out) if len(xs) == 2 else out[0]) if out else None,
+            **self.options | options,
+        )
+        return list(rotated) if len(xs) == 2 else [rotated]
 
-    # The call.
-    outs = inputs if case.write == "in place" else []
+    def canonical(self, bits: np.ndarray) -> np.ndarray:
+        """An array as (batch, tokens, heads, head_dim)."""
+        return canonical(bits, self.axes, self.split)
+
+
+def verify(case: Case) -> list[Error]:
+    """Make the call, hold all it did against the reference, and say how far each result is off."""
+    call = Call(case)
+    inputs, outs = call.inputs, call.inputs if case.write == "in place" else []
     if case.write.startswith("out"):
         library = able(OTHER[case.library], case.dtype) if "other" in case.write else case.library
-        outs = hold_heads(library, [known(style, library, written=True) for style in styles[::-1]])
-    options = {
-        "interleaved": case.interleaved,
-        "rotary_offset": offset,
-        "conjugate": case.conjugate,
-        "out_of_range": "keep" if case.outside == "keep" else "nan",
-    }
-    results = (rope_cupy.apply_rotary_qk if heads[1] else rope_cupy.apply_rotary)(
-        *(held_x.array for held_x in inputs),
-        table,
-        positions=positions,
-        layout=None if case.layout in DEFAULT_LAYOUTS else axes,
-        head_dim=head_dim if flat else None,
-        out=(tuple(out.array for out in outs) if heads[1] else outs[0].array) if outs else None,
-        **options,
-    )
+        styles = [known(style, library, written=True) for style in call.styles[::-1]]
+        outs = call.hold_heads(library, styles)
+    results = call(*(held.array for held in inputs), out=[held.array for held in outs])
 
-    # What came of it.
     errors = []
-    for i, y in enumerate(results if heads[1] else [results]):
+    for i, y in enumerate(results):
         if outs:
             assert y is outs[i].array
             outs[i].assert_guarded()
         else:
             assert type(y) is type(inputs[i].array)
-            assert styles[i] in INPUT_STYLES or in_order_of(y, inputs[i].array)
-        split = head_dim if flat else None
-        x, y = (canonical(bits, axes, split) for bits in (inputs[i].elements, to_bits(y)))
-        exact = rotate(decode(x, case.dtype), cos, sin, positions=rows, **options)
-        actual = decode(y, case.dtype)
+            assert repeats(call.styles[i]) or in_order_of(y, inputs[i].array)
+        x, y = (call.canonical(bits) for bits in (inputs[i].elements, to_bits(y)))
+        exact = rotate(
+            decode(x, case.dtype), call.cos, call.sin, positions=call.rows, **call.options
+        )
+        actual, turned = decode(y, case.dtype), call.turned
         errors.append(check(actual[..., turned], exact[..., turned], case.dtype))
         untouched = np.broadcast_to(~turned, y.shape)
         if case.outside == "keep":
-            untouched = untouched | ((rows < 0) | (rows >= len(cos)))[..., None, None]
+            outside = (call.rows < 0) | (call.rows >= len(call.cos))
+            untouched = untouched | outside[..., None, None]
         assert np.array_equal(x[untouched], y[untouched]), "what is not rotated must keep its bits"
-    for unwritten in held if case.write == "in place" else held + inputs:
+    for unwritten in call.held if case.write == "in place" else call.held + inputs:
         unwritten.assert_unchanged()
     return errors

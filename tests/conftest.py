@@ -36,6 +36,15 @@ def why_no_gpu() -> str | None:
         return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--random-calls",
+        type=int,
+        default=300,
+        help="how many calls test_properties.py draws for each way to a result (300)",
+    )
+
+
 WHY_NOT = {"gpu": why_no_gpu, "host_cuda": host_cuda.why_not}
 SKIPPED = {"gpu": "no GPU here", "host_cuda": "no kernels on the CPU here"}
 
@@ -69,7 +78,9 @@ def record(
 ) -> Callable[..., None]:
     """Keep for the summary how far results were from the exact ones: record(dtype, *errors)."""
     places = {"gpu": "GPU", "host_cuda": "CPU, by the kernels"}
-    device = next((places[mark.name] for mark in request.node.iter_markers() if mark.name in places), "CPU")
+    device = next(
+        (places[mark.name] for mark in request.node.iter_markers() if mark.name in places), "CPU"
+    )
 
     def keep(dtype: str, *errors: Error) -> None:
         for error in errors:
@@ -94,9 +105,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     launched = [kernel for kernels in recorded(reports("passed"), "launched") for kernel in kernels]
     if launched:
         terminalreporter.write_line(
-            f"host_cuda: {len(launched):,} launches of {len(set(launched))} kernels on the CPU under "
-            "AddressSanitizer and UndefinedBehaviorSanitizer"
+            f"host_cuda: {len(launched):,} launches of {len(set(launched))} kernels on the CPU, "
+            "under AddressSanitizer and UndefinedBehaviorSanitizer"
         )
+    largest = max(recorded(reports("passed"), "largest"), default=0)
+    if largest:
+        terminalreporter.write_line(f"the largest tensor: {largest:,} elements, each compared")
     figures = summed_up(reports("passed") + reports("failed"))
     for figure in figures:
         line = "accuracy on the {device}, {dtype}: worst relative error {relative:.1e}"

@@ -7,7 +7,8 @@ import pytest
 from arrays import OPTIONS, OTHER, Case, Producer, hold, possible, sample, verify
 from reference import FORMATS, check, rotate, rounded, to_bits, to_float64
 
-from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
+from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, frequencies
+from rope_cupy.problem import MAX_ROWS
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +38,13 @@ in_both_libraries = pytest.mark.parametrize("library", ["cupy", "torch-cuda"])
 in_both_pairings = pytest.mark.parametrize("interleaved", [False, True])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+EVERY_CASE = [  # one in sixteen belongs to the short form of the suite
+    pytest.param(case, marks=pytest.mark.long, id=str(case)) if i % 16 else case
+    for i, case in enumerate(CASES)
+]
+
+
+@pytest.mark.parametrize("case", EVERY_CASE, ids=str)
 def test_a_call_of_any_kind_is_right(case, record):
     record(case.dtype, *verify(case))
 
@@ -224,7 +231,7 @@ def test_arrays_on_a_gpu_that_is_not_the_current_one_are_rotated_there(library):
 
 @pytest.fixture
 def big():
-    """A bfloat16 tensor of a little more than 2^31 elements."""
+    """A bfloat16 tensor of a little more than 2^31 elements, which are more than 2^32 bytes."""
     torch = pytest.importorskip("torch")
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of free GPU memory")
@@ -232,6 +239,7 @@ def big():
     torch.cuda.empty_cache()
 
 
+@pytest.mark.long
 @in_both_pairings
 @pytest.mark.parametrize("in_place", [True, False])
 def test_more_than_2_31_elements_are_rotated(big, interleaved, in_place, record):
@@ -248,6 +256,7 @@ def test_more_than_2_31_elements_are_rotated(big, interleaved, in_place, record)
     record("bfloat16", check(to_float64(y[:, probe]), exact, "bfloat16"))
 
 
+@pytest.mark.long
 def test_strides_may_pass_2_31_elements(big, record):
     x = big.as_strided((2, 4, 2, 128), (2**31 + 128, 256, 128, 1))
     before = to_float64(x)
@@ -259,6 +268,7 @@ def test_strides_may_pass_2_31_elements(big, record):
     record("bfloat16", check(to_float64(x), exact, "bfloat16"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stride", [2**31, 2**20 + 64], ids=["row", "product"])
 def test_rows_of_a_table_may_lie_past_2_31_elements(big, stride, record):
     last = -(-(2**31) // stride)
@@ -270,6 +280,67 @@ def test_rows_of_a_table_may_lie_past_2_31_elements(big, stride, record):
     table = (to_float64(part[rows]) for part in (cos, sin))
     exact = rotate(to_float64(x.array), *table)
     record("float32", check(to_float64(y), exact, "float32"))
+
+
+@pytest.mark.long
+def test_every_element_of_a_tensor_that_takes_a_third_of_the_memory_is_rotated(record_property):
+    """By quarter turns, which are exact, so that each of its elements can be compared."""
+    torch = pytest.importorskip("torch")
+    torch.cuda.empty_cache()
+    size = 1 << int(np.log2(0.45 * torch.cuda.mem_get_info()[0] / 2))
+    if size < 2**33:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    x = torch.empty(size, dtype=torch.bfloat16, device="cuda").view(-1, 4096, 32, 128)
+    numbers = torch.arange(x[0].numel(), device="cuda").mul(40503).remainder(16001).bfloat16()
+    for i, tokens in enumerate(x):
+        tokens.copy_(numbers.roll(i).view_as(tokens))
+    turns = torch.randint(4, x.shape[:2], device="cuda")
+    cos, sin = (torch.tensor([row] * 64).T.cuda() for row in ([1.0, 0, -1, 0], [0.0, 1, 0, -1]))
+    apply_rotary(x, (cos, sin), positions=turns, out=x)
+    for i, (tokens, turn) in enumerate(zip(x, turns, strict=True)):
+        a, b = numbers.roll(i).view_as(tokens).chunk(2, -1)
+        exact = torch.stack([torch.cat(y, -1) for y in ((a, b), (-b, a), (-a, -b), (b, -a))])
+        assert torch.equal(tokens, exact[turn, torch.arange(4096, device="cuda")])
+    record_property("largest", size)
+
+
+@pytest.mark.long
+def test_the_largest_number_of_rows_is_rotated():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    x = torch.ones((1, MAX_ROWS, 1, 2), dtype=torch.bfloat16, device="cuda")
+    x[0, ::3] = 2
+    cos = torch.zeros((1, 1), device="cuda").expand(MAX_ROWS, 1)
+    apply_rotary(x, (cos, cos + 1), out=x)
+    for start in range(0, MAX_ROWS, 2**28):
+        part = x[0, start : start + 2**28, 0]
+        exact = torch.ones_like(part[:, 0])
+        exact[-start % 3 :: 3] = 2
+        assert torch.equal(part[:, 0], -exact) and torch.equal(part[:, 1], exact)
+
+
+@in_both_libraries
+def test_a_table_may_hold_a_million_positions(library, record):
+    tokens, last = 4096, 2**20 - 1
+    x = hold(np.random.default_rng(11).standard_normal((1, tokens, 2, 128)), "float32", library)
+    inv_freq = frequencies.inverse_frequencies(128)
+    table = RotaryTable.from_inverse_frequencies(inv_freq, last + 1, like=x.array)
+    positions = np.random.default_rng(12).integers(0, last, tokens)
+    positions[:6] = last, last + 1, 0, -1, 2**40, last - 1
+    held = hold(positions, "int64", library)
+    for given, rows in (
+        (held.array, positions),
+        (last + 1 - tokens, np.arange(tokens) + last + 1 - tokens),
+    ):
+        y = apply_rotary(x.array, table, positions=given, out_of_range="keep")
+        turned = (rows >= 0) & (rows <= last)
+        angle = np.outer(np.where(turned, rows, 0), inv_freq)
+        cos, sin = (rounded(part, "float32") for part in (np.cos(angle), np.sin(angle)))
+        exact = rotate(to_float64(x.array), cos, sin)
+        actual, before = to_float64(y), to_float64(x.array)
+        record("float32", check(actual[:, turned], exact[:, turned], "float32"))
+        assert np.array_equal(actual[:, ~turned], before[:, ~turned])
 
 
 def test_a_producer_is_asked_to_be_ready_on_the_stream_of_the_launch():

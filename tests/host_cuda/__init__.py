@@ -146,7 +146,7 @@ def run(
     before = memory[places - first]
 
     header = struct.pack("<6I", *grid, *block, len(argument_block), len(ranges))
-    moved = ranges + [shift_of(arrays), 0]
+    moved = ranges + np.array([shift_of(arrays), 0])
     job = b"".join([header, argument_block, moved.tobytes(), before.tobytes()])
     settings = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     program = build(source, kernel)

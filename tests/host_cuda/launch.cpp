@@ -139,7 +139,8 @@ void resume(std::size_t thread) {
 
 void wait(unsigned mask, const char* what) {
   Thread& thread = threads[current];
-  if (mask && !(mask >> host::lane() & 1u)) fail(name_of(current) + " is not in its mask of " + what);
+  if (mask && !(mask >> host::lane() & 1u))
+    fail(name_of(current) + " is not in its mask of " + what);
   thread.waits = what;
   thread.mask = mask;
   to_scheduler(thread);

@@ -1,0 +1,156 @@
+"""What holds for every call: hypothesis draws calls of all kinds, and makes a failing one small.
+
+Each property is held on three ways to a result: NumPy's, the kernels' sources run on the CPU, and
+the kernels on a GPU. `pytest --random-calls N` draws N calls for each way, the same ones every
+time, in chunks that pytest-xdist shares out.
+"""
+
+import numpy as np
+import pytest
+from arrays import OPTIONS, Call, Case, Strides, possible, repeats, verify
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from reference import FORMATS, decode, to_bits
+
+CHUNK = 50
+ON_A_GPU = {"numpy": "cupy", "torch": "torch-cuda", "dlpack": "dlpack-cuda"}
+WAYS = [
+    "numpy",
+    *(pytest.param(way, marks=getattr(pytest.mark, way)) for way in ("host_cuda", "gpu")),
+]
+
+
+def pytest_generate_tests(metafunc):
+    if "chunk" in metafunc.fixturenames:
+        calls = metafunc.config.getoption("random_calls")
+        chunks = [pytest.param(i, marks=pytest.mark.long) for i in range(-(-calls // CHUNK))]
+        metafunc.parametrize("chunk", [0, *chunks[1:]])
+        metafunc.parametrize("way", WAYS)
+
+
+@st.composite
+def strides(draw):
+    """Of any kind, but each oddity seldom: one alone is what finds a mistake."""
+    gaps = st.sampled_from([0, 0, 0, 0, 1, 2, 3, 8])
+    seldom = st.sampled_from([False, False, False, False, True])
+    return Strides(
+        order=draw(st.just((0, 1, 2, 3)) | st.permutations((0, 1, 2, 3)).map(tuple)),
+        gaps=draw(st.tuples(gaps, gaps, gaps, gaps)),
+        backward=draw(st.tuples(seldom, seldom, seldom, seldom)),
+        repeated=draw(st.tuples(seldom, seldom, seldom, seldom)),
+        offset=draw(st.sampled_from([0, 0, 0, 1, 2, 3, 4, 8])),
+    )
+
+
+@st.composite
+def layouts(draw):
+    """The axes in any order, with or without a batch, the last one with or without all heads."""
+    axes = "".join(draw(st.permutations(draw(st.sampled_from(["bsh", "sh", "bth", "th"])))))
+    return axes + "d" if not axes.endswith("h") or draw(st.booleans()) else f"{axes[:-1]}(hd)"
+
+
+@st.composite
+def calls(draw):
+    head_dim = draw(st.sampled_from([64, 72, 80, 96, 128, 256, 512]) | st.integers(2, 512))
+    pairs = draw(st.just(head_dim // 2) | st.integers(1, head_dim // 2))
+    rest = head_dim - 2 * pairs
+    offset = draw(st.just(0) | st.just(rest) | st.integers(0, rest))
+    heads = st.integers(1, 6)
+    drawn = {name: draw(st.sampled_from(values)) for name, values in OPTIONS.items()}
+    drawn |= {
+        "library": draw(st.sampled_from(list(ON_A_GPU))),
+        "head": (head_dim, 2 * pairs, offset),
+        "sizes": (
+            draw(st.integers(1, 3)),
+            draw(st.integers(1, 12)),
+            draw(heads),
+            draw(st.just(0) | heads),
+        ),
+        "layout": draw(layouts()),
+        "style": draw(strides()),
+        "k_style": draw(strides()),
+        "table_style": draw(strides()),
+    }
+    return Case(**drawn)
+
+
+def for_every_call(way, chunk, hold, share=1):
+    """Hold `hold(case)` for a chunk of calls, or for a share of them where each takes long."""
+
+    @seed(chunk)
+    @settings(
+        max_examples=CHUNK // share,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(calls())
+    def every_call(case):
+        library = ON_A_GPU[case.library] if way == "gpu" else case.library
+        hold(possible(case._replace(library=library)))
+
+    every_call()
+
+
+def test_a_call_agrees_with_the_reference_and_changes_nothing_else(way, chunk, record):
+    for_every_call(way, chunk, lambda case: record(case.dtype, *verify(case)))
+
+
+def turns_back(case):
+    """The conjugate after the forward rotation returns the input, but for the roundings."""
+    case = case._replace(outside=case.outside.replace("nan", "keep"), write="new")
+    if repeats(case.table_style):  # cosines and sines that are of no angle
+        case = case._replace(table_style="dense")
+    kind, call = case.table_dtype, Call(case)
+    there = call(*(held.array for held in call.inputs))
+    back = call(*there, conjugate=not case.conjugate)
+    for held, y in zip(call.inputs, back, strict=True):
+        x, y = (call.canonical(bits) for bits in (held.elements, to_bits(y)))
+        assert np.array_equal(x[..., ~call.turned], y[..., ~call.turned])
+        x, y = (decode(bits[..., call.turned], case.dtype) for bits in (x, y))
+        pairs = (-1, 2) if case.interleaved else (2, -1)
+        norms = np.linalg.norm(x.reshape(*x.shape[:-1], *pairs), axis=pairs.index(2) - 2)
+        norms = np.repeat(norms, 2, -1) if case.interleaved else np.tile(norms, 2)
+        roundings = sum(2.0 ** -FORMATS[each].mantissa_bits for each in (case.dtype, kind))
+        exponent_bits, mantissa_bits, *_ = FORMATS[case.dtype]
+        least = np.ldexp(1.0, 2 - 2 ** (exponent_bits - 1) - mantissa_bits)  # subnormal number
+        assert (np.abs(y - x) <= 3 * roundings * norms + 3 * least).all()
+
+
+def test_the_conjugate_after_the_rotation_returns_the_input(way, chunk):
+    for_every_call(way, chunk, turns_back, share=5)
+
+
+def is_as_each_alone(case):
+    """q and k rotated together equal q and k rotated apart, bit by bit."""
+    *sizes, q_heads, k_heads = case.sizes
+    call = Call(case._replace(sizes=(*sizes, q_heads, k_heads or q_heads), write="new"))
+    q, k = (held.array for held in call.inputs)
+    for x, together in zip((q, k), call(q, k), strict=True):
+        (alone,) = call(x)
+        assert np.array_equal(to_bits(together), to_bits(alone))
+
+
+def test_q_and_k_together_equal_q_and_k_apart(way, chunk):
+    for_every_call(way, chunk, is_as_each_alone, share=5)
+
+
+def test_the_calls_drawn_are_of_every_kind():
+    drawn = []
+    for chunk in range(4):
+        for_every_call("numpy", chunk, drawn.append)
+    for name, values in OPTIONS.items():
+        if name in ("dtype", "table_dtype", "form", "positions", "write", "outside", "rows"):
+            assert {getattr(case, name) for case in drawn} == set(values), name
+    assert {len(case.layout) for case in drawn} == {3, 4, 5, 6}
+    styles = [style for case in drawn for style in (case.style, case.k_style, case.table_style)]
+    kinds = {
+        "backward": lambda style: any(style.backward),
+        "repeated": repeats,
+        "out of order": lambda style: style.order != (0, 1, 2, 3),
+        "apart": lambda style: any(style.gaps),
+        "off alignment": lambda style: style.offset % 8,
+        "dense": lambda style: not (repeats(style) or any(style.gaps + style.backward)),
+    }
+    for kind, holds in kinds.items():
+        assert sum(map(bool, map(holds, styles))) > 20, kind
