@@ -1,22 +1,25 @@
 """python -m rope_cupy: say what it runs on, rotate the q and k of two real models, check and time.
 
 Every element is compared with complex multiplication in float64 by the same table, rounded once to
-bfloat16. The exit status is 1 when a check fails.
+bfloat16. What keeps kernels from a GPU is said with the command that mends it, and the CPU rotates.
+The exit status is 1 when a check fails, and when a GPU is there but cannot be used.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import RotaryTable, __version__, apply_rotary_qk, jit
+from . import RotaryTable, __version__, apply_rotary, apply_rotary_qk, environment, jit
+from .environment import Fault
 from .frequencies import cos_sin, inverse_frequencies
 from .tensor import Bfloat16
 
@@ -58,10 +61,13 @@ class Report(NamedTuple):
 
 
 def main() -> int:
-    cupy, why_not = _gpu()
+    cupy, faults = _cupy_and_faults()
     print(f"rope_cupy {__version__}\n")
-    for label, text in _environment(cupy, why_not):
+    for label, text in _environment(cupy, faults):
         print(f"  {label:9}{text}")
+    # A GPU that nobody has installed CuPy for is not missed.
+    unusable = bool(faults) and _gpu_is_there() and bool(environment.packages())
+    cupy = None if faults else cupy
     heads = ("model", "tokens", "heads", "pairs", "rel. error", "right", "time", "GB/s", "of copy")
     print("\n  {:19}{:>8}{:>8}{:>13}{:>12}{:>11}{:>12}{:>8}{:>10}".format(*heads))
     passed = True
@@ -85,41 +91,83 @@ def main() -> int:
   of copy     share of the rate of a device-to-device copy of q and k, measured beside it
 """
     )
+    if unusable:
+        print("THE GPU CANNOT BE USED; on the CPU ", end="")
     print("all checks passed" if passed else "A CHECK FAILED")
-    return 0 if passed else 1
+    return 0 if passed and not unusable else 1
 
 
-def _gpu() -> tuple[Any, str]:
-    """Return CuPy when it can launch, else None and why not."""
+def _cupy_and_faults() -> tuple[Any, list[Fault]]:
+    """Return CuPy, None where it cannot be imported, and what keeps kernels from a GPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table says what they say
+        try:
+            cupy = environment.import_cupy()
+        except ImportError as error:
+            return None, [error.args[0]]
+        faults = [_fault(cupy.cuda.runtime.getDeviceCount), _fault(cupy.cuda.nvrtc.getVersion)]
+        if not any(faults):
+            faults.append(_fault(lambda: _rotate_one_pair(cupy)))
+    return cupy, [fault for fault in faults if fault]
+
+
+def _fault(check: Callable[[], Any]) -> Fault | None:
+    """Return what is wrong where a check fails."""
     try:
-        import cupy
-    except ImportError as error:
-        return None, f"CuPy cannot be imported ({error}): pip install 'rope-cupy[cuda12]'"
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return None, str(error)
-    return (cupy, "") if count else (None, "no CUDA device")
+        with environment.explained():
+            check()
+    except RuntimeError as error:
+        known = [fault for fault in error.args if isinstance(fault, Fault)]
+        return known[0] if known else Fault(str(error).partition("\n")[0], "nvidia-smi")
+    return None
 
 
-def _environment(cupy: Any, why_not: str) -> list[tuple[str, str]]:
-    lines = [("kernels", str(jit.sources()))]
-    if cupy is None:
-        return [("device", f"no GPU: CPU path, NumPy {np.__version__}"), ("why", why_not), *lines]
+def _gpu_is_there() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _rotate_one_pair(cupy: Any) -> None:
+    x = cupy.empty((1, 1, 2), "float32")
+    apply_rotary(x, (x[0, :, :1], x[0, :, 1:]))
+
+
+def _environment(cupy: Any, faults: list[Fault]) -> list[tuple[str, str]]:
+    if faults:
+        gpu = "GPU not used" if _gpu_is_there() else "no GPU"
+        lines = [("device", f"{gpu}: CPU path, NumPy {np.__version__}"), *_said("why", *faults)]
+    else:
+        lines = [("GPU", _gpu(cupy))]
+    driver = environment.driver()
+    if driver:
+        lines.append(("driver", environment.cuda_name(driver)))
+    if cupy:
+        lines.append(("CuPy", f"{cupy.__version__}, {_nvrtc(cupy)}"))
+        lines += _said("warning", environment.packages_fault())
+        uncached = environment.cache_fault()
+        lines += _said("warning", uncached) or [("cache", environment.cache_folder())]
+    return [*lines, ("kernels", str(jit.sources()))]
+
+
+def _said(label: str, *faults: Fault | None) -> list[tuple[str, str]]:
+    """Return two lines of the table for each fault."""
+    pairs = [((label, fault.wrong), ("fix", fault.command)) for fault in faults if fault]
+    return [line for pair in pairs for line in pair]
+
+
+def _gpu(cupy: Any) -> str:
     device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    version = cupy.cuda.runtime.driverGetVersion()
-    return [
-        (
-            "GPU",
-            f"{device['name'].decode()}, {device['multiProcessorCount']} multiprocessors, "
-            f"{device['totalGlobalMem'] / 2**30:.0f} GiB, compute capability "
-            f"{device['major']}.{device['minor']}",
-        ),
-        ("driver", f"CUDA {version // 1000}.{version % 1000 // 10}"),
-        ("CuPy", f"{cupy.__version__}, NVRTC {'.'.join(map(str, cupy.cuda.nvrtc.getVersion()))}"),
-        ("cache", os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))),
-        *lines,
-    ]
+    return (
+        f"{device['name'].decode()}, {device['multiProcessorCount']} multiprocessors, "
+        f"{device['totalGlobalMem'] / 2**30:.0f} GiB, compute capability "
+        f"{device['major']}.{device['minor']}"
+    )
+
+
+def _nvrtc(cupy: Any) -> str:
+    try:
+        return f"NVRTC {'.'.join(map(str, cupy.cuda.nvrtc.getVersion()))}"
+    except RuntimeError:
+        return "no NVRTC"
 
 
 def _rotate_and_time(model: Model, cupy: Any) -> Report:
@@ -148,7 +196,7 @@ def _rotate_and_time(model: Model, cupy: Any) -> Report:
     if cupy:
         # Over three times the L2 and more in turn, so that no call finds its data in the cache.
         l2_bytes = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["l2CacheSize"]
-        flat = cupy.concatenate([part.ravel() for part in q_and_k])
+        flat = cupy.array(np.concatenate([part.ravel() for part in words]))
         copies = [flat.copy() for _ in range(1 + 6 * l2_bytes // moved)]
         sets = [_views(copy, q_and_k) for copy in copies]
         seconds = _seconds_on_gpu(rotate, sets, cupy)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import dlpack
-from .jit import cupy
+from .environment import cupy
 from .memory import ArraySpec, array_spec, cuda_index
 
 

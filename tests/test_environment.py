@@ -10,26 +10,29 @@ import re
 import subprocess
 import sys
 from hashlib import sha1
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from rope_cupy import __main__ as program
-from rope_cupy import apply_rotary, environment, jit
+from rope_cupy import environment
 
 ROOT = Path(__file__).parents[1]
 EXTRA = "cuda13" if environment.driver() >= 13000 else "cuda12"
 INSTALL = f"pip install 'rope-cupy[{EXTRA}]'"
-SETTLE = "export CUPY_CACHE_DIR=/a/folder/that/can/be/written"
+MOVE_CACHE = "export CUPY_CACHE_DIR=/a/folder/that/can/be/written"
 DRIVER = "sudo ubuntu-drivers install, or docker run --gpus all"
-WITH_CUPY = {
+SEVERAL = (
+    "CuPy must be installed once, got cupy-cuda12x and cupy-cuda13x, which overwrite each other"
+)
+PARTS = {
     "numpy": ["numpy", "numpy.libs"],
     "cupy": ["cupy", "cupy_backends", "cupyx", "cupy.libs", "cuda", "cupy_*.dist-info"],
 }
 
-# NumPy's arrays are rotated with CuPy in any state, and an array on a GPU is an error before it is read.
+# NumPy's arrays are rotated whatever CuPy is; an array on a GPU is an error before it is read.
 CALL = """
 import numpy, rope_cupy
 
@@ -48,7 +51,11 @@ for _ in range(2):
     except (ImportError, RuntimeError) as error:
         print(f"{type(error).__name__}: {error}")
 """
-DOCTOR = "import runpy; runpy.run_module('rope_cupy', run_name='__main__')"
+DOCTOR = """
+from rope_cupy import __main__ as program
+program.MODELS = program.MODELS[0]._replace(num_tokens=64, num_tokens_on_cpu=64),
+raise SystemExit(program.main())
+"""
 
 
 @pytest.fixture
@@ -64,7 +71,7 @@ def link(folder, package):
     """Let a folder of packages have one that is installed."""
     pytest.importorskip(package)
     home = Path(importlib.util.find_spec(package).origin).parents[1]
-    for pattern in WITH_CUPY[package]:
+    for pattern in PARTS[package]:
         for path in home.glob(pattern):
             (folder / path.name).symlink_to(path)
 
@@ -83,17 +90,568 @@ def cupy_is(folder, code):
 
 
 def python(code, site=None, **variables):
-    """Run code in an interpreter which sees one folder of packages, by default this one's."""
+    """Run code in an interpreter that sees a folder of packages, or else what this one sees."""
+    options = []
     if site:
-        code, isolated = f"import sys; sys.path[:0] = {[str(site), str(ROOT)]}; {code}", ["-I", "-S"]
-        code = code.replace("; \n", "\n")
-    else:
-        isolated = []
+        options = ["-I", "-S"]
+        code = f"import sys; sys.path[:0] = {[str(site), str(ROOT)]}\n{code}"
     return subprocess.run(
-        [sys.executable, *isolated, "-c", code],
-        env={**os.environ, "HOME": "/proc/nobody", **variables} if False else {**os.environ, **variables},
+        [sys.executable, *options, "-c", code],
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         timeout=300,
         cwd=ROOT,
     )
+
+
+def table(stdout, stderr=""):
+    """What the program says of the environment, once its checks have passed without a noise."""
+    assert stderr == ""
+    assert stdout.splitlines()[-1].endswith("all checks passed")
+    rows = stdout.split("\n\n")[1].splitlines()
+    return [tuple(row[2:].split(maxsplit=1)) for row in rows]
+
+
+def says(rows, label, wrong, command):
+    """Whether one row says what is wrong, and the next what mends it."""
+    return ((label, wrong), ("fix", command)) in list(pairwise(rows))
+
+
+def assert_warns_of(folder, rows):
+    """The program says that a folder cannot be written, for a reason of the system's."""
+    (i,) = (i for i, (label, _) in enumerate(rows) if label == "warning")
+    assert re.fullmatch(rf"kernels cannot be cached in {folder} \([A-Z][a-z ]+\)", rows[i][1])
+    assert rows[i + 1] == ("fix", MOVE_CACHE)
+
+
+def not_installed(site):
+    return "rope_cupy needs CuPy for arrays on a GPU, and none is installed", INSTALL
+
+
+def left_behind(site):
+    (site / "cupy").mkdir()
+    reason = "module 'cupy' has no attribute '__version__'"
+    return f"CuPy cannot be imported, got a folder named cupy ({reason})", INSTALL
+
+
+def without_its_files(site):
+    pip_has(site, "cupy-cuda12x")
+    reason = "No module named 'cupy'"
+    command = f"pip uninstall -y cupy-cuda12x && {INSTALL}"
+    return f"CuPy cannot be imported, got cupy-cuda12x ({reason})", command
+
+
+def without_a_library(site):
+    pip_has(site, "cupy-cuda12x")
+    reason = "libcublas.so.12: cannot open shared object file"
+    cupy_is(
+        site,
+        f"""
+try:
+    raise ImportError({reason!r})
+except ImportError as error:
+    raise ImportError("\\n====\\nA page.\\n====\\n") from error
+""",
+    )
+    command = f"pip uninstall -y cupy-cuda12x && {INSTALL}"
+    return f"CuPy cannot be imported, got cupy-cuda12x ({reason})", command
+
+
+def half_overwritten(site):
+    pip_has(site, "cupy-cuda12x")
+    pip_has(site, "cupy-cuda13x")
+    cupy_is(site, "import numpy; numpy.nothing_of_that_name")
+    command = f"pip uninstall -y cupy-cuda12x cupy-cuda13x && {INSTALL}"
+    return SEVERAL, command
+
+
+def too_old(site):
+    pip_has(site, "cupy-cuda12x", "13.6.0")
+    cupy_is(site, "__version__ = '13.6.0'")
+    command = f"pip uninstall -y cupy-cuda12x && {INSTALL}"
+    return "rope_cupy needs CuPy 14.2 or newer, got 13.6.0", command
+
+
+def without_a_cache(site):
+    link(site, "cupy")
+    reason = "cannot make /proc/no/cache (No such file or directory)"
+    return f"CuPy needs a folder for its kernels, and {reason}", MOVE_CACHE
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        not_installed,
+        left_behind,
+        without_its_files,
+        without_a_library,
+        half_overwritten,
+        too_old,
+        without_a_cache,
+    ],
+)
+def test_without_a_cupy_that_can_be_imported_arrays_on_a_gpu_are_an_error_that_mends_it(
+    condition, site
+):
+    wrong, command = condition(site)
+    called = python(CALL, site, CUPY_CACHE_DIR="/proc/no/cache")
+    assert called.returncode == 0, called.stderr
+    assert called.stdout.splitlines() == [f"ImportError: {wrong}: {command}"] * 2
+
+    seen = python(DOCTOR, site, CUPY_CACHE_DIR="/proc/no/cache")
+    assert says(table(seen.stdout, seen.stderr), "why", wrong, command)
+    optional = condition in (not_installed, left_behind)  # then a GPU is not missed
+    assert seen.returncode == (program._gpu_is_there() and not optional)
+
+
+@pytest.mark.skipif(environment.driver() != 0, reason="there is a driver here")
+def test_without_a_driver_arrays_on_a_gpu_are_an_error_that_mends_it(site):
+    link(site, "cupy")
+    wrong = "a GPU needs an NVIDIA driver for CUDA 12 or newer, and none is found"
+    called = python(CALL, site)
+    assert called.stdout.splitlines() == [f"RuntimeError: {wrong}: {DRIVER}"] * 2
+    seen = python(DOCTOR, site)
+    assert says(table(seen.stdout, seen.stderr), "why", wrong, DRIVER)
+    assert seen.returncode == 0
+
+
+def test_a_missing_nvrtc_is_diagnosed_without_a_gpu_as_well(site):
+    link(site, "cupy")  # and not the package nvidia
+    seen = python(DOCTOR, site)
+    rows = dict(table(seen.stdout, seen.stderr))
+    if rows["CuPy"].endswith("no NVRTC"):
+        (cuda,) = re.findall(r"cuda(1\d)x", " ".join(environment.packages()))
+        wrong = f"CuPy for CUDA {cuda} compiles kernels with NVRTC, and none can be loaded"
+        package = {"12": "nvidia-cuda-nvrtc-cu12", "13": "'nvidia-cuda-nvrtc==13.*'"}[cuda]
+        command = f"pip install --force-reinstall {package}"
+        assert says(table(seen.stdout, seen.stderr), "why", wrong, command)
+        assert seen.returncode == program._gpu_is_there()
+    else:
+        pytest.skip(f"{rows['CuPy'].split(', ')[1]} is found on the system")
+
+
+def test_several_packages_of_cupy_that_work_are_a_warning(tmp_path):
+    pytest.importorskip("cupy")
+    for name in ("cupy-cuda12x", "cupy-cuda13x"):
+        if name not in environment.packages():
+            pip_has(tmp_path, name)
+    seen = python(f"import sys; sys.path.append({str(tmp_path)!r})\n{DOCTOR}")
+    command = f"pip uninstall -y cupy-cuda12x cupy-cuda13x && {INSTALL}"
+    assert says(table(seen.stdout, seen.stderr), "warning", SEVERAL, command)
+    assert seen.returncode == 0
+
+
+USE_CUDA = """
+import cupy
+try:
+    cupy.empty(1)  # so that CUDA, where there is one, has written what it must
+except RuntimeError:
+    pass
+"""
+FULL = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # an error and no signal, which Python ignores
+"""
+
+
+@pytest.mark.parametrize("condition", ["read-only", "full"])
+def test_a_cache_that_cannot_be_written_is_a_warning_of_the_program(condition, tmp_path):
+    pytest.importorskip("cupy")
+    folder, meet = (tmp_path, USE_CUDA + FULL) if condition == "full" else ("/proc", "")
+    seen = python(meet + DOCTOR, CUPY_CACHE_DIR=str(folder))
+    assert_warns_of(folder, table(seen.stdout, seen.stderr))
+    assert seen.returncode == 0
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_told_from_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    assert environment.cache_fault() is None
+    monkeypatch.setattr("tempfile.tempdir", "/proc")
+    wrong, command = environment.cache_fault()
+    assert wrong.startswith("kernels cannot be cached in the temporary folder (")
+    assert command == "export TMPDIR=/a/folder/that/can/be/written"
+
+
+def test_a_gpu_is_not_missed_where_cupy_is_not_installed(stand_in, monkeypatch, capsys):
+    stand_in()
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(environment, "packages", list)
+    assert program.main() == 0
+    rows = table(*capsys.readouterr())
+    assert rows[0][1].startswith("GPU not used: CPU path")
+    assert says(rows, "why", not_installed(None)[0], "pip install 'rope-cupy[cuda12]'")
+
+
+def test_arrays_of_pytorch_on_the_cpu_need_no_cupy():
+    pytest.importorskip("torch")
+    code = """
+import torch, rope_cupy
+x = torch.ones(3, 1, 2)
+y = rope_cupy.apply_rotary(x, (x[:, 0, :1] * 0, x[:, 0, :1]))
+assert torch.equal(y, x * torch.tensor([-1, 1]))
+"""
+    done = python(code, CUPY_CACHE_DIR="/proc/no/cache")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_package_of_another_name_is_not_cupy(site, monkeypatch):
+    for name in ("cupy-xarray", "not-cupy", "cupy"):
+        pip_has(site, name)
+    monkeypatch.setattr(sys, "path", [str(site)])
+    assert environment.packages() == ["cupy"]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Put a stand-in for CuPy in place, with the given driver, GPU and NVRTC."""
+    environment.cupy.cache_clear()
+
+    def place(driver=12080, cuda=12, nvrtc=(12, 4), archs=(50, 90), capability=90):
+        module = SimpleNamespace(
+            __version__="14.2.0",
+            cuda=SimpleNamespace(
+                runtime=SimpleNamespace(
+                    runtimeGetVersion=lambda: 1000 * cuda, getDeviceCount=lambda: 1
+                ),
+                nvrtc=SimpleNamespace(getVersion=lambda: nvrtc, getSupportedArchs=lambda: archs),
+                Device=lambda: SimpleNamespace(compute_capability=str(capability)),
+            ),
+        )
+        monkeypatch.setitem(sys.modules, "cupy", module)
+        monkeypatch.setattr(environment, "driver", lambda: driver)
+        monkeypatch.setattr(environment, "packages", lambda: [f"cupy-cuda{cuda}x"])
+        monkeypatch.setattr(program, "_gpu_is_there", lambda: True)
+        small = program.MODELS[0]._replace(num_tokens_on_cpu=64)
+        monkeypatch.setattr(program, "MODELS", (small,))
+        return module
+
+    yield place
+    environment.cupy.cache_clear()
+
+
+TOO_OLD = (
+    "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
+)
+NO_DEVICE = "cudaErrorNoDevice: no CUDA-capable device is detected"
+NO_ARCHITECTURE = "nvrtc: error: invalid value for --gpu-architecture (-arch)\n"
+NO_BINARY = "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available for execution on the device"
+NO_NVRTC = 'Failure finding "libnvrtc.so.13 or libnvrtc.so.12": No such file: libnvrtc.so.13'
+NO_BUILTINS = "nvrtc: error: failed to open libnvrtc-builtins.so.12.4."
+NVRTC = "compiles for compute capability"
+UNDERSTOOD = {
+    "a driver of CUDA 11": (
+        TOO_OLD,
+        {"driver": 11080},
+        "a GPU needs an NVIDIA driver for CUDA 12 or newer, got one for CUDA 11.8",
+        DRIVER,
+    ),
+    "a driver older than CuPy": (
+        TOO_OLD,
+        {"driver": 12040, "cuda": 13},
+        "CuPy for CUDA 13 needs a newer driver, got one for CUDA 12.4",
+        "pip uninstall -y cupy-cuda13x && pip install 'rope-cupy[cuda12]'",
+    ),
+    "a hidden GPU": (
+        NO_DEVICE,
+        {},
+        "CUDA finds no GPU, got CUDA_VISIBLE_DEVICES='7'",
+        "unset CUDA_VISIBLE_DEVICES",
+    ),
+    "no NVRTC for CUDA 12": (
+        NO_NVRTC,
+        {},
+        "CuPy for CUDA 12 compiles kernels with NVRTC, and none can be loaded",
+        "pip install --force-reinstall nvidia-cuda-nvrtc-cu12",
+    ),
+    "half an NVRTC for CUDA 13": (
+        NO_BUILTINS,
+        {"driver": 13000, "cuda": 13},
+        "CuPy for CUDA 13 compiles kernels with NVRTC, and none can be loaded",
+        "pip install --force-reinstall 'nvidia-cuda-nvrtc==13.*'",
+    ),
+    "a GPU too new for NVRTC": (
+        NO_BINARY,
+        {"capability": 120},
+        f"NVRTC 12.4 {NVRTC} 5.0 to 9.0, got a GPU of 12.0",
+        "pip install -U nvidia-cuda-nvrtc-cu12",
+    ),
+    "a GPU too new for NVRTC, with a driver for a newer CUDA": (
+        NO_ARCHITECTURE,
+        {"capability": 103, "driver": 13000},
+        f"NVRTC 12.4 {NVRTC} 5.0 to 9.0, got a GPU of 10.3",
+        "pip uninstall -y cupy-cuda12x && pip install 'rope-cupy[cuda13]'",
+    ),
+    "a GPU too old for NVRTC": (
+        NO_ARCHITECTURE,
+        {"capability": 70, "driver": 13000, "cuda": 13, "nvrtc": (13, 0), "archs": (75, 121)},
+        f"NVRTC 13.0 {NVRTC} 7.5 to 12.1, got a GPU of 7.0",
+        "pip uninstall -y cupy-cuda13x && pip install 'rope-cupy[cuda12]'",
+    ),
+}
+
+
+def fails(monkeypatch, module, error):
+    """Let CuPy's first question to the driver, or else the first launch, raise an error."""
+
+    def fail(*_):
+        raise error
+
+    if "cudaError" in str(error):
+        monkeypatch.setattr(module.cuda.runtime, "getDeviceCount", fail)
+    else:
+        monkeypatch.setattr(program, "_rotate_one_pair", fail)
+
+
+@pytest.mark.parametrize("condition", UNDERSTOOD)
+def test_what_the_machine_lacks_is_an_error_with_the_command_that_mends_it(
+    condition, stand_in, monkeypatch, capsys
+):
+    text, found, wrong, command = UNDERSTOOD[condition]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    module, error = stand_in(**found), RuntimeError(text)
+    fails(monkeypatch, module, error)
+    with pytest.raises(RuntimeError) as raised, environment.explained():
+        raise error
+    assert str(raised.value) == f"{wrong}: {command}"
+    assert raised.value.__cause__ is error
+    if "cudaError" in text:
+        with pytest.raises(RuntimeError, match=re.escape(f"{wrong}: {command}")):
+            environment.cupy()
+
+    assert program.main() == 1
+    rows = table(*capsys.readouterr())
+    assert rows[0][1].startswith("GPU not used: CPU path")
+    assert says(rows, "why", wrong, command)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("cudaErrorIllegalAddress: an illegal memory access was encountered", {}),
+        ("CUDA_ERROR_INVALID_VALUE: invalid argument", {}),
+        (NO_DEVICE, {}),
+        (NO_BINARY, {"capability": 90}),
+        (TOO_OLD, {"driver": 13000}),
+    ],
+)
+def test_an_error_that_is_not_understood_passes_unchanged(
+    text, found, stand_in, monkeypatch, capsys
+):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    module, error = stand_in(**found), RuntimeError(text)
+    fails(monkeypatch, module, error)
+    with pytest.raises(RuntimeError) as raised, environment.explained():
+        raise error
+    assert raised.value is error
+
+    assert program.main() == 1
+    assert says(table(*capsys.readouterr()), "why", text, "nvidia-smi")
+
+
+def test_a_mistake_in_a_kernel_is_shown_as_it_is(stand_in, monkeypatch):
+    class CompileException(Exception):  # noqa: N818
+        """CuPy's is no RuntimeError either."""
+
+    module, error = stand_in(), CompileException("rotary.cu(1): error: expected a ;")
+    fails(monkeypatch, module, error)
+    with pytest.raises(CompileException):
+        program.main()
+
+
+# The cache of kernels, by CuPy's own compiler: on a GPU, where no other kernel of CuPy's has a part
+# in it, and for a GPU that need not be there, where nothing is loaded or launched.
+ON_A_GPU = """
+import cupy, numpy
+from rope_cupy import apply_rotary, jit
+
+cupy.empty(1)  # so that CUDA has written what it must
+
+def rotate(dtype="float32"):
+    x = numpy.arange(6, dtype=dtype).reshape(3, 1, 2)
+    with cupy.cuda.Stream(non_blocking=True):
+        quarter_turn = [cupy.asarray(numpy.full((3, 1), part, dtype)) for part in (0, 1)]
+        y = apply_rotary(cupy.asarray(x), quarter_turn).get()
+    assert numpy.array_equal(y, numpy.stack([-x[..., 1], x[..., 0]], -1)), y
+"""
+WITHOUT_A_GPU = """
+import cupy, numpy
+from cupy.cuda import compiler
+from types import SimpleNamespace
+from rope_cupy import apply_rotary, cpu, jit
+from rope_cupy.plan import launch_plan
+
+class Module:
+    def load(self, cubin):
+        self.cubin = cubin
+
+    def _set_mapping(self, mapping):
+        self.mapping = mapping
+
+    def get_function(self, name):
+        assert self.cubin.startswith(b"\\x7fELF") and name.encode() in self.cubin
+        return name
+
+def raw_module(code, options, name_expressions):
+    names = tuple(name_expressions)
+    module = compiler._compile_module_with_cache(code, options, name_expressions=names)
+    return SimpleNamespace(get_function=lambda name: module.get_function(module.mapping[name]))
+
+def rotate(dtype="float32"):
+    apply_rotary(numpy.ones((3, 1, 2), dtype), (numpy.ones((3, 1), dtype),) * 2)
+
+compiler._get_arch = lambda: "80"
+compiler._get_arch_for_options_for_nvrtc = lambda arch=None: ("-arch=sm_80", "cubin")
+compiler.function = SimpleNamespace(Module=Module)
+cupy.cuda.function.Module, cupy.RawModule, jit.cupy = Module, raw_module, lambda: cupy
+cpu.rotate = lambda problem, pointers: jit.kernel(launch_plan(problem).kernel, 0)
+"""
+WITHOUT_NVRTC = """
+from cuda import pathfinder
+def find(name):
+    raise pathfinder.DynamicLibNotFoundError(f"Failure finding lib{name}.so")
+pathfinder.load_nvidia_dynamic_lib = find
+"""
+
+
+@pytest.fixture(
+    params=[WITHOUT_A_GPU, pytest.param(ON_A_GPU, marks=pytest.mark.gpu)],
+    ids=["without a GPU", "on a GPU"],
+)
+def rotate(request):
+    """Code that defines rotate(dtype)."""
+    pytest.importorskip("cupy")
+    return request.param
+
+
+def files(folder):
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+
+def assert_silent(done):
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def assert_warned_once(done, folder):
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"RuntimeWarning: kernels cannot be cached in {folder} (") == 1
+    assert done.stderr.count(MOVE_CACHE) == 1
+
+
+def test_processes_race_for_a_cold_cache_and_later_ones_compile_nothing(rotate, tmp_path):
+    command = [sys.executable, "-c", rotate + "print(flush=True); input(); rotate()"]
+    variables = os.environ | {"CUPY_CACHE_DIR": str(tmp_path)}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    racing = [
+        subprocess.Popen(command, env=variables, cwd=ROOT, text=True, **pipes) for _ in range(6)
+    ]
+    try:
+        for process in racing:
+            process.stdout.readline()  # it is at the start
+        assert not files(tmp_path)
+        for process in racing:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        said = [process.communicate(timeout=300) for process in racing]
+    finally:
+        for process in racing:
+            process.kill()
+    assert [(process.returncode, *each) for process, each in zip(racing, said, strict=True)] == [
+        (0, "", "")
+    ] * len(racing)
+
+    cached = files(tmp_path)
+    assert cached and all(name.endswith(".cubin") for name in cached)
+    assert_silent(python(rotate + "rotate()", CUPY_CACHE_DIR=str(tmp_path)))
+    assert files(tmp_path) == cached
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "empty"])
+def test_a_corrupt_cached_kernel_is_compiled_again(rotate, damage, tmp_path):
+    assert_silent(python(rotate + "rotate()", CUPY_CACHE_DIR=str(tmp_path)))
+    whole = files(tmp_path)
+    assert whole
+    for name, (_, data) in whole.items():
+        damaged = {"garbage": bytes(range(256)) * 9, "truncated": data[:-1], "empty": b""}[damage]
+        (tmp_path / name).write_bytes(damaged)
+    assert_silent(python(rotate + "rotate()", CUPY_CACHE_DIR=str(tmp_path)))
+    mended = files(tmp_path)
+    assert mended.keys() == whole.keys()
+    for _, data in mended.values():  # CuPy puts the digest in front
+        assert data[:40].decode() == sha1(data[40:]).hexdigest()
+
+
+def test_a_cached_kernel_that_cannot_be_read_is_compiled_past_it(rotate, tmp_path):
+    assert_silent(python(rotate + "rotate()", CUPY_CACHE_DIR=str(tmp_path)))
+    for path in list(tmp_path.iterdir()):
+        path.unlink()
+        path.mkdir()  # which root cannot read as a file either
+    done = python(rotate + "rotate()", CUPY_CACHE_DIR=str(tmp_path))
+    assert_warned_once(done, tmp_path)
+
+
+@pytest.mark.parametrize("condition", ["read-only", "removed", "full"])
+def test_a_cache_that_cannot_be_written_is_a_warning_and_the_call_works(
+    rotate, condition, tmp_path
+):
+    folder = Path("/proc") if condition == "read-only" else tmp_path / "cache"
+    meet = {"read-only": "", "removed": f"import os; os.rmdir({str(folder)!r})\n", "full": FULL}
+    done = python(
+        rotate + meet[condition] + "rotate('float32'); rotate('float16'); rotate('float32')",
+        CUPY_CACHE_DIR=str(folder),
+        PYTHONWARNINGS="always",
+    )
+    assert_warned_once(done, folder)
+
+
+@pytest.mark.gpu
+def test_the_program_uses_the_gpu_without_a_cache():
+    seen = python(DOCTOR, CUPY_CACHE_DIR="/proc")
+    rows = table(seen.stdout, seen.stderr)
+    assert rows[0][0] == "GPU"
+    assert_warns_of("/proc", rows)
+    assert seen.returncode == 0
+
+
+def test_threads_compile_each_kernel_once(rotate, tmp_path):
+    threads = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+def count(name, compile=jit._compiled):
+    compiled.append(name)
+    return compile(name)
+
+def work(i):
+    start.wait(60)
+    rotate(("float32", "float16")[i % 2])
+
+compiled, jit._compiled, start = [], count, threading.Barrier(16)
+with ThreadPoolExecutor(16) as pool:
+    list(pool.map(work, range(16)))
+assert len(compiled) == len(set(compiled)) == 2, compiled
+"""
+    assert_silent(python(rotate + threads, CUPY_CACHE_DIR=str(tmp_path)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("condition", ["no NVRTC", "a hidden GPU"])
+def test_a_gpu_that_cannot_be_used_is_an_error_that_mends_it(condition, tmp_path):
+    variables = {"CUPY_CACHE_DIR": str(tmp_path)}
+    if condition == "no NVRTC":
+        before, call = WITHOUT_NVRTC, ON_A_GPU + "rotate()"
+        wrong, command = (
+            r"CuPy for CUDA 1\d compiles kernels with NVRTC, .*",
+            r"pip install --force-.*",
+        )
+    else:
+        before, call = "", CALL
+        variables["CUDA_VISIBLE_DEVICES"] = "99"
+        wrong, command = "CUDA finds no GPU, got CUDA_VISIBLE_DEVICES='99'", "unset CUDA_VISIBLE_.*"
+    called = python(before + call, **variables)
+    assert re.search(rf"^RuntimeError: {wrong}: {command}$", called.stdout + called.stderr, re.M)
+    seen = python(before + DOCTOR, **variables)
+    rows = table(seen.stdout, seen.stderr)
+    (why,) = (i for i, (label, text) in enumerate(rows) if label == "why")
+    assert re.fullmatch(wrong, rows[why][1]) and re.fullmatch(command, rows[why + 1][1])
+    assert seen.returncode == 1

@@ -6,11 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from rope_cupy import apply_rotary, cpu, environment, jit
-from rope_cupy.plan import launch_plan
+from rope_cupy import environment, jit
 
 THREADS = 16
 SOON = 20  # seconds, for what takes none unless it is blocked
@@ -254,30 +252,3 @@ def test_what_the_machine_lacks_for_a_compilation_is_explained_and_mistakes_are_
     with pytest.raises(RuntimeError) as raised:
         launch("a")
     assert raised.value is error
-
-
-def test_cupy_compiles_in_memory_as_it_is_asked_to(monkeypatch, cold):
-    """The true compiler, for a GPU that need not be there; only its cubin is not loaded."""
-    cupy = pytest.importorskip("cupy")
-    names = []
-
-    def record(problem, pointers):
-        names.append(launch_plan(problem).kernel)
-
-    def fail(**arguments):
-        raise FULL
-
-    monkeypatch.setattr(cpu, "rotate", record)
-    apply_rotary(np.ones((4, 2, 64), np.float32), (np.ones((4, 32)), np.ones((4, 32))))
-    monkeypatch.setattr(jit, "cupy", lambda: cupy)
-    monkeypatch.setattr(cupy, "RawModule", fail)
-    monkeypatch.setattr(cupy.cuda.function, "Module", Module)
-    monkeypatch.setattr(
-        cupy.cuda.compiler,
-        "_get_arch_for_options_for_nvrtc",
-        lambda arch: ("-arch=sm_80", "cubin"),
-    )
-    with pytest.warns(RuntimeWarning, match="cannot be cached"):
-        cubin, name = jit.kernel(names[0], 0)
-    assert cubin.startswith(b"\x7fELF")
-    assert name.encode() in cubin

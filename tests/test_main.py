@@ -39,10 +39,3 @@ def test_a_wrong_rotation_fails_the_check_and_the_exit_status(model, monkeypatch
     monkeypatch.setattr(program, "apply_rotary_qk", backwards)
     assert program.main() == 1
     assert "FAILED" in capsys.readouterr().out
-
-
-def test_without_cupy_it_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    cupy, why_not = program._gpu()
-    assert cupy is None
-    assert "pip install 'rope-cupy[cuda12]'" in why_not

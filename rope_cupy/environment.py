@@ -1,0 +1,197 @@
+"""What a launch needs of the machine (CuPy, a driver, NVRTC, a kernel cache), and what mends it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+FOLDER = "/a/folder/that/can/be/written"
+
+
+class Fault(NamedTuple):
+    """What is wrong with the machine, in a sentence, and the command that mends it.
+
+    The errors raised for it have it as their argument, and so read "sentence: command".
+    """
+
+    wrong: str
+    command: str
+
+    def __str__(self) -> str:
+        return f"{self.wrong}: {self.command}"
+
+
+@cache
+def cupy() -> Any:
+    """Return CuPy, which every launch on a GPU needs, once it has found a driver and a GPU."""
+    module = import_cupy()
+    with explained():
+        module.cuda.runtime.getDeviceCount()
+    return module
+
+
+def import_cupy() -> Any:
+    """Return CuPy, with or without a GPU, or raise an ImportError that says what mends it."""
+    try:
+        import cupy
+
+        version = cupy.__version__  # an empty folder, which pip may leave behind, has none
+    except Exception as error:  # anything, once the files of two CuPys lie in between
+        raise ImportError(_import_fault(error)) from error
+    # Before 14.2, kernels with several template arguments are compiled anew in every process.
+    if [int(number) for number in version.split(".")[:2]] < [14, 2]:
+        raise ImportError(Fault(f"rope_cupy needs CuPy 14.2 or newer, got {version}", _install()))
+    return cupy
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Raise an error that is the machine's as a RuntimeError that says what mends it.
+
+    An error that is not understood passes through unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        fault = _launch_fault(error)
+        if fault is None:
+            raise
+        raise RuntimeError(fault) from error
+
+
+def packages() -> list[str]:
+    """Return the installed packages that bring CuPy, of which there may be one."""
+    from importlib import metadata  # slow to import, and needed only where something is wrong
+
+    names = {package.metadata["Name"] or "" for package in metadata.distributions()}
+    return sorted(name for name in names if re.fullmatch(r"cupy(-(cuda|rocm).*)?", name))
+
+
+def packages_fault() -> Fault | None:
+    """Return what is wrong where several packages bring CuPy, though it may work by luck."""
+    names = packages()
+    if len(names) < 2:
+        return None
+    wrong = f"CuPy must be installed once, got {' and '.join(names)}, which overwrite each other"
+    return Fault(wrong, _install())
+
+
+def driver() -> int:
+    """Return the newest CUDA that the driver can run, such as 12040; 0 where there is none."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
+
+
+def cuda_name(version: int) -> str:
+    """Return CUDA's name of a version such as 12040: "CUDA 12.4"."""
+    return f"CUDA {version // 1000}.{version % 1000 // 10}"
+
+
+def cache_folder() -> str:
+    """Return the folder of CuPy's kernel cache."""
+    return os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
+
+
+def cache_fault(error: OSError | None = None) -> Fault | None:
+    """Return what keeps kernels from being cached: a folder CuPy must write, else this error."""
+    import tempfile  # as slow
+
+    for variable, folder in (("CUPY_CACHE_DIR", cache_folder()), ("TMPDIR", None)):
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder) as file:
+                file.write(bytes(2**16))
+        except OSError as found:
+            where = folder or "the temporary folder"
+            wrong = f"kernels cannot be cached in {where} ({found.strerror})"
+            return Fault(wrong, f"export {variable}={FOLDER}")
+    wrong = f"kernels cannot be cached in {cache_folder()} ({error})"
+    return Fault(wrong, f"export CUPY_CACHE_DIR={FOLDER}") if error else None
+
+
+def _import_fault(error: Exception) -> Fault:
+    names = packages()
+    if not names and isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+        wrong = "rope_cupy needs CuPy for arrays on a GPU, and none is installed"
+        return Fault(wrong, _install())
+    if isinstance(error, OSError) and not os.path.isdir(cache_folder()):
+        wrong = f"CuPy needs a folder for its kernels, and cannot make {cache_folder()}"
+        return Fault(f"{wrong} ({error.strerror})", f"export CUPY_CACHE_DIR={FOLDER}")
+    reason = str(error.__cause__ or error).strip().partition("\n")[0]  # CuPy's own text is a page
+    found = " ".join(names) or "a folder named cupy"
+    wrong = f"CuPy cannot be imported, got {found} ({reason})"
+    return packages_fault() or Fault(wrong, _install())
+
+
+def _launch_fault(error: Exception) -> Fault | None:
+    """Return what a launch failed for, None where the error's text does not say it."""
+    text = str(error)
+    if "libnvrtc" in text:
+        wrong = f"CuPy for CUDA {_cupy_cuda()} compiles kernels with NVRTC, and none can be loaded"
+        return Fault(wrong, f"pip install --force-reinstall {_nvrtc_package()}")
+    if "cudaErrorInsufficientDriver" in text or "libcuda.so" in text:
+        return _driver_fault()
+    if "cudaErrorNoDevice" in text and "CUDA_VISIBLE_DEVICES" in os.environ:
+        hidden = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r}"
+        return Fault(f"CUDA finds no GPU, got {hidden}", "unset CUDA_VISIBLE_DEVICES")
+    if "--gpu-architecture" in text or "CUDA_ERROR_NO_BINARY_FOR_GPU" in text:
+        return _architecture_fault()
+    return None
+
+
+def _driver_fault() -> Fault | None:
+    found, cuda = driver(), _cupy_cuda()
+    if found < 12000:
+        got = f"got one for {cuda_name(found)}" if found else "and none is found"
+        wrong = f"a GPU needs an NVIDIA driver for CUDA 12 or newer, {got}"
+        return Fault(wrong, "sudo ubuntu-drivers install, or docker run --gpus all")
+    if found < 1000 * cuda:
+        wrong = f"CuPy for CUDA {cuda} needs a newer driver, got one for {cuda_name(found)}"
+        return Fault(wrong, _install())
+    return None
+
+
+def _architecture_fault() -> Fault | None:
+    import cupy
+
+    capability = int(cupy.cuda.Device().compute_capability)
+    known = cupy.cuda.nvrtc.getSupportedArchs()
+    if capability in known:
+        return None
+    version = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+    wrong = (
+        f"NVRTC {version} compiles for compute capability {min(known) / 10} to {max(known) / 10}, "
+        f"got a GPU of {capability / 10}"
+    )
+    if capability < min(known):
+        return Fault(wrong, _install(12))
+    if driver() // 1000 > _cupy_cuda():
+        return Fault(wrong, _install())
+    return Fault(wrong, f"pip install -U {_nvrtc_package()}")
+
+
+def _cupy_cuda() -> int:
+    """Return the CUDA that CuPy was built for: 12 or 13."""
+    import cupy
+
+    return int(cupy.cuda.runtime.runtimeGetVersion()) // 1000
+
+
+def _nvrtc_package() -> str:
+    return "nvidia-cuda-nvrtc-cu12" if _cupy_cuda() == 12 else "'nvidia-cuda-nvrtc==13.*'"
+
+
+def _install(cuda: int = 0) -> str:
+    """Return the command that installs CuPy for the driver, in place of what is there."""
+    names = packages()
+    remove = f"pip uninstall -y {' '.join(names)} && " if names else ""
+    extra = f"cuda{cuda or (13 if driver() >= 13000 else 12)}"
+    return f"{remove}pip install 'rope-cupy[{extra}]'"
