@@ -196,8 +196,8 @@ def _rotate_and_time(model: Model, cupy: Any) -> Report:
     if cupy:
         # Over three times the L2 and more in turn, so that no call finds its data in the cache.
         l2_bytes = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["l2CacheSize"]
-        flat = cupy.array(np.concatenate([part.ravel() for part in words]))
-        copies = [flat.copy() for _ in range(1 + 6 * l2_bytes // moved)]
+        flat_words = np.concatenate([part.ravel() for part in words])
+        flat, *copies = (cupy.array(flat_words) for _ in range(2 + 6 * l2_bytes // moved))
         sets = [_views(copy, q_and_k) for copy in copies]
         seconds = _seconds_on_gpu(rotate, sets, cupy)
         copy_seconds = _seconds_on_gpu(

@@ -425,7 +425,8 @@ class Call:
             shape = (batch, tokens, num_heads, case.head[0])
             numbers = rng.standard_normal(shape) * 2.0 ** rng.integers(-3, 3, shape)
             noise = rng.integers(0, np.iinfo(bits).max, shape, bits, endpoint=True)
-            x = np.where(self.turned, encode(numbers, case.dtype), noise)
+            turned = self.turned | repeats(style)  # for there noise would be rotated too
+            x = np.where(turned, encode(numbers, case.dtype), noise)
             x = arranged(x, self.axes, flat=self.split is not None)
             units = (-1, self.split) if self.split else (self.axes.index("h"),)
             held.append(Held(x, case.dtype, library, place(x.shape, style, *units)))
@@ -472,7 +473,8 @@ def verify(case: Case) -> list[Error]:
             decode(x, case.dtype), call.cos, call.sin, positions=call.rows, **call.options
         )
         actual, turned = decode(y, case.dtype), call.turned
-        errors.append(check(actual[..., turned], exact[..., turned], case.dtype))
+        repeated = repeats(call.styles[i])
+        errors.append(check(actual[..., turned], exact[..., turned], case.dtype, repeated))
         untouched = np.broadcast_to(~turned, y.shape)
         if case.outside == "keep":
             outside = (call.rows < 0) | (call.rows >= len(call.cos))

@@ -470,8 +470,8 @@ cupy.empty(1)  # so that CUDA has written what it must
 def rotate(dtype="float32"):
     x = numpy.arange(6, dtype=dtype).reshape(3, 1, 2)
     with cupy.cuda.Stream(non_blocking=True):
-        quarter_turn = [cupy.asarray(numpy.full((3, 1), part, dtype)) for part in (0, 1)]
-        y = apply_rotary(cupy.asarray(x), quarter_turn).get()
+        cos, sin = (cupy.asarray(numpy.full((3, 1), part, dtype)) for part in (0, 1))
+        y = apply_rotary(cupy.asarray(x), (cos, sin)).get()
     assert numpy.array_equal(y, numpy.stack([-x[..., 1], x[..., 0]], -1)), y
 """
 WITHOUT_A_GPU = """

@@ -235,9 +235,9 @@ def collectives(size):
 
 def run_collectives(kernel, size):
     out = np.zeros((18, size), np.uint32)
-    array = Array(out.ctypes.data, 4, out.shape, (size, 1), written=True)
-    address = out.ctypes.data + host_cuda.shift_of([array])
-    host_cuda.run(COLLECTIVES, kernel, (1, 1), (size, 1), struct.pack("<Q", address), [array])
+    arrays = {"out": Array(out.ctypes.data, 4, out.shape, (size, 1), written=True)}
+    address = out.ctypes.data + host_cuda.moves_of(arrays)["out"]
+    host_cuda.run(COLLECTIVES, kernel, (1, 1), (size, 1), struct.pack("<Q", address), arrays)
     return out
 
 
@@ -266,7 +266,8 @@ def test_what_threads_must_not_do_together_is_an_error(mistake, message):
 @pytest.mark.parametrize("size", [64, 256, 1024])
 def test_barriers_shuffles_and_votes_do_the_same_on_a_gpu(size):
     cupy = pytest.importorskip("cupy")
-    kernel = cupy.RawKernel(COLLECTIVES.read_text(), "collectives_kernel", ("-std=c++17",))
+    code, names = COLLECTIVES.read_text(), ["collectives_kernel"]
+    module = cupy.RawModule(code=code, options=("-std=c++17",), name_expressions=names)
     out = cupy.zeros((18, size), cupy.uint32)
-    kernel((1,), (size,), (out,))
+    module.get_function(*names)((1,), (size,), (out,))
     assert np.array_equal(out.get(), collectives(size))

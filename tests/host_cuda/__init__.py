@@ -16,9 +16,10 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -79,38 +80,42 @@ def why_not() -> str | None:
 def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
     """Solve the problem as its kernel does, on arrays at these addresses."""
     plan, arrays = launch_plan(problem), arrays_of(problem, pointers)
-    shift = shift_of(arrays)
+    moves = moves_of(arrays)
+    tensors = range(len(problem.tensors))
     moved = Pointers(
-        x=tuple(pointer + shift for pointer in pointers.x),
-        out=tuple(pointer + shift for pointer in pointers.out),
-        cos=pointers.cos + shift,
-        sin=pointers.sin + shift,
-        positions=pointers.positions and pointers.positions + shift,
+        x=tuple(pointers.x[i] + moves[f"x[{i}]"] for i in tensors),
+        out=tuple(pointers.out[i] + moves[f"out[{i}]"] for i in tensors),
+        cos=pointers.cos + moves["cos"],
+        sin=pointers.sin + moves.get("sin", moves["cos"]),
+        positions=pointers.positions + moves.get("positions", 0),
     )
     source = jit.sources() / "rotary.cu"
     run(source, plan.kernel, plan.grid, plan.block, plan.argument_block(moved), arrays)
     launched.append(plan.kernel)
 
 
-def arrays_of(problem: RotaryProblem, pointers: Pointers) -> list[Array]:
+def arrays_of(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
     """What the launch of a problem may touch: in place, nothing but the slice that turns."""
-    arrays = []
+    arrays = {}
     itemsize = ITEMSIZE[problem.dtype]
     first, size = 0, problem.head_dim
     if problem.in_place:
         first, size = problem.rotary_offset, problem.rotary_dim
-    for tensor, *addresses in zip(problem.tensors, pointers.x, pointers.out, strict=True):
+    for i, tensor in enumerate(problem.tensors):
         shape = (problem.batch, problem.num_tokens, tensor.num_heads, size)
-        for address, view, written in zip(addresses, tensor[1:], (False, True), strict=True):
+        for name, address, view in (
+            (f"x[{i}]", pointers.x[i], tensor.x),
+            (f"out[{i}]", pointers.out[i], tensor.out),
+        ):
             start = address + first * view.strides[3] * itemsize
-            arrays.append(Array(start, itemsize, shape, view.strides, written))
-    arrays.append(_table(problem, pointers.cos, problem.cos, problem.cos_row))
+            arrays[name] = Array(start, itemsize, shape, view.strides, name.startswith("out"))
+    arrays["cos"] = _table(problem, pointers.cos, problem.cos, problem.cos_row)
     if not problem.sin_offset:  # else the sines lie among the cosines
-        arrays.append(_table(problem, pointers.sin, problem.sin, problem.sin_row))
+        arrays["sin"] = _table(problem, pointers.sin, problem.sin, problem.sin_row)
     if problem.position_dtype:
         shape, strides = (problem.batch, problem.num_tokens), problem.position_strides
         itemsize = ITEMSIZE[problem.position_dtype]
-        arrays.append(Array(pointers.positions, itemsize, shape, strides))
+        arrays["positions"] = Array(pointers.positions, itemsize, shape, strides)
     return arrays
 
 
@@ -125,9 +130,35 @@ def _table(problem: RotaryProblem, address: int, view: View, row: int) -> Array:
     return Array(address, ITEMSIZE[problem.table_dtype], shape, strides)
 
 
-def shift_of(arrays: list[Array]) -> int:
-    """How far a launch moves its arrays: whole pages, so that their alignment stays."""
-    return BASE - int(_ranges(arrays)[0, 0]) // PAGE * PAGE
+def moves_of(arrays: dict[str, Array]) -> dict[str, int]:
+    """How far a launch moves each array: whole pages, and together where two lie in one place."""
+    lows, moves = _places(arrays)
+    return {name: int(_move(_span(array)[0], lows, moves)) for name, array in arrays.items()}
+
+
+def _places(arrays: dict[str, Array]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the places begin in which arrays lie, in order, and how far each moves."""
+    lows, moves, free, end = [], [], BASE, 0
+    for low, high in sorted(map(_span, arrays.values())):
+        if low > end:
+            lows.append(low)
+            moves.append(free - low // PAGE * PAGE)
+        end = max(end, high)
+        free = (end + moves[-1]) // PAGE * PAGE + 2 * PAGE
+    return np.array(lows), np.array(moves)
+
+
+def _move(address: Any, lows: np.ndarray, moves: np.ndarray) -> Any:
+    return moves[np.searchsorted(lows, address, "right") - 1]
+
+
+def _span(array: Array) -> tuple[int, int]:
+    """The first address of an array and the one behind its last."""
+    ends = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+    if 0 in array.shape:
+        return array.address, array.address
+    low, high = (sum(end for end in ends if (end < 0) == below) for below in (True, False))
+    return array.address + low * array.itemsize, array.address + (high + 1) * array.itemsize
 
 
 def run(
@@ -136,18 +167,18 @@ def run(
     grid: tuple[int, int],
     block: tuple[int, int],
     argument_block: bytes,
-    arrays: list[Array],
+    arrays: dict[str, Array],
 ) -> None:
-    """Run a kernel, whose arguments name addresses moved by `shift_of`, and write what it wrote."""
-    ranges = _ranges(arrays)
+    """Run a kernel, whose arguments name addresses moved by `moves_of`, and write what it wrote."""
+    ranges = _ranges(arrays.values())
     places = _every_byte(ranges)
     first, last = int(places[0]), int(places[-1])
     memory = ndarray_at(first, "u1", (last + 1 - first,), (1,))  # holes and all: none is touched
     before = memory[places - first]
 
     header = struct.pack("<6I", *grid, *block, len(argument_block), len(ranges))
-    moved = ranges + np.array([shift_of(arrays), 0])
-    job = b"".join([header, argument_block, moved.tobytes(), before.tobytes()])
+    ranges[:, 0] += _move(ranges[:, 0], *_places(arrays))
+    job = b"".join([header, argument_block, ranges.tobytes(), before.tobytes()])
     settings = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     program = build(source, kernel)
     done = subprocess.run(program, input=job, capture_output=True, env=os.environ | settings)
@@ -156,14 +187,14 @@ def run(
 
     after = np.frombuffer(done.stdout, np.uint8)
     written = np.zeros(len(places), bool)
-    outputs = _every_byte(_ranges([array for array in arrays if array.written]))
+    outputs = _every_byte(_ranges(array for array in arrays.values() if array.written))
     written[np.searchsorted(places, outputs)] = True
     if not np.array_equal(before[~written], after[~written]):
         raise KernelError(f"{kernel}\nhost_cuda: an array that is only read has been written")
     memory[places[written] - first] = after[written]
 
 
-def _ranges(arrays: list[Array]) -> np.ndarray:
+def _ranges(arrays: Iterable[Array]) -> np.ndarray:
     """The bytes of arrays as rows (address, number), in order; none touches the next."""
     starts, ends = [], []
     for array in arrays:
