@@ -43,6 +43,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=300,
         help="how many calls test_properties.py draws for each way to a result (300)",
     )
+    parser.addoption(
+        "--exact-allocations",
+        action="store_true",
+        help="give each array on a GPU memory of its own, so that compute-sanitizer knows its ends",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("exact_allocations"):
+        os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        cupy = pytest.importorskip("cupy")
+        cupy.cuda.set_allocator(None)
 
 
 WHY_NOT = {"gpu": why_no_gpu, "host_cuda": host_cuda.why_not}

@@ -254,6 +254,7 @@ def test_barriers_shuffles_and_votes_do_what_they_do_in_cuda(size):
         ("kAbsentLane", "reads a lane that takes no part in __shfl_sync"),
         ("kEndedLane", "reads a lane that takes no part in __shfl_sync"),
         ("kPastTheEnd", "runtime error: index 32 out of bounds"),
+        ("kRace", "the result depends on the order of the threads"),
     ],
 )
 def test_what_threads_must_not_do_together_is_an_error(mistake, message):

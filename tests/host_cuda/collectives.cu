@@ -56,7 +56,15 @@ __global__ void collectives_kernel(const Arguments args) {
   give(__shfl_sync(all, thread, 31));
 }
 
-enum Mistake { kNone, kDivergentBarrier, kOutsideMask, kAbsentLane, kEndedLane, kPastTheEnd };
+enum Mistake {
+  kNone,
+  kDivergentBarrier,
+  kOutsideMask,
+  kAbsentLane,
+  kEndedLane,
+  kPastTheEnd,
+  kRace
+};
 
 // Each mistake is undefined in CUDA: a hang or any number.
 template <int kMistake>
@@ -78,5 +86,6 @@ __global__ void mistaken_kernel(const Arguments args) {
     numbers[thread % 32] = __shfl_sync(all, thread, 3);
   }
   if (kMistake == kPastTheEnd) numbers[thread + 1] = 1;
-  if (thread == 0) *args.out = numbers[0];
+  if (kMistake == kRace) numbers[0] = thread;
+  if (thread == 0 || kMistake == kRace) *args.out = numbers[0];
 }

@@ -10,7 +10,9 @@
 // and what is written there is found.
 //
 // A thread of the kernel is a context with a stack of its own. It runs until it ends or waits for
-// others; when no thread can go on, those whose partners have all arrived are released.
+// others; when no thread can go on, those whose partners have all arrived are released. The order
+// is drawn at random, and the launch repeated in the opposite one: two threads that race for an
+// element give two results.
 #include <dlfcn.h>
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -45,6 +47,8 @@ constexpr unsigned char kCanary = 0xff;
 
 // Memory.
 
+using Bytes = std::vector<unsigned char>;
+
 struct Range {
   std::uint64_t address, bytes;
 
@@ -73,15 +77,29 @@ void map(const Range& pages) {
   ASAN_POISON_MEMORY_REGION(pages.begin(), pages.bytes);
 }
 
+void fill(const std::vector<Range>& ranges, const Bytes& contents) {
+  auto from = contents.begin();
+  for (const Range& range : ranges) {
+    std::copy_n(from, range.bytes, range.begin());
+    from += static_cast<std::ptrdiff_t>(range.bytes);
+  }
+}
+
+Bytes contents_of(const std::vector<Range>& ranges) {
+  Bytes contents;
+  for (const Range& range : ranges)
+    contents.insert(contents.end(), range.begin(), range.begin() + range.bytes);
+  return contents;
+}
+
 // Report what was written beside the ranges, whose own bytes become canaries too.
 void check_canaries(const std::vector<Range>& pages, const std::vector<Range>& ranges) {
+  for (const Range& page : pages) ASAN_UNPOISON_MEMORY_REGION(page.begin(), page.bytes);
   for (const Range& range : ranges) std::memset(range.begin(), kCanary, range.bytes);
-  for (const Range& page : pages) {
-    const unsigned char* const end = page.begin() + page.bytes;
-    if (std::any_of(page.begin(), const_cast<unsigned char*>(end),
+  for (const Range& page : pages)
+    if (std::any_of(page.begin(), page.begin() + page.bytes,
                     [](unsigned char byte) { return byte != kCanary; }))
       fail("memory beside the arrays has been written");
-  }
 }
 
 // Threads.
@@ -89,7 +107,7 @@ void check_canaries(const std::vector<Range>& pages, const std::vector<Range>& r
 struct Thread {
   Dim3 index;
   ucontext_t context;
-  std::vector<unsigned char> stack;
+  Bytes stack;
   bool done;
   const char* waits;  // for what, or null
   unsigned mask;      // whom a warp's operation waits for; 0 is the whole block
@@ -184,12 +202,13 @@ void prepare(Thread& thread, unsigned number) {
   makecontext(&thread.context, thread_main, 0);
 }
 
-void run_block(std::mt19937& random) {
+void run_block(std::mt19937& random, bool backward) {
   for (std::size_t i = 0; i < threads.size(); ++i) prepare(threads[i], static_cast<unsigned>(i));
   std::vector<std::size_t> ready(threads.size());
   std::iota(ready.begin(), ready.end(), 0);
   while (!ready.empty()) {
     std::shuffle(ready.begin(), ready.end(), random);
+    if (backward) std::reverse(ready.begin(), ready.end());
     for (const std::size_t thread : ready) resume(thread);
     std::vector<std::size_t> waiting;
     for (std::size_t i = 0; i < threads.size(); ++i)
@@ -199,6 +218,18 @@ void run_block(std::mt19937& random) {
 }
 
 // A launch.
+
+void run_grid(bool backward) {
+  std::vector<std::uint32_t> blocks(std::uint64_t{gridDim.x} * gridDim.y);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  std::shuffle(blocks.begin(), blocks.end(), std::mt19937(gridDim.x));
+  if (backward) std::reverse(blocks.begin(), blocks.end());
+  for (const std::uint32_t block : blocks) {
+    blockIdx = {block % gridDim.x, block / gridDim.x, 0};
+    std::mt19937 random(block);
+    run_block(random, backward);
+  }
+}
 
 struct Header {
   std::uint32_t grid_x, grid_y, block_x, block_y, argument_bytes, num_ranges;
@@ -251,16 +282,15 @@ int main(int, char** arguments) {
   run_kernel = reinterpret_cast<decltype(run_kernel)>(dlsym(library, "run_kernel"));
   Header header;
   receive(&header, sizeof header);
-  std::vector<unsigned char> block(header.argument_bytes);
+  Bytes block(header.argument_bytes);
   receive(block.data(), block.size());
   std::vector<Range> ranges(header.num_ranges);
   receive(ranges.data(), ranges.size() * sizeof(Range));
   const std::vector<Range> pages = pages_of(ranges);
   for (const Range& page : pages) map(page);
-  for (const Range& range : ranges) {
-    ASAN_UNPOISON_MEMORY_REGION(range.begin(), range.bytes);
-    receive(range.begin(), range.bytes);
-  }
+  for (const Range& range : ranges) ASAN_UNPOISON_MEMORY_REGION(range.begin(), range.bytes);
+  Bytes before = contents_of(ranges);
+  receive(before.data(), before.size());
 
   if (run_kernel(nullptr) != block.size())
     fail("the kernel takes " + std::to_string(run_kernel(nullptr)) + " bytes of arguments, got " +
@@ -269,18 +299,14 @@ int main(int, char** arguments) {
   gridDim = {header.grid_x, header.grid_y, 1};
   blockDim = {header.block_x, header.block_y, 1};
   threads.resize(std::size_t{header.block_x} * header.block_y);
-  std::vector<std::uint64_t> blocks(std::uint64_t{header.grid_x} * header.grid_y);
-  std::iota(blocks.begin(), blocks.end(), 0);
-  std::mt19937 random(header.grid_x);
-  std::shuffle(blocks.begin(), blocks.end(), random);
-  for (const std::uint64_t number : blocks) {
-    blockIdx = {static_cast<unsigned>(number % header.grid_x),
-                static_cast<unsigned>(number / header.grid_x), 0};
-    run_block(random);
-  }
+  fill(ranges, before);
+  run_grid(false);
+  const Bytes after = contents_of(ranges);
+  fill(ranges, before);
+  run_grid(true);
+  if (contents_of(ranges) != after) fail("the result depends on the order of the threads");
 
-  for (const Range& page : pages) ASAN_UNPOISON_MEMORY_REGION(page.begin(), page.bytes);
-  for (const Range& range : ranges) std::fwrite(range.begin(), 1, range.bytes, stdout);
+  std::fwrite(after.data(), 1, after.size(), stdout);
   check_canaries(pages, ranges);
   return 0;
 }
