@@ -191,9 +191,7 @@ def without_a_cache(site):
         without_a_cache,
     ],
 )
-def test_without_a_cupy_that_can_be_imported_arrays_on_a_gpu_are_an_error_that_mends_it(
-    condition, site
-):
+def test_without_a_cupy_that_can_be_imported_it_is_an_error_that_mends_it(condition, site):
     wrong, command = condition(site)
     called = python(CALL, site, CUPY_CACHE_DIR="/proc/no/cache")
     assert called.returncode == 0, called.stderr

@@ -123,6 +123,7 @@ class Stream:
         return lambda: graph.launch(self.stream), result
 
 
+@pytest.mark.undisturbed
 @in_both_libraries
 def test_the_launch_is_in_its_turn_on_the_current_stream_and_nothing_waits(library):
     work, stream = Work(library, library), Stream(library)
@@ -137,6 +138,7 @@ def test_the_launch_is_in_its_turn_on_the_current_stream_and_nothing_waits(libra
         work.assert_rotated(y, work.new)
 
 
+@pytest.mark.undisturbed
 @in_both_libraries
 def test_the_stream_is_that_of_the_library_that_owns_the_output(library):
     work, stream = Work(library, OTHER[library]), Stream(library)
@@ -152,6 +154,7 @@ def test_the_stream_is_that_of_the_library_that_owns_the_output(library):
     work.assert_rotated(work.out, work.x)
 
 
+@pytest.mark.undisturbed
 @pytest.mark.parametrize(
     ("library", "write"), [("cupy", "out"), ("torch-cuda", "out"), ("torch-cuda", "new")]
 )
@@ -168,6 +171,7 @@ def test_a_graph_repeats_the_launch_on_new_numbers(library, write):
         work.assert_rotated(y, numbers)
 
 
+@pytest.mark.undisturbed
 @in_both_libraries
 def test_nothing_is_allocated_but_the_result(library):
     cupy, torch = pytest.importorskip("cupy"), pytest.importorskip("torch")
