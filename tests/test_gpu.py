@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from arrays import OPTIONS, OTHER, Case, Producer, hold, possible, sample, verify
 from reference import FORMATS, check, rotate, rounded, to_bits, to_float64
+from test_host_cuda import COLLECTIVES, collectives
 
 from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, frequencies
 from rope_cupy.problem import MAX_ROWS
@@ -369,3 +370,13 @@ def test_a_producer_is_asked_to_be_ready_on_the_stream_of_the_launch():
     stream.synchronize()
     exact = rotate(*(to_float64(part.array) for part in (x, cos, sin)))
     check(to_float64(out.array), exact, "float32")
+
+
+@pytest.mark.parametrize("size", [64, 256, 1024])
+def test_barriers_shuffles_and_votes_do_what_they_do_in_the_tests_on_the_cpu(size):
+    cupy = pytest.importorskip("cupy")
+    code, names = COLLECTIVES.read_text(), ["collectives_kernel"]
+    module = cupy.RawModule(code=code, options=("-std=c++17",), name_expressions=names)
+    out = cupy.zeros((18, size), cupy.uint32)
+    module.get_function(*names)((1,), (size,), (out,))
+    assert np.array_equal(out.get(), collectives(size))

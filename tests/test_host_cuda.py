@@ -261,14 +261,3 @@ def test_what_threads_must_not_do_together_is_an_error(mistake, message):
     run_collectives("mistaken_kernel<kNone>", 32)
     with pytest.raises(KernelError, match=message):
         run_collectives(f"mistaken_kernel<{mistake}>", 32)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", [64, 256, 1024])
-def test_barriers_shuffles_and_votes_do_the_same_on_a_gpu(size):
-    cupy = pytest.importorskip("cupy")
-    code, names = COLLECTIVES.read_text(), ["collectives_kernel"]
-    module = cupy.RawModule(code=code, options=("-std=c++17",), name_expressions=names)
-    out = cupy.zeros((18, size), cupy.uint32)
-    module.get_function(*names)((1,), (size,), (out,))
-    assert np.array_equal(out.get(), collectives(size))

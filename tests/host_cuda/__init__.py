@@ -70,11 +70,18 @@ def why_not() -> str | None:
         command = [compiler(), *SANITIZERS, str(source), "-o", f"{folder}/empty"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
-            done = subprocess.run([f"{folder}/empty"], capture_output=True, text=True)
+            program = [f"{folder}/empty"]
+            done = subprocess.run(program, capture_output=True, text=True, env=_settings())
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
             return f"{compiler()} makes no programs with sanitizers: {said[-1]}"
     return None
+
+
+def _settings() -> dict[str, str]:
+    """The environment of a program with sanitizers, which must be loaded before anything else."""
+    settings = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | settings
 
 
 def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
@@ -179,9 +186,7 @@ def run(
     header = struct.pack("<6I", *grid, *block, len(argument_block), len(ranges))
     ranges[:, 0] += _move(ranges[:, 0], *_places(arrays))
     job = b"".join([header, argument_block, ranges.tobytes(), before.tobytes()])
-    settings = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    program = build(source, kernel)
-    done = subprocess.run(program, input=job, capture_output=True, env=os.environ | settings)
+    done = subprocess.run(build(source, kernel), input=job, capture_output=True, env=_settings())
     if done.returncode:
         raise KernelError(f"{kernel}\n{done.stderr.decode(errors='replace')}")
 
