@@ -512,8 +512,11 @@ pathfinder.load_nvidia_dynamic_lib = find
 """
 
 
+MARKS = [pytest.mark.gpu, pytest.mark.undisturbed]
+
+
 @pytest.fixture(
-    params=[WITHOUT_A_GPU, pytest.param(ON_A_GPU, marks=pytest.mark.gpu)],
+    params=[WITHOUT_A_GPU, pytest.param(ON_A_GPU, marks=MARKS)],
     ids=["without a GPU", "on a GPU"],
 )
 def rotate(request):
@@ -602,6 +605,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning_and_the_call_works(
     assert_warned_once(done, folder)
 
 
+@pytest.mark.undisturbed
 @pytest.mark.gpu
 def test_the_program_uses_the_gpu_without_a_cache():
     seen = python(DOCTOR, CUPY_CACHE_DIR="/proc")
@@ -632,6 +636,7 @@ assert len(compiled) == len(set(compiled)) == 2, compiled
     assert_silent(python(rotate + threads, CUPY_CACHE_DIR=str(tmp_path)))
 
 
+@pytest.mark.undisturbed
 @pytest.mark.gpu
 @pytest.mark.parametrize("condition", ["no NVRTC", "a hidden GPU"])
 def test_a_gpu_that_cannot_be_used_is_an_error_that_mends_it(condition, tmp_path):
