@@ -132,6 +132,13 @@ MUTANTS = {
     "rows that are no rows": Mutant(
         "rotary.cu", "row >= static_cast<int>(args.num_rows) ||", "", OUT_OF_BOUNDS
     ),
+    "lanes that are no lanes": Mutant(
+        "rotary.cu",
+        "|| lane >= static_cast<int>(args.num_lanes)",
+        "",
+        OUT_OF_BOUNDS,
+        PLAIN._replace(head=(510, 510, 0)),
+    ),
     "elements copied past the head": Mutant(
         "rotary.cu",
         "int element = pass_lane * kPassRun",

@@ -260,5 +260,6 @@ def _digest(sources: Path) -> str:
     """What stands for everything that goes into a build."""
     files = [*sorted(sources.glob("*.cu*")), *sorted(HERE.glob("*.cpp")), *HERE.glob("*.h")]
     version = subprocess.run(command("--version"), capture_output=True, check=True).stdout
-    contents = b"".join([version, *(path.read_bytes() for path in files)])
+    options = " ".join(OPTIONS + SANITIZERS).encode()
+    contents = b"".join([version, options, *(path.read_bytes() for path in files)])
     return hashlib.sha256(contents).hexdigest()[:16]
