@@ -66,19 +66,19 @@ HELD_BY = {
     "Threads may call at once": """
         test_jit.test_threads_that_ask_for_one_kernel_at_once_have_it_compiled_once
         test_jit.test_while_a_launch_blocks_others_launch_and_compile
-        test_environment.test_threads_compile_each_kernel_once""",
+        test_kernel_cache.test_threads_compile_each_kernel_once""",
     "Processes may start at once": """
-        test_environment.test_processes_race_for_a_cold_cache_and_later_ones_compile_nothing""",
+        test_kernel_cache.test_processes_race_for_a_cold_cache_and_later_ones_compile_nothing""",
     "A kernel cache that cannot be": """
-        test_environment.test_a_cache_that_cannot_be_written_is_a_warning_and_the_call_works
-        test_environment.test_a_cached_kernel_that_cannot_be_read_is_compiled_past_it
-        test_environment.test_a_corrupt_cached_kernel_is_compiled_again""",
+        test_kernel_cache.test_a_cache_that_cannot_be_written_is_a_warning_and_the_call_works
+        test_kernel_cache.test_a_cached_kernel_that_cannot_be_read_is_compiled_past_it
+        test_kernel_cache.test_a_corrupt_cached_kernel_is_compiled_again""",
     "Where CuPy, NVRTC or the driver": """
         test_environment.test_without_a_cupy_that_can_be_imported_it_is_an_error_that_mends_it
         test_environment.test_without_a_driver_arrays_on_a_gpu_are_an_error_that_mends_it
         test_environment.test_what_the_machine_lacks_is_an_error_with_the_command_that_mends_it
         test_environment.test_arrays_of_pytorch_on_the_cpu_need_no_cupy
-        test_environment.test_a_gpu_that_cannot_be_used_is_an_error_that_mends_it""",
+        test_kernel_cache.test_a_gpu_that_cannot_be_used_is_an_error_that_mends_it""",
     "A gradient is never lost": """
         test_errors.test_what_cannot_be_rotated_is_refused
         test_tables.test_a_table_that_comes_to_require_a_gradient_is_refused_from_then_on
