@@ -8,19 +8,14 @@ import warnings
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 from .environment import cache_fault, cupy, explained
 from .plan import LaunchPlan
-from .problem import Pointers
 
 _kernels: dict[tuple[str, int], Any] = {}  # by C++ name and device
 _locks: dict[tuple[str, int], Lock] = {}
 _not_warned = Lock()  # acquired for good by the one who warns that nothing is cached
-
-
-class _Stream(NamedTuple):
-    ptr: int
 
 
 @cache
@@ -61,7 +56,7 @@ def _compiled(name: str) -> Any:
     code, options = (sources() / "rotary.cu").read_text(encoding="utf-8"), compile_options()
     try:
         module = cupy().RawModule(code=code, options=options, name_expressions=[name])
-        return module.get_function(name)
+        return module.get_function(name).kernel
     except OSError as error:
         if _not_warned.acquire(blocking=False):
             warnings.warn(RuntimeWarning(cache_fault(error)), stacklevel=2)
@@ -75,9 +70,22 @@ def _compiled(name: str) -> Any:
     return module.get_function(mangled[name])
 
 
-def launch(plan: LaunchPlan, pointers: Pointers, device: int, stream: int) -> None:
-    """Launch on a stream of a device. The block of arguments is read before this returns."""
-    block = ctypes.create_string_buffer(plan.argument_block(pointers))
-    with cupy().cuda.Device(device):
-        argument = cupy().cuda.function.CPointer(ctypes.addressof(block))
-        kernel(plan.kernel, device)(plan.grid, plan.block, (argument,), stream=_Stream(stream))
+class Arguments:
+    """The argument block of a launch at an address of its own, as the driver wants to be told."""
+
+    def __init__(self, block: bytes) -> None:
+        self._block = ctypes.create_string_buffer(block)
+        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._block))
+        self.address = ctypes.addressof(self._parameters)
+
+
+def launch(plan: LaunchPlan, arguments: Arguments, device: int, stream: int) -> None:
+    """Launch on a stream of a device. The arguments are read before this returns."""
+    cuda = cupy().cuda
+    if cuda.runtime.getDevice() != device:
+        with cuda.Device(device):
+            return launch(plan, arguments, device, stream)
+    function = kernel(plan.kernel, device)
+    cuda.driver.launchKernel(
+        function.ptr, *plan.grid, 1, *plan.block, 1, 0, stream, arguments.address, 0
+    )

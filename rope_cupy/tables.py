@@ -130,24 +130,18 @@ class RotaryTable:
         table._look(form, *sources)
         return table
 
-    def _look(self, form: Callable[..., TableView], *sources: Any) -> None:
-        self._form, self._sources = form, sources
-        cos = self.view().specs[0].cos
+    def _look(self, form: Callable[..., TableView], *arrays: Any) -> None:
+        # PyTorch can move the data of a tensor (`share_memory_`, `resize_`, an assignment to
+        # `.data`), so where it lies is looked up at every use.
+        self._source = TableSource(form, arrays)
+        cos = self._source.view(None).specs[0].cos
         if not cos.shape[-1]:
             raise ValueError("table must have a rotary_dim of 2 or more, got 0")
         self._cos = cos
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy looks at the copies of the arrays, not at the addresses of these.
-        return type(self)._of, (self._form, *self._sources)
-
-    def view(self, stream: int | None = None) -> TableView:
-        """Return where the table lies now, ready for work on `stream`.
-
-        It is looked up at every use, for PyTorch can move the data of a tensor: `share_memory_`,
-        `resize_`, an assignment to `.data`.
-        """
-        return self._form(stream, *self._sources)
+        return type(self)._of, (self._source.form, *self._source.arrays)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -194,12 +188,23 @@ class TableView(NamedTuple):
         return any(array.requires_grad for array in self.arrays)
 
 
-def view_of(table: Any, stream: int | None) -> TableView:
-    """View a RotaryTable, or the half-width one that a (cos, sin) tuple stands for."""
+class TableSource(NamedTuple):
+    """The arrays of a table, and the form in which they hold it."""
+
+    form: Callable[..., TableView]
+    arrays: tuple[Any, ...]
+
+    def view(self, stream: int | None) -> TableView:
+        """Return where the table lies now, ready for work on `stream`."""
+        return self.form(stream, *self.arrays)
+
+
+def source_of(table: Any) -> TableSource:
+    """Return the source of a RotaryTable, or of the one that a (cos, sin) tuple stands for."""
     if isinstance(table, RotaryTable):
-        return table.view(stream)
+        return table._source
     if isinstance(table, tuple) and len(table) == 2:
-        return _half_width(stream, *table)
+        return TableSource(_half_width, table)
     raise TypeError(f"table must be a RotaryTable or a tuple (cos, sin), got {described(table)}")
 
 

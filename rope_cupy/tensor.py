@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from . import dlpack
 from .environment import cupy
-from .memory import ArraySpec, array_spec, cuda_index
+from .memory import ACCESS_BYTES, ArraySpec, array_spec, cuda_index
 
 
 class Array(NamedTuple):
@@ -35,6 +35,14 @@ class Library:
         The work on it comes on `stream`; None is this library's current one.
         """
         raise NotImplementedError
+
+    def glance(self, array: Any) -> tuple[int, Any] | None:
+        """Return the address of an array, and all else that `describe` reads, unread.
+
+        Where these are equal, and the alignment of the address is, descriptions are equal. None for
+        an array that must be described every time.
+        """
+        return None
 
     def empty_like(self, array: Any) -> Any:
         """Return a new dense array whose axes lie in memory in the order of `array`'s."""
@@ -71,6 +79,10 @@ class _NumPy(Library):
         spec = array_spec(array.shape, strides, array.dtype.name, "cpu", pointer, not read_only)
         return Array(spec, pointer, self, array)
 
+    def glance(self, array: Any) -> tuple[int, Any] | None:
+        kind = array.dtype, array.shape, array.strides, array.flags.writeable
+        return array.ctypes.data, kind
+
     def empty_like(self, array: Any) -> Any:
         return np.empty_like(array)
 
@@ -89,6 +101,10 @@ class _CuPy(Library):
             array.shape, _whole_strides(name, array), array.dtype.name, device, pointer, True
         )
         return Array(spec, pointer, self, array)
+
+    def glance(self, array: Any) -> tuple[int, Any] | None:
+        memory = array.data
+        return memory.ptr, (array.dtype, array.shape, array.strides, memory.device_id)
 
     def empty_like(self, array: Any) -> Any:
         with array.device:
@@ -128,6 +144,19 @@ class _Torch(Library):
         dtype = _torch_dtype(array.dtype)
         spec = array_spec(tuple(array.shape), array.stride(), dtype, device, pointer, True)
         return Array(spec, pointer, self, array, array.requires_grad)
+
+    def glance(self, array: Any) -> tuple[int, Any] | None:
+        if array.requires_grad:
+            return None
+        # The dispatch keys tell a sparse tensor, a lazily negated one, one of inference mode, ...
+        keys = sys.modules["torch"]._C._dispatch_keys(array).raw_repr()
+        try:
+            pointer = array.data_ptr()
+        except RuntimeError:  # of functorch
+            return None
+        if not pointer:  # of no elements, or of memory that has been given back
+            return None
+        return pointer, (keys, array.dtype, array.shape, array.stride(), array.device)
 
     def empty_like(self, array: Any) -> Any:
         return sys.modules["torch"].empty_like(array, requires_grad=False)
@@ -237,6 +266,25 @@ def describe(name: str, array: Any, stream: int | None = None) -> Array:
     return library_of(name, array).describe(name, array, stream)
 
 
+def glance(arrays: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[Any, ...]] | None:
+    """Return the addresses of arrays, and all else that `describe` reads of them, unread.
+
+    None where one of them must be described every time: see `Library.glance`.
+    """
+    if _torch_records():
+        return None
+    pointers, looks = [], []
+    for array in arrays:
+        library = _library_of_exact_type(type(array))  # type: ignore[arg-type]
+        seen = library.glance(array) if library else None
+        if seen is None:
+            return None
+        pointer, look = seen
+        pointers.append(pointer)
+        looks.append((library, pointer % ACCESS_BYTES, look))
+    return tuple(pointers), tuple(looks)
+
+
 def stream_of(array: Array) -> int | None:
     """Return the current stream of the library that owns the array, None on the CPU."""
     device = array.spec.device
@@ -275,6 +323,22 @@ def _library_of_type(kind: type) -> Library | None:
         if (package, base.__qualname__) in _LIBRARIES:
             return _LIBRARIES[package, base.__qualname__]
     return _OTHER if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__") else None
+
+
+@cache
+def _library_of_exact_type(kind: type) -> Library | None:
+    """Return the library whose own type this is: a subclass may do anything."""
+    return _LIBRARIES.get((kind.__module__.partition(".")[0], kind.__qualname__))
+
+
+def _torch_records() -> bool:
+    """Return whether PyTorch records or changes what is done: a trace, a mode, dual tensors."""
+    torch = sys.modules.get("torch")
+    return torch is not None and (
+        torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 @contextmanager

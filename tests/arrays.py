@@ -451,7 +451,14 @@ class Call:
 
 
 def verify(case: Case) -> list[Error]:
-    """Make the call, hold all it did against the reference, and say how far each result is off."""
+    """Make the call, hold all it did against the reference, and say how far each result is off.
+
+    It is made twice, on other arrays that look the same: what has been seen goes a shorter way.
+    """
+    return _verify_once(case) + _verify_once(case)
+
+
+def _verify_once(case: Case) -> list[Error]:
     call = Call(case)
     inputs, outs = call.inputs, call.inputs if case.write == "in place" else []
     if case.write.startswith("out"):

@@ -1,9 +1,10 @@
 """From sources to a launch: kernels compiled once, by many threads, with and without the disk."""
 
+import ctypes
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from rope_cupy import environment, jit
 
 THREADS = 16
+BLOCK = b"the arguments of a launch"
 SOON = 20  # seconds, for what takes none unless it is blocked
 FULL = OSError(28, "No space left on device")
 
@@ -23,12 +25,24 @@ class StandIn:
     def __init__(self):
         self.compiled, self.in_memory, self.launched = [], [], []
         self.compile = self.run = lambda name: None
+        self.device, self.functions = 0, []
         self.cuda = SimpleNamespace(
-            Device=lambda device: nullcontext(),
-            function=SimpleNamespace(CPointer=lambda address: address, Module=Module),
+            Device=self.entered,
+            driver=SimpleNamespace(launchKernel=self.launch_kernel),
+            function=SimpleNamespace(Module=Module),
             compiler=SimpleNamespace(compile_using_nvrtc=self.compile_in_memory),
-            runtime=SimpleNamespace(getDeviceCount=lambda: 1, runtimeGetVersion=lambda: 12090),
+            runtime=SimpleNamespace(
+                getDevice=lambda: self.device,
+                getDeviceCount=lambda: 1,
+                runtimeGetVersion=lambda: 12090,
+            ),
         )
+
+    @contextmanager
+    def entered(self, device):
+        before, self.device = self.device, device
+        yield
+        self.device = before
 
     def RawModule(self, code, options, name_expressions):  # noqa: N802
         assert "rotary_kernel" in code and options == jit.compile_options()
@@ -37,12 +51,16 @@ class StandIn:
     def get_function(self, name):
         self.compiled.append(name)
         self.compile(name)
+        self.functions.append(name)
+        return SimpleNamespace(kernel=SimpleNamespace(ptr=len(self.functions) - 1))
 
-        def launch(grid, block, args, stream):
-            self.run(name)
-            self.launched.append((name, grid, block, stream.ptr))
-
-        return launch
+    def launch_kernel(self, function, *sizes_and_more):
+        *sizes, shared, stream, arguments, extra = sizes_and_more
+        name = self.functions[function]
+        self.run(name)
+        block = ctypes.string_at(ctypes.c_void_p.from_address(arguments).value, len(BLOCK))
+        assert (shared, extra, block) == (0, 0, BLOCK)
+        self.launched.append((name, self.device, sizes, stream))
 
     def compile_in_memory(self, code, options, *, name_expressions, cache_in_memory):
         assert "rotary_kernel" in code and options == (*jit.compile_options(), "-ftz=true")
@@ -59,9 +77,9 @@ class Module:
         return self.cubin, name
 
 
-def launch(name):
-    plan = SimpleNamespace(kernel=name, grid=(2,), block=(3,), argument_block=lambda _: b"block")
-    jit.launch(plan, None, device=0, stream=7)
+def launch(name, device=0):
+    plan = SimpleNamespace(kernel=name, grid=(2, 3), block=(4, 5))
+    jit.launch(plan, jit.Arguments(BLOCK), device, stream=7)
 
 
 @pytest.fixture
@@ -112,7 +130,13 @@ def test_a_launch_is_that_of_its_plan_on_the_stream(cupy):
     launch("a")
     launch("a")
     assert cupy.compiled == ["a"]
-    assert cupy.launched == [("a", (2,), (3,), 7)] * 2
+    assert cupy.launched == [("a", 0, [2, 3, 1, 4, 5, 1], 7)] * 2
+
+
+def test_a_launch_on_another_device_is_made_there_and_leaves_the_current_one(cupy):
+    launch("a", device=1)
+    assert cupy.launched == [("a", 1, [2, 3, 1, 4, 5, 1], 7)]
+    assert cupy.device == 0
 
 
 def test_threads_that_ask_for_one_kernel_at_once_have_it_compiled_once(cupy, pool):

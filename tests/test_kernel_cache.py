@@ -48,7 +48,9 @@ class Module:
 def raw_module(code, options, name_expressions):
     names = tuple(name_expressions)
     module = compiler._compile_module_with_cache(code, options, name_expressions=names)
-    return SimpleNamespace(get_function=lambda name: module.get_function(module.mapping[name]))
+    def get_function(name):
+        return SimpleNamespace(kernel=module.get_function(module.mapping[name]))
+    return SimpleNamespace(get_function=get_function)
 
 def rotate(dtype="float32"):
     apply_rotary(numpy.ones((3, 1, 2), dtype), (numpy.ones((3, 1), dtype),) * 2)

@@ -1,0 +1,251 @@
+"""A call that looks like one seen before goes a shorter way, and is checked where it must be.
+
+Equal shapes, dtypes, strides and options are recognised; addresses, gradients, flags and modes are
+looked at every time.
+"""
+
+import importlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from arrays import hold
+from reference import check, rotate, to_float64
+
+from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, rotary, tensor
+
+TOKENS, HEADS, HEAD_DIM, PAIRS = 6, 3, 16, 6  # the last 4 elements of a head pass through
+RNG = np.random.default_rng(12)
+ANGLE = RNG.uniform(-3, 3, (20, PAIRS))
+COS, SIN = np.cos(ANGLE), np.sin(ANGLE)
+
+in_every_library = pytest.mark.parametrize(
+    "library",
+    [
+        "numpy",
+        "torch",
+        *(pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "torch-cuda")),
+        pytest.param("numpy", marks=pytest.mark.host_cuda, id="host_cuda"),
+    ],
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen(monkeypatch):
+    """A process in which no call has been seen."""
+    monkeypatch.setattr(rotary, "_calls", {})
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """The names of the arrays that have been described, as is done for calls never seen."""
+    names = []
+
+    def describe(name, *arguments, describe=tensor.describe):
+        names.append(name)
+        return describe(name, *arguments)
+
+    monkeypatch.setattr(tensor, "describe", describe)
+    return names
+
+
+def fresh(library="torch", shape=(1, TOKENS, HEADS, HEAD_DIM)):
+    values = RNG.standard_normal(shape)
+    return hold(values, "float64", library).array, values
+
+
+def make_table(library="torch"):
+    return RotaryTable(*(hold(part, "float64", library).array for part in (COS, SIN)))
+
+
+def assert_right(y, x, **options):
+    check(to_float64(y), rotate(x, COS, SIN, **options), "float64")
+
+
+@in_every_library
+@pytest.mark.parametrize("positions", [None, 3, "array"])
+@pytest.mark.parametrize("write", ["new", "out", "in place"])
+def test_what_has_been_seen_is_not_described_again(library, positions, write, described):
+    table = make_table(library)
+    for i in range(4):
+        rows = positions
+        if positions == "array":
+            values = RNG.integers(0, 20, TOKENS)
+            rows = hold(values, "int64", library).array
+        elif positions is not None:
+            rows = values = positions + i  # another start is no other call
+        else:
+            values = None
+        q, q_values = fresh(library)
+        k, k_values = fresh(library, (1, TOKENS, 1, HEAD_DIM))
+        out = {"new": None, "out": (fresh(library)[0], q_like(k, library)), "in place": (q, k)}
+        results = apply_rotary_qk(q, k, table, positions=rows, out=out[write])
+        for y, x in zip(results, (q_values, k_values), strict=True):
+            assert_right(y, x, positions=values)
+        assert (not described) == (i > 0)
+        described.clear()
+
+
+def q_like(k, library):
+    return fresh(library, tuple(k.shape))[0]
+
+
+@in_every_library
+def test_in_place_and_apart_are_two_calls(library):
+    table = make_table(library)
+    for _ in range(2):
+        for in_place in (True, False):
+            x, values = fresh(library)
+            out = x if in_place else fresh(library)[0]
+            assert apply_rotary(x, table, out=out) is out
+            assert_right(out, values)
+
+
+@in_every_library
+def test_one_of_q_and_k_in_place_is_another_call_than_the_other(library):
+    table = make_table(library)
+    for _ in range(2):
+        for places in ((0,), (1,), (0, 1), ()):
+            (q, q_values), (k, k_values) = fresh(library), fresh(library)
+            outs = tuple(x if i in places else fresh(library)[0] for i, x in enumerate((q, k)))
+            apply_rotary_qk(q, k, table, out=outs)
+            assert_right(outs[0], q_values)
+            assert_right(outs[1], k_values)
+
+
+@in_every_library
+def test_an_overlap_is_refused_after_arrays_apart_that_look_the_same(library):
+    table = make_table(library)
+    buffer, values = fresh(library, (4 * TOKENS, HEADS, HEAD_DIM))
+    apply_rotary(buffer[:TOKENS], table, out=buffer[TOKENS : 2 * TOKENS])
+    for start in (1, TOKENS - 1):
+        with pytest.raises(ValueError, match=r"^out must be its input or share no memory with x"):
+            apply_rotary(buffer[:TOKENS], table, out=buffer[start : start + TOKENS])
+    apply_rotary(buffer[:TOKENS], table, out=buffer[2 * TOKENS : 3 * TOKENS])
+    for part in (buffer[TOKENS : 2 * TOKENS], buffer[2 * TOKENS : 3 * TOKENS]):
+        assert_right(part[None], values[None, :TOKENS])
+
+
+@in_every_library
+def test_a_start_past_the_table_is_refused_after_one_inside(library):
+    table = make_table(library)
+    x, values = fresh(library)
+    assert_right(apply_rotary(x, table, positions=14), values, positions=14)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="positions 15 to 20 of the 6 tokens, got 20"):
+            apply_rotary(x, table, positions=15)
+    with pytest.raises(ValueError, match="positions must be 0 or more"):
+        apply_rotary(x, table, positions=-1)
+
+
+@pytest.mark.parametrize("wrong", [1, 1.0, np.True_], ids=repr)
+def test_an_option_of_a_wrong_type_is_refused_after_its_equal(wrong):
+    x, table = fresh()[0], make_table()
+    apply_rotary(x, table, interleaved=True)
+    with pytest.raises(TypeError, match="interleaved must be True or False"):
+        apply_rotary(x, table, interleaved=wrong)
+
+
+def test_an_option_that_cannot_be_hashed_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"layout must be a string of axis names or None, got \["):
+        apply_rotary(fresh()[0], make_table(), layout=["s", "h", "d"])
+
+
+def test_a_gradient_is_asked_for_after_none():
+    x, table = fresh()[0], make_table()
+    apply_rotary(x, table)
+    x.requires_grad_()
+    with pytest.raises(ValueError, match="x must not require a gradient"):
+        apply_rotary(x, table)
+    with torch.no_grad():
+        apply_rotary(x, table)
+
+
+def test_a_lazily_negated_view_of_the_same_numbers_is_refused():
+    numbers = torch.view_as_complex(torch.randn(1, TOKENS, HEADS, HEAD_DIM, 2))
+    table = make_table()
+    apply_rotary(numbers.imag, table)
+    negated = numbers.conj().imag
+    assert negated.data_ptr() == numbers.imag.data_ptr()
+    with pytest.raises(ValueError, match="x must hold its own values, got a lazy view"):
+        apply_rotary(negated, table)
+
+
+def test_an_array_that_has_become_read_only_is_refused():
+    x, table = fresh("numpy")[0], make_table("numpy")
+    apply_rotary(x, table, out=x)
+    x.flags.writeable = False
+    with pytest.raises(ValueError, match="out must be writable"):
+        apply_rotary(x, table, out=x)
+
+
+def test_a_subclass_that_looks_the_same_is_described():
+    x, table = fresh("numpy")[0], make_table("numpy")
+    apply_rotary(x, table)
+    with pytest.raises(TypeError, match="x must be an array without a mask"):
+        apply_rotary(np.ma.masked_array(x), table)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_a_dual_tensor_a_trace_and_a_mode_are_refused_after_plain_tensors():
+    x, table = fresh()[0], make_table()
+    apply_rotary(x, table)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(ValueError, match="must not carry a forward-mode tangent"):
+            apply_rotary(dual, table)
+    make_fx = importlib.import_module("torch.fx.experimental.proxy_tensor").make_fx
+    with pytest.raises(TypeError, match="must not be traced"):
+        make_fx(lambda x: apply_rotary(x, table))(x)
+    with pytest.raises((TypeError, RuntimeError)):
+        torch.func.grad(lambda x: apply_rotary(x, table).sum())(x)
+
+
+def test_a_version_counter_moves_every_time():
+    x, table = fresh()[0], make_table()
+    for _ in range(3):
+        version = x._version
+        apply_rotary(x, table, out=x)
+        assert x._version > version
+    with torch.inference_mode():
+        y = x.clone()
+        for _ in range(2):
+            apply_rotary(y, table, out=y)
+
+
+def test_arrays_of_two_libraries_that_look_alike_are_not_taken_for_each_other():
+    table = make_table("numpy")
+    for library in ("numpy", "torch", "numpy", "torch"):
+        x, values = fresh(library)
+        y = apply_rotary(x, table)
+        assert type(y) is type(x)
+        assert_right(y, values)
+
+
+@in_every_library
+def test_threads_that_call_at_once_get_their_own_results(library):
+    table = make_table(library)
+    work = [(fresh(library), fresh(library)[0]) for _ in range(32)]
+    start = threading.Barrier(8)
+
+    def call(i):
+        if i < 8:
+            start.wait(60)
+        (x, _), out = work[i]
+        return apply_rotary(x, table, out=None if i % 2 else out)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(call, range(32)))
+    for y, ((_, values), _) in zip(results, work, strict=True):
+        assert_right(y, values)
+
+
+def test_what_has_been_seen_is_forgotten_before_it_is_too_much(monkeypatch):
+    monkeypatch.setattr(rotary, "MAX_CALLS", 5)
+    table = make_table("numpy")
+    for heads in range(1, 20):
+        x, values = fresh("numpy", (1, TOKENS, heads, HEAD_DIM))
+        assert_right(apply_rotary(x, table), values)
+        assert len(rotary._calls) <= 5
