@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import threading
 import warnings
 from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from .environment import cache_fault, cupy, explained
 from .plan import LaunchPlan
 
 _kernels: dict[tuple[str, int], Any] = {}  # by C++ name and device
-_locks: dict[tuple[str, int], Lock] = {}
-_not_warned = Lock()  # acquired for good by the one who warns that nothing is cached
+_locks: dict[tuple[str, int], threading.Lock] = {}
+_not_warned = threading.Lock()  # acquired for good by the one who warns that nothing is cached
 
 
 @cache
@@ -45,7 +45,7 @@ def kernel(name: str, device: int) -> Any:
     """
     key = name, device
     if key not in _kernels:
-        with _locks.setdefault(key, Lock()), explained():
+        with _locks.setdefault(key, threading.Lock()), explained():
             if key not in _kernels:
                 _kernels[key] = _compiled(name)
     return _kernels[key]
@@ -70,6 +70,15 @@ def _compiled(name: str) -> Any:
     return module.get_function(mangled[name])
 
 
+class _Thread(threading.local):
+    """What CUDA knows of a thread."""
+
+    has_context = False
+
+
+_thread = _Thread()
+
+
 class Arguments:
     """The argument block of a launch at an address of its own, as the driver wants to be told."""
 
@@ -82,7 +91,11 @@ class Arguments:
 def launch(plan: LaunchPlan, arguments: Arguments, device: int, stream: int) -> None:
     """Launch on a stream of a device. The arguments are read before this returns."""
     cuda = cupy().cuda
-    if cuda.runtime.getDevice() != device:
+    current = cuda.runtime.getDevice()
+    if not _thread.has_context:
+        cuda.runtime.setDevice(current)  # which the driver needs, and the runtime does by itself
+        _thread.has_context = True
+    if current != device:
         with cuda.Device(device):
             return launch(plan, arguments, device, stream)
     function = kernel(plan.kernel, device)

@@ -149,7 +149,7 @@ class _Torch(Library):
         if array.requires_grad:
             return None
         # The dispatch keys tell a sparse tensor, a lazily negated one, one of inference mode, ...
-        keys = sys.modules["torch"]._C._dispatch_keys(array).raw_repr()
+        keys = _torch_c()._dispatch_keys(array).raw_repr()
         try:
             pointer = array.data_ptr()
         except RuntimeError:  # of functorch
@@ -380,6 +380,11 @@ def _torch_pointer(name: str, array: Any) -> int:
     if not pointer and array.numel():
         raise TypeError(f"{name} must be a tensor in memory, got {type(array).__name__}")
     return pointer
+
+
+@cache
+def _torch_c() -> Any:
+    return sys.modules["torch"]._C
 
 
 @cache

@@ -25,7 +25,7 @@ class StandIn:
     def __init__(self):
         self.compiled, self.in_memory, self.launched = [], [], []
         self.compile = self.run = lambda name: None
-        self.device, self.functions = 0, []
+        self.device, self.functions, self.contexts = 0, [], threading.local()
         self.cuda = SimpleNamespace(
             Device=self.entered,
             driver=SimpleNamespace(launchKernel=self.launch_kernel),
@@ -33,10 +33,15 @@ class StandIn:
             compiler=SimpleNamespace(compile_using_nvrtc=self.compile_in_memory),
             runtime=SimpleNamespace(
                 getDevice=lambda: self.device,
+                setDevice=self.set_device,
                 getDeviceCount=lambda: 1,
                 runtimeGetVersion=lambda: 12090,
             ),
         )
+
+    def set_device(self, device):
+        assert device == self.device
+        self.contexts.here = True
 
     @contextmanager
     def entered(self, device):
@@ -55,6 +60,7 @@ class StandIn:
         return SimpleNamespace(kernel=SimpleNamespace(ptr=len(self.functions) - 1))
 
     def launch_kernel(self, function, *sizes_and_more):
+        assert self.contexts.here, "a thread has a context once a device has been set in it"
         *sizes, shared, stream, arguments, extra = sizes_and_more
         name = self.functions[function]
         self.run(name)
@@ -85,7 +91,8 @@ def launch(name, device=0):
 @pytest.fixture
 def cold(monkeypatch):
     """A process that has neither compiled a kernel nor warned."""
-    for name, value in (("_kernels", {}), ("_locks", {}), ("_not_warned", threading.Lock())):
+    state = {"_kernels": {}, "_locks": {}, "_not_warned": threading.Lock()}
+    for name, value in (state | {"_thread": jit._Thread()}).items():
         monkeypatch.setattr(jit, name, value)
 
 
