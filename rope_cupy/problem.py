@@ -199,6 +199,21 @@ def rotary_options(
     out_of_range: object,
 ) -> Options:
     """Check the types and the values that need no array."""
+    options = interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range
+    try:
+        return _known_options(*options)
+    except TypeError:  # one of a wrong type, which may not even be hashable: it is named
+        return _checked_options(*options)
+
+
+def _checked_options(
+    interleaved: object,
+    layout: object,
+    head_dim: object,
+    rotary_offset: object,
+    conjugate: object,
+    out_of_range: object,
+) -> Options:
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved must be True or False, got {interleaved!r}")
     if not isinstance(conjugate, bool):
@@ -225,6 +240,9 @@ def rotary_options(
         raise ValueError(f"out_of_range must be 'nan' or 'keep', got {out_of_range!r}")
     offset = index("rotary_offset", rotary_offset)
     return Options(interleaved, layout, head_dim, offset, conjugate, out_of_range)
+
+
+_known_options = lru_cache(maxsize=256, typed=True)(_checked_options)
 
 
 def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from arrays import hold
 from reference import check, rotate, to_float64
 
-from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, rotary, tensor
+from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, calls, tensor
 
 TOKENS, HEADS, HEAD_DIM, PAIRS = 6, 3, 16, 6  # the last 4 elements of a head pass through
 RNG = np.random.default_rng(12)
@@ -35,7 +35,7 @@ in_every_library = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def nothing_seen(monkeypatch):
     """A process in which no call has been seen."""
-    monkeypatch.setattr(rotary, "_calls", {})
+    monkeypatch.setattr(calls, "_calls", {})
 
 
 @pytest.fixture
@@ -243,9 +243,9 @@ def test_threads_that_call_at_once_get_their_own_results(library):
 
 
 def test_what_has_been_seen_is_forgotten_before_it_is_too_much(monkeypatch):
-    monkeypatch.setattr(rotary, "MAX_CALLS", 5)
+    monkeypatch.setattr(calls, "MAX_CALLS", 5)
     table = make_table("numpy")
     for heads in range(1, 20):
         x, values = fresh("numpy", (1, TOKENS, heads, HEAD_DIM))
         assert_right(apply_rotary(x, table), values)
-        assert len(rotary._calls) <= 5
+        assert len(calls._calls) <= 5
