@@ -59,7 +59,7 @@ HELD_BY = {
     "It runs on the current stream": """
         test_gpu.test_the_launch_is_in_its_turn_on_the_current_stream_and_nothing_waits
         test_gpu.test_the_stream_is_that_of_the_library_that_owns_the_output""",
-    "Nothing is allocated": """
+    "On a GPU nothing": """
         test_gpu.test_nothing_is_allocated_but_the_result""",
     "A call that has run before": """
         test_gpu.test_a_graph_repeats_the_launch_on_new_numbers""",
