@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .checks import index
 from .memory import FLOATS, ITEMSIZE, ArraySpec, may_overlap_itself
@@ -190,16 +190,8 @@ def out_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return ("out",) if len(names) == 1 else tuple(f"{name}_out" for name in names)
 
 
-def rotary_options(
-    interleaved: object,
-    layout: object,
-    head_dim: object,
-    rotary_offset: object,
-    conjugate: object,
-    out_of_range: object,
-) -> Options:
-    """Check the types and the values that need no array."""
-    options = interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range
+def rotary_options(*options: Any) -> Options:
+    """Check what needs no array of the fields of Options, which are given one by one."""
     try:
         return _known_options(*options)
     except TypeError:  # one of a wrong type, which may not even be hashable: it is named

@@ -8,7 +8,7 @@ import pytest
 
 from rope_cupy.memory import array_spec
 from rope_cupy.plan import BLOCK_THREADS, divisor, launch_plan
-from rope_cupy.problem import MAX_ROWS, TableSpec, rotary_options, rotary_problem
+from rope_cupy.problem import MAX_ROWS, Options, TableSpec, rotary_options, rotary_problem
 
 # The integers of the argument block, in the order of kernels/rotary.cu (test_kernels.py compares).
 VIEW = ("origin", "outer", "middle", "inner", "element", "width")
@@ -49,7 +49,7 @@ def problem(xs, rotary_dim, outs=None, positions=None, table=None, **options):
         outs is None,
         table or TableSpec(part, part, 1, 0),
         positions,
-        rotary_options(**chosen),
+        rotary_options(*Options(**chosen)),
     )
 
 
