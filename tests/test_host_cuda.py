@@ -102,6 +102,13 @@ class FarApart(Mutant):
         rotate_far_apart("s", 2**30 + 64)
 
 
+class OfTheirOwn(Mutant):
+    def show(self):
+        rows = [[8, 0, 3, 3, 7, 1, 2]] * 2
+        styles = "dense", "padded"
+        test_rotary.test_cosines_and_sines_have_strides_of_their_own("numpy", rows, styles)
+
+
 PLAIN = Mutant._field_defaults["case"]
 GATHERED = PLAIN._replace(positions="int64 bs", outside="nan")
 OUT_OF_BOUNDS = "AddressSanitizer: (use-after-poison|SEGV)"
@@ -177,6 +184,12 @@ MUTANTS = {
         "0",
         f"{OUT_OF_BOUNDS}|{WRONG}",
         PLAIN._replace(rows="head", sizes=(2, 5, 4, 4)),
+    ),
+    "sines by the rows of cosines": OfTheirOwn(
+        "rotary.cu",
+        "in_range ? position * args.sin_row",
+        "in_range ? position * args.cos_row",
+        f"{OUT_OF_BOUNDS}|{WRONG}",
     ),
     "arguments of another shape": Mutant(
         "rotary.cu",

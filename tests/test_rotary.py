@@ -169,6 +169,19 @@ def test_positions_may_start_anywhere_and_repeat(library, positions):
 
 
 @in_every_library
+@pytest.mark.parametrize("positions", [None, [[8, 0, 3, 3, 7, 1, 2]] * 2], ids=["none", "array"])
+@pytest.mark.parametrize("styles", [("dense", "padded"), ("ragged", "dense")], ids="-".join)
+def test_cosines_and_sines_have_strides_of_their_own(library, positions, styles):
+    example = Example(library)
+    parts = zip((example.cos, example.sin), styles, strict=True)
+    table = RotaryTable(*(example.array(part, style=style) for part, style in parts))
+    rows = None if positions is None else example.array(positions, "int64")
+    y = apply_rotary(example.x, table, positions=rows)
+    exact = example.exact(positions=None if positions is None else np.array(positions))
+    check(to_float64(y), exact, "float32")
+
+
+@in_every_library
 @in_both_pairings
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_infinities_and_nans_propagate_as_in_ieee_arithmetic(library, interleaved, dtype):
