@@ -19,17 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from reference import (
-    FORMATS,
-    Error,
-    arranged,
-    canonical,
-    check,
-    decode,
-    encode,
-    rotate,
-    to_bits,
-)
+from reference import FORMATS, Error, arranged, canonical, check, decode, encode, rotate, to_bits
 
 import rope_cupy
 
@@ -69,6 +59,7 @@ class Strides(NamedTuple):
         return "_".join([*numbers, *flags, str(self.offset)])
 
     def place(self, shape: tuple[int, ...]) -> Placement:
+        """Where these strides put an array of a shape."""
         first, size, start = 4 - len(shape), 1, 0
         strides = [0] * len(shape)
         for axis in reversed([axis - first for axis in self.order if axis >= first]):
