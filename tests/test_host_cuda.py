@@ -29,11 +29,12 @@ def test_a_call_of_any_kind_is_right(case, record):
     record(case.dtype, *verify(case))
 
 
-@pytest.mark.parametrize("kernel", ["bfloat16, float, true, false, 8, 1, 0, 8, false"])
-def test_the_kernel_compiles_without_a_warning(kernel, tmp_path):
-    options = host_cuda.kernel_options(jit.sources() / "rotary.cu", f"rotary_kernel<{kernel}>")
-    options += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-o", str(tmp_path / "kernel.so")]
-    done = subprocess.run(host_cuda.command(*options), capture_output=True, text=True)
+def test_the_kernel_compiles_without_a_warning(tmp_path):
+    kernel = "rotary_kernel<bfloat16, float, true, false, 8, 1, 0, 8, false>"
+    options = host_cuda.kernel_options(jit.sources() / "rotary.cu", kernel)
+    command = host_cuda.command(*options, "-o", str(tmp_path / "kernel.so"))
+    assert {"-Wall", "-Wextra"} <= set(command)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -67,11 +67,11 @@ def why_not() -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "empty.cpp")
         source.write_text("int main() {}\n")
-        command = [compiler(), *SANITIZERS, str(source), "-o", f"{folder}/empty"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        program = f"{folder}/empty"
+        compilation = command(str(source), "-o", program)
+        done = subprocess.run(compilation, capture_output=True, text=True)
         if done.returncode == 0:
-            program = [f"{folder}/empty"]
-            done = subprocess.run(program, capture_output=True, text=True, env=_settings())
+            done = subprocess.run([program], capture_output=True, text=True, env=_settings())
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
             return f"{compiler()} makes no programs with sanitizers: {said[-1]}"
@@ -240,9 +240,9 @@ def kernel_options(source: Path, kernel: str) -> list[str]:
 
 def command(*arguments: str) -> list[str]:
     """The command line that compiles with sanitizers."""
-    compiler_found = compiler()
-    assert compiler_found, "why_not() must have been asked"
-    return [compiler_found, *OPTIONS, *SANITIZERS, *arguments]
+    found = compiler()
+    assert found, "why_not() must have been asked"
+    return [found, *OPTIONS, *SANITIZERS, *arguments]
 
 
 def _made(target: Path, *arguments: str) -> Path:
