@@ -23,6 +23,12 @@ struct Conditional<false, A, B> {
   using Type = B;
 };
 
+template <typename T>
+constexpr bool kIsVoid = false;
+
+template <>
+constexpr bool kIsVoid<void> = true;
+
 // The type to compute in: double when the tensor or the table is 64-bit, else float.
 template <typename T, typename Table>
 using Compute = typename Conditional<(sizeof(T) == 8 || sizeof(Table) == 8), double, float>::Type;
@@ -184,6 +190,62 @@ __device__ __forceinline__ T narrow(double value) {
   } else {
     return value;
   }
+}
+
+// Two neighbours of 16 bits share a word, the first in its low half, and are converted together.
+__device__ __forceinline__ unsigned word_of(unsigned short first, unsigned short second) {
+  return first | static_cast<unsigned>(second) << 16;
+}
+
+struct Two {
+  float first;
+  float second;
+};
+
+template <typename T>
+__device__ __forceinline__ Two widen_two(unsigned word);
+
+template <>
+__device__ __forceinline__ Two widen_two<bfloat16>(unsigned word) {
+  return {bit_cast<float>(word << 16), bit_cast<float>(word & 0xffff0000u)};
+}
+
+template <>
+__device__ __forceinline__ Two widen_two<float16>(unsigned word) {
+  return {to_float(float16{static_cast<unsigned short>(word)}),
+          to_float(float16{static_cast<unsigned short>(word >> 16)})};
+}
+
+template <typename T, typename Real>
+__device__ __forceinline__ unsigned narrow_two(Real first, Real second) {
+  return word_of(narrow<T>(first).bits, narrow<T>(second).bits);
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ unsigned narrow_two<bfloat16>(float first, float second) {
+  unsigned word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+
+template <>
+__device__ __forceinline__ unsigned narrow_two<float16>(float first, float second) {
+  unsigned word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+#endif
+
+// a * b + c in 64 bits, of factors that take 32.
+__device__ __forceinline__ long long multiply_add(int a, int b, long long c) {
+#ifdef __CUDA_ARCH__
+  long long result;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(result) : "r"(a), "r"(b), "l"(c));
+  return result;
+#else
+  return static_cast<long long>(a) * b + c;
+#endif
 }
 
 // a * b - c * d within 1.5 units in the last place, also where the products cancel: Kahan's

@@ -5,18 +5,20 @@
 //                                                         and its cos is the first; its sin is
 //                                                         kSinOffset behind or, if that is 0, the
 //                                                         first of another array
-//   positions   (outer, middle, inner)             int    4 or 8 bytes, strided; none when
-//                                                         position_bytes is 0
+//   positions   (outer, middle, inner)             Position  int or long long, strided; void
+//                                                         where there are none
 //
 // outer, middle and inner are the batch, token and head axes in the order that the host found best.
-// The heads of the two tensors count through: k's first follows q's last. A row is one head of one
-// token.
+// A row is one head of one token. A set is kRows rows of one token, whose angles are loaded once:
+// heads that lie num_heads / kRows apart. The blocks come in periods: in each, q has its blocks and
+// then k its own, in the proportion of their heads, so that both are at a token at about one time.
 //
-// Grid   blockIdx.x  = group of blockDim.y rows     blockIdx.y  = group of blockDim.x lanes
-// Block  threadIdx.y = row in its group             threadIdx.x = lane in its group
-// Lane   kPairs neighbouring pairs; the lanes behind those copy kPassRun elements each from outside
-//        the slice
+// Grid   blockIdx.x  = group of blockDim.y sets     blockIdx.y  = group of blockDim.x lanes
+// Block  threadIdx.y = set in its group             threadIdx.x = lane in its group
+// Lane   kPairs neighbouring pairs of every row; the lanes behind those copy kPassRun elements each
+//        from outside the slice
 #include "pairs.cuh"
+#include "pdl.cuh"
 
 struct Coordinates {
   int outer;
@@ -27,7 +29,6 @@ struct Coordinates {
 // Every field of the argument block is 8 bytes wide, so the host packs it as an array of 64-bit
 // integers. Strides count elements.
 struct View {
-  long long origin;  // where coordinates (0, 0, 0) lie, from the pointer
   long long outer;
   long long middle;
   long long inner;
@@ -36,10 +37,13 @@ struct View {
 
   template <bool kCommon>
   __device__ __forceinline__ long long offset(const Coordinates& at) const {
-    using Stride = typename Conditional<kCommon, int, long long>::Type;
-    return origin + static_cast<long long>(at.outer) * static_cast<Stride>(outer) +
-           static_cast<long long>(at.middle) * static_cast<Stride>(middle) +
-           static_cast<long long>(at.inner) * static_cast<Stride>(inner);
+    if constexpr (kCommon) {
+      const long long rows = multiply_add(at.outer, static_cast<int>(outer), 0);
+      return multiply_add(at.inner, static_cast<int>(inner),
+                          multiply_add(at.middle, static_cast<int>(middle), rows));
+    } else {
+      return at.outer * outer + at.middle * middle + at.inner * inner;
+    }
   }
 
   template <typename T, bool kCommon>
@@ -47,11 +51,6 @@ struct View {
     if constexpr (kCommon) return {1, kWidestAccess<T>};
     return {element, static_cast<int>(width)};
   }
-};
-
-struct Tensor {
-  View x;
-  View out;
 };
 
 // Division of numbers below 2^31: Granlund and Montgomery, "Division by Invariant Integers using
@@ -62,52 +61,47 @@ struct Divisor {
   long long shift;
 
   __device__ __forceinline__ unsigned divide(unsigned number) const {
-    return static_cast<unsigned>(static_cast<unsigned long long>(number) *
-                                     static_cast<unsigned>(multiplier) >>
-                                 static_cast<unsigned>(shift));
+    const auto product =
+        static_cast<unsigned long long>(2 * number) * static_cast<unsigned>(multiplier);
+    return static_cast<unsigned>(product >> 32) >> static_cast<unsigned>(shift);
   }
+};
+
+struct Tensor {
+  View x;
+  View out;
+  Divisor inner;
+  Divisor middle;
+  long long x_step;  // from one row of a set to its next
+  long long out_step;
+  long long num_sets;
+  long long blocks;  // of a period
 };
 
 template <typename T, typename Table>
 struct Arguments {
-  const T* x[2];
+  const T* x[2];  // at the rotated slice of the first head
   T* out[2];
   const Table* cos_data;
   const Table* sin_data;
   const void* positions;
 
-  Tensor tensors[2];  // origins lie at the rotated slice
+  Tensor tensors[2];
+  Divisor period;
   View cos;
   View sin;
-  long long cos_of_k;  // elements from the row of q's first head to that of k's, in a table by head
-  long long sin_of_k;
 
   View position;
-  long long position_bytes;
   long long num_positions;
   long long cos_row;  // from one position to the next
   long long sin_row;
   long long keep;  // a token out of range stays as it is, else it becomes NaN
-
-  long long num_rows;
-  Divisor inner;
-  Divisor middle;
-  long long head_axis;  // 0 outer, 1 middle, 2 inner
-  long long num_q_heads;
 
   long long rotary_offset;
   long long num_pairs;
   long long num_pair_lanes;
   long long num_lanes;
 };
-
-template <typename T, typename Table>
-__device__ __forceinline__ long long load_position(const Arguments<T, Table>& args,
-                                                   const Coordinates& at) {
-  const long long index = args.position.template offset<false>(at);
-  if (args.position_bytes == 8) return static_cast<const long long*>(args.positions)[index];
-  return static_cast<const int*>(args.positions)[index];
-}
 
 template <typename Real, int kPairs, int kTableStep, int kSinOffset, typename Table>
 __device__ __forceinline__ Angles<Real, kPairs> load_angles(const Table* cos_row, Access cos_access,
@@ -122,80 +116,129 @@ __device__ __forceinline__ Angles<Real, kPairs> load_angles(const Table* cos_row
     sin_run =
         load<kPairs * kTableStep>(sin_row + pair * kTableStep * sin_access.stride, sin_access);
   }
+  const auto cos = widen<Real>(cos_run), sin = widen<Real>(sin_run);
   Angles<Real, kPairs> angles;
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
-    angles.cos[i] = widen<Real>(cos_run.values[i * kTableStep]);
-    angles.sin[i] = widen<Real>(sin_run.values[i * kTableStep + kSinOffset]);
+    angles.cos[i] = cos.values[i * kTableStep];
+    angles.sin[i] = sin.values[i * kTableStep + kSinOffset];
   }
   return angles;
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ Vec<T, kSize> nans() {
+  Numbers<float, kSize> numbers;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) numbers.values[i] = bit_cast<float>(0x7fc00000u);
+  return narrow<T>(numbers);
 }
 
 // kCommon: every access is whole, an output has its input's strides, sin has cos's, the table has
 // no heads, and strides fit 32 bits. Dense tensors give this, and it takes the fewest instructions.
 // The products of strides stay 64-bit.
-template <typename T, typename Table, bool kInterleaved, bool kConjugate, int kPairs,
-          int kTableStep, int kSinOffset, int kPassRun, bool kCommon>
+//
+// kPastL1: what passes L1 by, 0 nothing, 1 what is written, 2 also what is read of x.
+template <typename T, typename Table, typename Position, bool kInterleaved, bool kConjugate,
+          int kRows, int kPairs, int kTableStep, int kSinOffset, int kPassRun, int kPastL1,
+          bool kCommon>
 __global__ void rotary_kernel(const __grid_constant__ Arguments<T, Table> args) {
   using Real = Compute<T, Table>;
 
-  const int row = blockIdx.x * blockDim.y + threadIdx.y;
+  const unsigned period = args.period.divide(blockIdx.x);
+  const int block = blockIdx.x - period * static_cast<unsigned>(args.period.value);
+  const int q_blocks = static_cast<int>(args.tensors[0].blocks);
+  const int which = block >= q_blocks;
+  const Tensor& tensor = args.tensors[which];
+  const unsigned group = period * static_cast<unsigned>(tensor.blocks) + block - which * q_blocks;
+  const unsigned set = group * blockDim.y + threadIdx.y;
   const int lane = blockIdx.y * blockDim.x + threadIdx.x;
-  if (row >= static_cast<int>(args.num_rows) || lane >= static_cast<int>(args.num_lanes)) return;
+  if (set >= static_cast<unsigned>(tensor.num_sets) || lane >= static_cast<int>(args.num_lanes)) {
+    return;
+  }
 
   Coordinates at;
-  const int outer_and_middle = args.inner.divide(row);
-  at.inner = row - outer_and_middle * static_cast<int>(args.inner.value);
-  at.outer = args.middle.divide(outer_and_middle);
-  at.middle = outer_and_middle - at.outer * static_cast<int>(args.middle.value);
-  const int head = args.head_axis == 2 ? at.inner : args.head_axis == 1 ? at.middle : at.outer;
-  const int which = head >= static_cast<int>(args.num_q_heads);
+  const unsigned outer_and_middle = tensor.inner.divide(set);
+  at.inner = set - outer_and_middle * static_cast<unsigned>(tensor.inner.value);
+  at.outer = tensor.middle.divide(outer_and_middle);
+  at.middle = outer_and_middle - at.outer * static_cast<unsigned>(tensor.middle.value);
 
-  const View& x_view = args.tensors[which].x;
-  const View& out_view = args.tensors[which].out;
-  const Access x_access = x_view.template access<T, kCommon>();
-  const Access out_access = out_view.template access<T, kCommon>();
-  const long long x_offset = x_view.template offset<kCommon>(at);
+  const Access x_access = tensor.x.template access<T, kCommon>();
+  const Access out_access = tensor.out.template access<T, kCommon>();
+  const long long x_offset = tensor.x.template offset<kCommon>(at);
   const T* x_slice = args.x[which] + x_offset;
-  T* out_slice = args.out[which] + (kCommon ? x_offset : out_view.template offset<kCommon>(at));
-
+  T* out_slice = args.out[which] + (kCommon ? x_offset : tensor.out.template offset<kCommon>(at));
   const int num_pairs = static_cast<int>(args.num_pairs);
+
+  wait_for_earlier_grids();
+  let_later_grids_start();
+
+  // Lanes that pass elements through load them beside those that rotate, and store at the end.
+  const int pass_lane = lane - static_cast<int>(args.num_pair_lanes);
+  const bool passes = kPassRun > 0 && pass_lane >= 0;
+  int element = pass_lane * kPassRun - static_cast<int>(args.rotary_offset);
+  if (element >= 0) element += 2 * num_pairs;
+  [[maybe_unused]] Vec<T, kPassRun ? kPassRun : 1> passed[kRows];
   if constexpr (kPassRun > 0) {
-    const int pass_lane = lane - static_cast<int>(args.num_pair_lanes);
-    if (pass_lane >= 0) {
-      int element = pass_lane * kPassRun - static_cast<int>(args.rotary_offset);
-      if (element >= 0) element += 2 * num_pairs;
-      store(out_slice + element * out_access.stride, out_access,
-            load<kPassRun>(x_slice + element * x_access.stride, x_access));
-      return;
+    if (passes) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const T* from = x_slice + i * tensor.x_step + element * x_access.stride;
+        passed[i] = load<kPassRun>(from, x_access);
+      }
     }
   }
-  const int pair = lane * kPairs;
-  auto pairs = load_pairs<kInterleaved, kPairs>(x_slice, x_access, pair, num_pairs);
 
-  bool in_range = true;
-  long long cos_offset, sin_offset;
-  if (args.position_bytes) {
-    const long long position = load_position(args, at);
-    in_range = static_cast<unsigned long long>(position) <
-               static_cast<unsigned long long>(args.num_positions);
-    cos_offset = in_range ? position * args.cos_row : 0;
-    sin_offset = kCommon ? cos_offset : in_range ? position * args.sin_row : 0;
-  } else {
-    cos_offset = args.cos.template offset<kCommon>(at) + (kCommon ? 0 : which * args.cos_of_k);
-    sin_offset =
-        kCommon ? cos_offset : args.sin.template offset<kCommon>(at) + which * args.sin_of_k;
-  }
-  if (in_range) {
+  if (!passes) {
+    const int pair = lane * kPairs;
+    Vec<T, 2 * kPairs> pairs[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      pairs[i] = load_pairs<kInterleaved, kPairs, kPastL1 == 2>(x_slice + i * tensor.x_step,
+                                                                x_access, pair, num_pairs);
+    }
+    const auto store_row = [&](int i, const Vec<T, 2 * kPairs>& run) {
+      store_pairs<kInterleaved, kPairs, (kPastL1 > 0)>(out_slice + i * tensor.out_step, out_access,
+                                                       pair, num_pairs, run);
+    };
+
+    long long cos_offset, sin_offset;
+    if constexpr (kIsVoid<Position>) {
+      cos_offset = args.cos.template offset<kCommon>(at);
+      sin_offset = kCommon ? cos_offset : args.sin.template offset<kCommon>(at);
+    } else {
+      const auto* positions = static_cast<const Position*>(args.positions);
+      const long long position = positions[args.position.template offset<kCommon>(at)];
+      if (static_cast<unsigned long long>(position) >=
+          static_cast<unsigned long long>(args.num_positions)) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) store_row(i, args.keep ? pairs[i] : nans<T, 2 * kPairs>());
+        return;
+      }
+      if constexpr (kCommon) {
+        cos_offset = multiply_add(static_cast<int>(position), static_cast<int>(args.cos_row), 0);
+        sin_offset = cos_offset;
+      } else {
+        cos_offset = position * args.cos_row;
+        sin_offset = position * args.sin_row;
+      }
+    }
     const auto angles = load_angles<Real, kPairs, kTableStep, kSinOffset>(
         args.cos_data + cos_offset, args.cos.template access<Table, kCommon>(),
         args.sin_data + sin_offset, args.sin.template access<Table, kCommon>(), pair);
-    pairs = rotate<kConjugate>(pairs, angles);
-  } else if (!args.keep) {
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      pairs.first.values[i] = pairs.second.values[i] = narrow<T>(bit_cast<float>(0x7fc00000u));
+    for (int i = 0; i < kRows; ++i) {
+      store_row(i, rotate<kInterleaved, kConjugate, kPairs>(pairs[i], angles));
     }
   }
-  store_pairs<kInterleaved>(out_slice, out_access, pair, num_pairs, pairs);
+
+  if constexpr (kPassRun > 0) {
+    if (passes) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        T* to = out_slice + i * tensor.out_step + element * out_access.stride;
+        store(to, out_access, passed[i]);
+      }
+    }
+  }
 }

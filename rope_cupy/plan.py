@@ -8,49 +8,69 @@ from __future__ import annotations
 import math
 import struct
 from functools import lru_cache
+from operator import add
 from typing import NamedTuple
 
 from .memory import ACCESS_BYTES, ITEMSIZE
 from .problem import Pointers, RotaryProblem, View
 
-BLOCK_THREADS = 128
-C_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
+WARP = 32
+BLOCK_BYTES = 4096  # of x: with less, GPUs cannot start blocks as fast as the memory serves them
+BLOCK_THREADS = range(128, 257)  # as wanted; a block of whole warps may have up to 512
+MAX_LANES = 256  # of a block
+HEAD = 2  # the axis of heads, behind batch and tokens
+C_TYPES = {
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float32": "float",
+    "float64": "double",
+    "int32": "int",
+    "int64": "long long",
+    None: "void",
+}
 
 
 class LaunchPlan(NamedTuple):
     kernel: str  # the C++ name: a template and its arguments
     grid: tuple[int, int]
     block: tuple[int, int]
+    to_slice: tuple[int, ...]  # bytes from a tensor to its rotated slice: of the two x and outs
     arguments: bytes  # what follows the pointers in the argument block
 
     def argument_block(self, pointers: Pointers) -> bytes:
         """Return the kernel's one argument; a launch of one tensor repeats it as the second."""
         x, out = (pointers.x * 2)[:2], (pointers.out * 2)[:2]
-        addresses = (*x, *out, pointers.cos, pointers.sin, pointers.positions)
+        slices = map(add, (*x, *out), self.to_slice)
+        addresses = (*slices, pointers.cos, pointers.sin, pointers.positions)
         return struct.pack("<7Q", *addresses) + self.arguments
+
+
+class Share(NamedTuple):
+    """What one thread does."""
+
+    rows: int  # heads of a token, for which it loads the angles once
+    pairs: int  # of each row
+    pass_run: int  # or elements of each row that it copies from outside the slice; 0 for none
 
 
 @lru_cache(maxsize=4096)
 def launch_plan(problem: RotaryProblem) -> LaunchPlan:
     """Choose how wide threads read and write, how rows are numbered, and the launch over them."""
-    widths = _access_widths(problem)
-    num_pairs = problem.rotary_dim // 2
-    pairs = _pairs_per_thread(problem, widths)
-    pass_run = _pass_run(problem)
-    num_pair_lanes = num_pairs // pairs
-    num_lanes = num_pair_lanes + (
-        (problem.head_dim - problem.rotary_dim) // pass_run if pass_run else 0
-    )
-
-    grid_y = -(-num_lanes // BLOCK_THREADS)
-    block_x = -(-num_lanes // grid_y)
-    block_y = BLOCK_THREADS // block_x
-    axes = _axis_order(problem)
+    widths, axes = _access_widths(problem), _axis_order(problem)
+    pairs, pass_run = _pairs_per_thread(problem, widths), _pass_run(problem)
+    num_pair_lanes = problem.rotary_dim // 2 // pairs
+    num_lanes = num_pair_lanes
+    if pass_run:
+        num_lanes += (problem.head_dim - problem.rotary_dim) // pass_run
+    share = Share(_rows_per_thread(problem, pairs, num_lanes, axes), pairs, pass_run)
+    block, grid_y = _block(num_lanes, share.rows * 2 * pairs * ITEMSIZE[problem.dtype])
+    blocks, num_periods = _periods(problem, share.rows * block[1])
     return LaunchPlan(
-        kernel=_kernel_name(problem, widths, pairs, pass_run),
-        grid=(-(-problem.num_rows // block_y), grid_y),
-        block=(block_x, block_y),
-        arguments=_pack(problem, widths, axes, num_pair_lanes, num_lanes),
+        kernel=_kernel_name(problem, widths, share, axes),
+        grid=(num_periods * sum(blocks), grid_y),
+        block=block,
+        to_slice=_to_slice(problem),
+        arguments=_pack(problem, widths, share.rows, blocks, axes, (num_pair_lanes, num_lanes)),
     )
 
 
@@ -83,12 +103,33 @@ def _width(view: View, dtype: str, step: int, *offsets: int) -> int:
 
 
 def _pairs_per_thread(problem: RotaryProblem, widths: Widths) -> int:
-    """As many pairs as one access holds elements, fewer where no tensor moves as many at once."""
-    pairs = most = ACCESS_BYTES // ITEMSIZE[problem.dtype]
-    widest = max(*widths.x, *widths.out)
-    if widest < most:
-        pairs = max(1, widest // 2) if problem.interleaved else widest
-    return math.gcd(pairs, problem.rotary_dim // 2)
+    """Return how many pairs of a row a thread rotates: of every half, or run, one access.
+
+    In the half pairing fewer where the lanes that pass elements through have one access each, or
+    the angles of a pair take 16 bytes. Fewer too where no tensor moves as many elements at once.
+    """
+    most = ACCESS_BYTES // ITEMSIZE[problem.dtype]
+    widest = min(most, max(*widths.x, *widths.out))
+    table_bytes = problem.table_step * ITEMSIZE[problem.table_dtype]
+    one_access = problem.interleaved or _pass_run(problem) or table_bytes >= ACCESS_BYTES
+    pairs = widest // 2 if one_access else widest
+    return math.gcd(max(1, pairs), problem.rotary_dim // 2)
+
+
+def _rows_per_thread(
+    problem: RotaryProblem, pairs: int, num_lanes: int, axes: tuple[int, int, int]
+) -> int:
+    """Return for how many heads of a token a thread loads the angles: of a short row, for two.
+
+    For four where the angles are the most of what it loads. Only where the heads of a token lie
+    beside each other and whole rows fill a warp: else neighbouring threads would read far apart.
+    """
+    row_bytes = 2 * pairs * ITEMSIZE[problem.dtype]
+    of_heads = problem.cos.strides[HEAD] or problem.sin.strides[HEAD]
+    if of_heads or row_bytes > ACCESS_BYTES or axes[2] != HEAD or WARP % min(num_lanes, WARP):
+        return 1
+    rows = 4 if problem.table_step * ITEMSIZE[problem.table_dtype] >= ACCESS_BYTES else 2
+    return math.gcd(rows, *(tensor.num_heads for tensor in problem.tensors))
 
 
 def _pass_run(problem: RotaryProblem) -> int:
@@ -100,18 +141,54 @@ def _pass_run(problem: RotaryProblem) -> int:
     return math.gcd(widest, problem.rotary_offset, problem.rotary_dim, rest)
 
 
-def _kernel_name(problem: RotaryProblem, widths: Widths, pairs: int, pass_run: int) -> str:
-    x_run = 2 * pairs if problem.interleaved else pairs
+def _block(num_lanes: int, thread_bytes: int) -> tuple[tuple[int, int], int]:
+    """Return the lanes and sets of rows of a block, and the blocks over the lanes of a row."""
+    grid_y = -(-num_lanes // MAX_LANES)
+    lanes = -(-num_lanes // grid_y)
+    threads = min(max(BLOCK_BYTES // thread_bytes, BLOCK_THREADS[0]), BLOCK_THREADS[-1])
+    sets = WARP // math.gcd(WARP, lanes)  # of whole warps
+    if lanes * sets > 2 * BLOCK_THREADS[-1]:
+        sets = 1
+    return (lanes, sets * max(1, threads // (lanes * sets))), grid_y
+
+
+def _periods(problem: RotaryProblem, rows_of_a_block: int) -> tuple[tuple[int, ...], int]:
+    """Return how many blocks each tensor has in a period, and how many periods there are.
+
+    In a period the blocks of a tensor are to the other's as its heads are; a launch of few blocks
+    is one period, so that none is left without rows.
+    """
+    heads = [tensor.num_heads for tensor in problem.tensors]
+    needed = [-(-problem.num_rows_of(t) // rows_of_a_block) for t in problem.tensors]
+    blocks = tuple(num_heads // (math.gcd(*heads) or 1) for num_heads in heads)
+    if sum(blocks) > min(sum(needed) // 16, 512):
+        return tuple(needed), 1
+    return blocks, max(-(-num // each) for num, each in zip(needed, blocks, strict=True) if each)
+
+
+def _kernel_name(
+    problem: RotaryProblem, widths: Widths, share: Share, axes: tuple[int, int, int]
+) -> str:
+    x_run = share.pairs * (2 if problem.interleaved else 1)
+    table_run = share.pairs * problem.table_step
+    is_common = _is_common(problem, widths, x_run, share.pass_run, table_run)
+    # Measured, alone and with the attention that follows: see benchmarks/results.
+    past_l1 = 0
+    if is_common and problem.in_place and axes[2] == HEAD:
+        past_l1 = 2 if problem.position_dtype else 1
     arguments = (
         C_TYPES[problem.dtype],
         C_TYPES[problem.table_dtype],
+        C_TYPES[problem.position_dtype],
         _cpp(problem.interleaved),
         _cpp(problem.conjugate),
-        pairs,
+        share.rows,
+        share.pairs,
         problem.table_step,
         problem.sin_offset,
-        pass_run,
-        _cpp(_is_common(problem, widths, x_run, pass_run, pairs * problem.table_step)),
+        share.pass_run,
+        past_l1,
+        _cpp(is_common),
     )
     return f"rotary_kernel<{', '.join(map(str, arguments))}>"
 
@@ -123,14 +200,20 @@ def _is_common(
     x_whole = min(max(x_run, pass_run), ACCESS_BYTES // ITEMSIZE[problem.dtype])
     table_whole = min(table_run, ACCESS_BYTES // ITEMSIZE[problem.table_dtype])
     tensors, cos, sin = problem.tensors, problem.cos, problem.sin
-    strides = [*cos.strides, *(stride for tensor in tensors for stride in tensor.x.strides)]
+    numbers = [
+        *cos.strides,
+        *(stride for tensor in tensors for stride in tensor.x.strides),
+        *problem.position_strides,
+        problem.num_positions,
+        problem.cos_row,
+    ]
     return (
         min(*widths.x, *widths.out) >= x_whole
         and min(widths.cos, widths.sin) >= table_whole
         and all(t.x.strides == t.out.strides and t.x.strides[3] == 1 for t in tensors)
         and (cos.strides, problem.cos_row) == (sin.strides, problem.sin_row)
         and cos.strides[2:] == (0, problem.table_step)
-        and all(abs(stride) < 2**31 for stride in strides)
+        and all(abs(number) < 2**31 for number in numbers)
     )
 
 
@@ -146,53 +229,53 @@ def _axis_order(problem: RotaryProblem) -> tuple[int, int, int]:
 
 
 def divisor(value: int) -> tuple[int, int, int]:
-    """Return value, multiplier, shift: n // value == n * multiplier >> shift for 0 <= n < 2^31.
+    """Return value, multiplier, shift: n // value == (2 n * multiplier >> 32) >> shift, n < 2^31.
 
     Source: Granlund and Montgomery, "Division by Invariant Integers using Multiplication" (1994).
     """
-    shift = 31 + (value - 1).bit_length()
-    return value, (1 << shift) // value + 1, shift
+    shift = (value - 1).bit_length()
+    return value, (1 << 31 + shift) // value + 1, shift
+
+
+def _to_slice(problem: RotaryProblem) -> tuple[int, ...]:
+    tensors = (problem.tensors * 2)[:2]
+    strides = [tensor.x.strides[3] for tensor in tensors] + [t.out.strides[3] for t in tensors]
+    return tuple(problem.rotary_offset * stride * ITEMSIZE[problem.dtype] for stride in strides)
 
 
 def _pack(
     problem: RotaryProblem,
     widths: Widths,
+    rows: int,
+    blocks: tuple[int, ...],
     axes: tuple[int, int, int],
-    num_pair_lanes: int,
-    num_lanes: int,
+    lanes: tuple[int, int],
 ) -> bytes:
-    num_heads = [tensor.num_heads for tensor in problem.tensors]
-    sizes = (problem.batch, problem.num_tokens, sum(num_heads))
-
-    def view(strides: tuple[int, ...], origin: int, element: int, width: int) -> list[int]:
-        return [origin, *(strides[axis] for axis in axes), element, width]
+    def view(strides: tuple[int, ...], element: int, width: int) -> list[int]:
+        return [*(strides[axis] for axis in axes), element, width]
 
     words: list[int] = []
     for which in range(2):
-        # A launch of one tensor fills the second place with the first, which no row asks for.
-        tensor = problem.tensors[which % len(num_heads)]
-        for strides, width in ((tensor.x.strides, widths.x), (tensor.out.strides, widths.out)):
-            origin = problem.rotary_offset * strides[3] - which * num_heads[0] * strides[2]
-            words += view(strides, origin, strides[3], width[which % len(num_heads)])
-    cos, sin = problem.cos.strides, problem.sin.strides
-    words += view(cos, 0, cos[3] // problem.table_step, widths.cos)
-    words += view(sin, 0, sin[3] // problem.table_step, widths.sin)
-    words += [-num_heads[0] * cos[2], -num_heads[0] * sin[2]]
-    words += view((*problem.position_strides, 0), 0, 0, 0)
+        # A launch of one tensor fills the second place with the first, which no block asks for.
+        which %= len(problem.tensors)
+        tensor = problem.tensors[which]
+        sizes = (problem.batch, problem.num_tokens, tensor.num_heads // rows)
+        words += view(tensor.x.strides, tensor.x.strides[3], widths.x[which])
+        words += view(tensor.out.strides, tensor.out.strides[3], widths.out[which])
+        words += [*divisor(max(1, sizes[axes[2]])), *divisor(max(1, sizes[axes[1]]))]
+        words += [sizes[2] * y.strides[HEAD] for y in (tensor.x, tensor.out)]
+        words += [math.prod(sizes), blocks[which]]
+    words += divisor(sum(blocks))
+    for table, width in ((problem.cos, widths.cos), (problem.sin, widths.sin)):
+        words += view(table.strides, table.strides[3] // problem.table_step, width)
+    words += view((*problem.position_strides, 0), 0, 0)
     words += [
-        ITEMSIZE[problem.position_dtype] if problem.position_dtype else 0,
         problem.num_positions,
         problem.cos_row,
         problem.sin_row,
         problem.keep,
-        problem.num_rows,
-        *divisor(max(1, sizes[axes[2]])),
-        *divisor(max(1, sizes[axes[1]])),
-        axes.index(2),
-        num_heads[0],
         problem.rotary_offset,
         problem.rotary_dim // 2,
-        num_pair_lanes,
-        num_lanes,
+        *lanes,
     ]
     return struct.pack(f"<{len(words)}q", *words)

@@ -84,7 +84,10 @@ class RotaryProblem(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        return self.batch * self.num_tokens * sum(tensor.num_heads for tensor in self.tensors)
+        return sum(map(self.num_rows_of, self.tensors))
+
+    def num_rows_of(self, tensor: RotaryTensor) -> int:
+        return self.batch * self.num_tokens * tensor.num_heads
 
 
 class Pointers(NamedTuple):
