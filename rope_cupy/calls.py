@@ -7,14 +7,14 @@ overlaps, and the positions that an int starts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from operator import eq, is_
+from operator import eq
 from typing import Any, NamedTuple
 
 from . import cpu, jit, tensor
 from .checks import index
-from .memory import ACCESS_BYTES, ITEMSIZE, ArraySpec, cuda_index, overlap
+from .memory import ACCESS_BYTES, ITEMSIZE, ArraySpec, cuda_index, overlap, span
 from .plan import LaunchPlan, launch_plan
 from .problem import (
     Options,
@@ -46,6 +46,8 @@ class _Place(NamedTuple):
 
     name: str
     spec: ArraySpec
+    begin: int  # bytes from its address to the first that it touches
+    end: int  # and to the one behind the last
     number: int  # of its address, where those of Pointers are counted through
 
 
@@ -62,8 +64,16 @@ class _Call:
     outputs: tuple[tensor.Library, ...]
 
 
+class _Ready(NamedTuple):
+    """A call at addresses that have been checked."""
+
+    write: Callable[[], None]
+    wrote: Callable[[tuple[Any, ...]], None]  # tells the libraries of outputs that were given
+
+
 _calls: dict[Any, _Call] = {}  # by what is seen of a call at a glance
-MAX_CALLS = 4096
+_ready: dict[Any, _Ready] = {}  # by that, the first position and the addresses
+MAX_CALLS = 4096  # of each
 
 
 def rotate(
@@ -81,52 +91,54 @@ def rotate(
         rows = (positions,)
     elif positions is not None:
         first = index("positions", positions, "None, an int or an int32 or int64 array")
-    given = _Given(names, xs, source_of(table), rows, first, options, out)
-    in_place = out is not None and all(map(is_, xs, out))
-    seen = tensor.glance((*xs, *given.table.arrays, *rows, *(() if in_place else out or ())))
+    source = source_of(table)
+    in_place = out is not None and xs[0] is out[0] and xs[-1] is out[-1]
+    seen = tensor.glance((*xs, *source.arrays, *rows, *(() if in_place else out or ())))
     if seen is None:
-        return _rotate_unseen(given)[1]
-    at, looks = seen
-    if in_place:
-        at += at[: len(xs)]
-    same = None if out is None else tuple(map(eq, at, at[-len(xs) :]))
-    key = names, given.table.form, len(rows), options, in_place, same, looks
-    call = _calls.get(key)
-    if call is not None:
-        return _rotate_again(call, given, at)
-    call, outs = _rotate_unseen(given)
-    if len(_calls) >= MAX_CALLS:
-        _calls.clear()
-    _calls[key] = call
-    return outs
+        return _rotate_unseen(_Given(names, xs, source, rows, first, options, out))[1]
+    at, look = seen
+    key = names, options, source.form, len(rows), in_place, out is None, look
+    ready = None if out is None else _ready.get((key, first, at))
+    if ready is None or out is None:
+        return _rotate_at(_Given(names, xs, source, rows, first, options, out), key, at)
+    ready.write()
+    ready.wrote(out)
+    return out
 
 
-def _rotate_again(call: _Call, given: _Given, at: tuple[int, ...]) -> tuple[Any, ...]:
-    """Rotate arrays at these addresses by a call that has been checked."""
+def _rotate_at(given: _Given, key: tuple[Any, ...], at: tuple[int, ...]) -> tuple[Any, ...]:
+    """Rotate arrays of a look where none have been rotated yet, or into new ones."""
     num, outs = len(given.xs), given.out
+    in_place = outs is not None and given.xs[0] is outs[0] and given.xs[-1] is outs[-1]
+    out_at = () if outs is None else at[:num] if in_place else at[-num:]
+    call_key = key, tuple(map(eq, at, out_at))
+    call = _calls.get(call_key)
+    if call is None:
+        call, outs = _rotate_unseen(given)
+        _keep(_calls, call_key, call)
+        return outs
     if outs is None:
-        outs = tuple(
-            library.empty_like(x) for library, x in zip(call.inputs, given.xs, strict=True)
-        )
-        seen = tensor.glance(outs)
-        if seen is None or any(address % ACCESS_BYTES for address in seen[0]):
+        pairs = zip(call.inputs, given.xs, strict=True)
+        outs = tuple(library.empty_like(x) for library, x in pairs)
+        out_at = call.outputs[0].pointers(outs) or ()
+        if not out_at or any(address % ACCESS_BYTES for address in out_at):
             return _rotate_unseen(given)[1]
-        at += seen[0]
-    table = at[num : num + len(given.table.arrays)]
-    _run(
-        call,
-        Pointers(
+        at += out_at
+    ready = _ready.get((key, given.first, at))
+    if ready is None:
+        table = at[num : num + len(given.table.arrays)]
+        pointers = Pointers(
             x=at[:num],
-            out=at[-num:],
+            out=out_at,
             cos=table[0],
             sin=table[-1] + call.to_sin,
-            positions=at[-num - 1] if given.positions else 0,
-        ),
-        given.first,
-    )
+            positions=at[num + len(table)] if given.positions else 0,
+        )
+        ready = _made_ready(call, pointers, given.first)
+        _keep(_ready, (key, given.first, at), ready)
+    ready.write()
     if given.out is not None:
-        for library, y in zip(call.outputs, outs, strict=True):
-            library.wrote(y)
+        ready.wrote(given.out)
     return outs
 
 
@@ -144,24 +156,21 @@ def _rotate_unseen(given: _Given) -> tuple[_Call, tuple[Any, ...]]:
         outs = tuple(array.library.empty_like(x) for array, x in zip(inputs, given.xs, strict=True))
         outputs = _describe(out_names(given.names), outs)
     call = _checked(given, inputs, outputs, table, positions)
-    _run(
-        call,
-        Pointers(
-            x=tuple(array.pointer for array in inputs),
-            out=tuple(array.pointer for array in outputs),
-            cos=table.pointers[0],
-            sin=table.pointers[1],
-            positions=positions[0].pointer if positions else 0,
-        ),
-        given.first,
+    pointers = Pointers(
+        x=tuple(array.pointer for array in inputs),
+        out=tuple(array.pointer for array in outputs),
+        cos=table.pointers[0],
+        sin=table.pointers[1],
+        positions=positions[0].pointer if positions else 0,
     )
-    if given.out is None:
-        return call, tuple(
-            array.library.result(y, x) for array, y, x in zip(inputs, outs, given.xs, strict=True)
-        )
-    for array, y in zip(outputs, outs, strict=True):
-        array.library.wrote(y)
-    return call, outs
+    ready = _made_ready(call, pointers, given.first)
+    ready.write()
+    if given.out is not None:
+        ready.wrote(given.out)
+        return call, outs
+    return call, tuple(
+        array.library.result(y, x) for array, y, x in zip(inputs, outs, given.xs, strict=True)
+    )
 
 
 def _describe(
@@ -228,7 +237,7 @@ def _must_be_apart(
         ("table", table.sin),
         *(("positions", array.spec) for array in positions),
     ]
-    places = [_Place(*array, number) for number, array in enumerate(arrays)]
+    places = [_Place(name, spec, *span(spec), number) for number, (name, spec) in enumerate(arrays)]
     num = len(names)
     return tuple(
         (places[y], places[other])
@@ -238,31 +247,51 @@ def _must_be_apart(
     )
 
 
-def _run(call: _Call, pointers: Pointers, first: int | None) -> None:
-    """Check what depends on addresses, then write the outputs."""
-    arguments = _arguments(call, pointers, first)
-    if call.launch:
-        plan, device = call.launch
-        jit.launch(plan, arguments, device, call.outputs[0].stream(device))
-    elif call.problem.num_rows:
-        cpu.rotate(call.problem, arguments)
-
-
-@lru_cache(maxsize=4096)
-def _arguments(call: _Call, pointers: Pointers, first: int | None) -> Any:
-    """Return what to launch with, or refuse arrays that overlap and positions beside the table."""
+def _made_ready(call: _Call, pointers: Pointers, first: int | None) -> _Ready:
+    """Check what depends on addresses: arrays that overlap, and positions beside the table."""
     row = 0
     if call.problem.position_dtype is None:
         row = implicit_position(first, call.table, call.problem.num_tokens)
     at = (*pointers.x, *pointers.out, pointers.cos, pointers.sin, pointers.positions)
     for y, other in call.apart:
-        if overlap(y.spec, at[y.number], other.spec, at[other.number]):
+        here, there = at[y.number], at[other.number]
+        touch = here + y.begin < there + other.end and there + other.begin < here + y.end
+        if touch and overlap(y.spec, here, other.spec, there):
             raise ValueError(
                 f"{y.name} must be its input or share no memory with {other.name}, got two arrays "
                 "that overlap"
             )
     to_cos, to_sin = (row * part.strides[0] * ITEMSIZE[part.dtype] for part in call.table[:2])
     pointers = pointers._replace(cos=pointers.cos + to_cos, sin=pointers.sin + to_sin)
+    return _Ready(_writer(call, pointers), _teller(call.outputs))
+
+
+def _writer(call: _Call, pointers: Pointers) -> Callable[[], None]:
+    """Return what writes the outputs at these addresses."""
     if call.launch:
-        return jit.Arguments(call.launch[0].argument_block(pointers))
-    return pointers
+        plan, device = call.launch
+        launch = jit.Launch(plan, plan.argument_block(pointers), device)
+        current_stream = call.outputs[0].streams()
+        return lambda: launch(current_stream(device))
+    if call.problem.num_rows:
+        return lambda: cpu.rotate(call.problem, pointers)
+    return lambda: None
+
+
+def _teller(outputs: tuple[tensor.Library, ...]) -> Callable[[tuple[Any, ...]], None]:
+    """Return what tells the libraries of outputs that these have been written."""
+    if len({*outputs}) == 1:
+        return outputs[0].wrote
+
+    def tell(outs: tuple[Any, ...]) -> None:
+        for library, y in zip(outputs, outs, strict=True):
+            library.wrote((y,))
+
+    return tell
+
+
+def _keep(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    """Remember a value, after everything else has been forgotten where that is too much."""
+    if len(memory) >= MAX_CALLS:
+        memory.clear()
+    memory[key] = value

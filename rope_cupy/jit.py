@@ -10,11 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .environment import cache_fault, cupy, explained
+from .environment import cache_fault, cupy, driver, explained
 from .plan import LaunchPlan
 
 _kernels: dict[tuple[str, int], Any] = {}  # by C++ name and device
 _locks: dict[tuple[str, int], threading.Lock] = {}
+MAX_STREAMS = 64  # that a launch is kept ready for
 _not_warned = threading.Lock()  # acquired for good by the one who warns that nothing is cached
 
 
@@ -79,26 +80,82 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class Arguments:
-    """The argument block of a launch at an address of its own, as the driver wants to be told."""
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of the driver."""
 
-    def __init__(self, block: bytes) -> None:
-        self._block = ctypes.create_string_buffer(block)
-        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._block))
-        self.address = ctypes.addressof(self._parameters)
+    _fields_ = (("id", ctypes.c_int64), ("value", ctypes.c_int * 16))
 
 
-def launch(plan: LaunchPlan, arguments: Arguments, device: int, stream: int) -> None:
-    """Launch on a stream of a device. The arguments are read before this returns."""
-    cuda = cupy().cuda
-    current = cuda.runtime.getDevice()
-    if not _thread.has_context:
-        cuda.runtime.setDevice(current)  # which the driver needs, and the runtime does by itself
-        _thread.has_context = True
-    if current != device:
-        with cuda.Device(device):
-            return launch(plan, arguments, device, stream)
-    function = kernel(plan.kernel, device)
-    cuda.driver.launchKernel(
-        function.ptr, *plan.grid, 1, *plan.block, 1, 0, stream, arguments.address, 0
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of the driver."""
+
+    _fields_ = (
+        ("sizes", ctypes.c_uint * 6),  # grid x, y, z, block x, y, z
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
     )
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: kernels/pdl.cuh is its other side.
+_MAY_START_EARLY = _Attribute(6, (1,))
+
+
+class Launch:
+    """A plan with its arguments, to be launched on a device as often as wanted, by any thread.
+
+    What the driver is handed is written once, and never again.
+    """
+
+    def __init__(self, plan: LaunchPlan, argument_block: bytes, device: int) -> None:
+        self._plan, self._device = plan, device
+        self._block = ctypes.create_string_buffer(argument_block)
+        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._block))
+        self._current_device = cupy().cuda.runtime.getDevice
+        self._launch = _cu_launch_kernel_ex()
+        self._ready: dict[int, tuple[_Config, tuple[Any, ...]]] = {}  # by stream
+
+    def __call__(self, stream: int) -> None:
+        """Launch on a stream of the device. The arguments are read before this returns."""
+        device = self._current_device()
+        if not _thread.has_context:
+            # Which the driver needs, and the runtime does by itself.
+            cupy().cuda.runtime.setDevice(device)
+            _thread.has_context = True
+        if device != self._device:
+            with cupy().cuda.Device(self._device):
+                return self(stream)
+        ready = self._ready.get(stream) or self._prepared(stream)
+        status = self._launch(*ready[1])
+        if status:
+            cupy().cuda.driver.check_status(status)
+
+    def _prepared(self, stream: int) -> tuple[_Config, tuple[Any, ...]]:
+        """Return what the driver is handed for a stream, and what of it must be kept."""
+        function = kernel(self._plan.kernel, self._device)
+        early = 1 if _starts_early(self._device) else 0
+        sizes = (*self._plan.grid, 1, *self._plan.block, 1)
+        attributes = ctypes.pointer(_MAY_START_EARLY)
+        config = _Config((ctypes.c_uint * 6)(*sizes), 0, stream, attributes, early)
+        parameters = ctypes.addressof(self._parameters)
+        if len(self._ready) >= MAX_STREAMS:
+            self._ready.clear()
+        ready = config, (ctypes.addressof(config), function.ptr, parameters, None)
+        self._ready[stream] = ready
+        return ready
+
+
+@cache
+def _cu_launch_kernel_ex() -> Any:
+    """Return the driver's function, which CuPy lacks: it alone lets a kernel start early."""
+    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    function.argtypes = (ctypes.c_void_p,) * 4
+    return function
+
+
+@cache
+def _starts_early(device: int) -> bool:
+    """Return whether a kernel may start while the one before it ends, in a captured graph too."""
+    capability = int(cupy().cuda.Device(device).compute_capability)
+    return capability >= 90 and driver() >= 12030

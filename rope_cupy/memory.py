@@ -100,14 +100,14 @@ def overlap(a: ArraySpec, a_pointer: int, b: ArraySpec, b_pointer: int) -> bool:
     """Return whether two arrays share a byte. Side-by-side views of one buffer do not."""
     if a.device != b.device or 0 in a.shape or 0 in b.shape:
         return False
-    a_low, a_high = _span(a)
-    b_low, b_high = _span(b)
+    a_low, a_high = span(a)
+    b_low, b_high = span(b)
     if a_pointer + a_high <= b_pointer + b_low or b_pointer + b_high <= a_pointer + a_low:
         return False
     return _share_a_byte(a._replace(alignment=1), b._replace(alignment=1), b_pointer - a_pointer)
 
 
-def _span(spec: ArraySpec) -> tuple[int, int]:
+def span(spec: ArraySpec) -> tuple[int, int]:
     """Return the first byte and the byte behind the last, from the address of element 0."""
     itemsize = ITEMSIZE[spec.dtype]
     ends = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -44,6 +44,17 @@ class Library:
         """
         return None
 
+    def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
+        """Return the addresses of arrays, None if one of them is another library's."""
+        return None
+
+    def guard(self, arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
+        """Return what tells that arrays are, in all but their addresses, what these are now.
+
+        It is faster than to glance at them. None where there is no such thing.
+        """
+        return None
+
     def empty_like(self, array: Any) -> Any:
         """Return a new dense array whose axes lie in memory in the order of `array`'s."""
         raise NotImplementedError
@@ -52,8 +63,8 @@ class Library:
         """Return what the caller gets for an array of `empty_like`, once work on it is launched."""
         return array
 
-    def wrote(self, array: Any) -> None:
-        """Tell the library that the elements of its array have been written."""
+    def wrote(self, arrays: tuple[Any, ...]) -> None:
+        """Tell the library that the elements of its arrays have been written."""
 
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         """Return a NumPy array as one of this library on the device of `like`."""
@@ -65,6 +76,10 @@ class Library:
 
     def stream(self, device: int) -> int:
         """Return the handle of the current stream of this library."""
+        return self.streams()(device)
+
+    def streams(self) -> Callable[[int], int]:
+        """Return what finds the handle of the current stream of a device."""
         raise NotImplementedError
 
 
@@ -82,6 +97,19 @@ class _NumPy(Library):
     def glance(self, array: Any) -> tuple[int, Any] | None:
         kind = array.dtype, array.shape, array.strides, array.flags.writeable
         return array.ctypes.data, kind
+
+    def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
+        try:
+            return tuple([array.__array_interface__["data"][0] for array in arrays])
+        except AttributeError:
+            return None
+
+    def guard(self, arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
+        def kinds(*arrays: Any) -> list[Any]:
+            return [(type(x), x.dtype, x.shape, x.strides, x.flags.writeable) for x in arrays]
+
+        before = kinds(*arrays)
+        return lambda *now: kinds(*now) == before
 
     def empty_like(self, array: Any) -> Any:
         return np.empty_like(array)
@@ -106,6 +134,19 @@ class _CuPy(Library):
         memory = array.data
         return memory.ptr, (array.dtype, array.shape, array.strides, memory.device_id)
 
+    def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
+        try:
+            return tuple([array.data.ptr for array in arrays])
+        except AttributeError:
+            return None
+
+    def guard(self, arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
+        def kinds(*arrays: Any) -> list[Any]:
+            return [(type(x), x.dtype, x.shape, x.strides, x.data.device_id) for x in arrays]
+
+        before = kinds(*arrays)
+        return lambda *now: kinds(*now) == before
+
     def empty_like(self, array: Any) -> Any:
         with array.device:
             return sys.modules["cupy"].empty_like(array)
@@ -117,15 +158,16 @@ class _CuPy(Library):
     def download(self, array: Any) -> NDArray[Any]:
         return array.get()  # type: ignore[no-any-return]
 
-    def stream(self, device: int) -> int:
-        return cupy().cuda.get_current_stream(device).ptr  # type: ignore[no-any-return]
+    def streams(self) -> Callable[[int], int]:
+        current = cupy().cuda.get_current_stream
+        return lambda device: current(device).ptr
 
 
 class _Torch(Library):
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
-        torch = sys.modules["torch"]
-        proxy = torch._C._TorchDispatchModeKey.PROXY
-        if torch.jit.is_tracing() or torch._C._get_dispatch_mode(proxy) is not None:
+        torch, torch_c = sys.modules["torch"], _torch_c()
+        proxy = torch_c._TorchDispatchModeKey.PROXY
+        if torch.jit.is_tracing() or torch_c._get_dispatch_mode(proxy) is not None:
             raise TypeError(
                 f"{name} must not be traced, for the launch is not recorded: got a trace"
             )
@@ -154,17 +196,32 @@ class _Torch(Library):
             pointer = array.data_ptr()
         except RuntimeError:  # of functorch
             return None
-        if not pointer:  # of no elements, or of memory that has been given back
-            return None
         return pointer, (keys, array.dtype, array.shape, array.stride(), array.device)
+
+    def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
+        try:
+            return tuple([array.data_ptr() for array in arrays])
+        except (AttributeError, RuntimeError):  # which functorch's tensors raise
+            return None
+
+    def guard(self, arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
+        # As torch.compile asks it, in one call and several times faster than by attributes.
+        try:
+            guards = _torch_c()._dynamo.guards.TensorGuards(
+                *arrays,
+                dynamic_dims_sizes=[list(array.shape) for array in arrays],
+                dynamic_dims_strides=[list(array.stride()) for array in arrays],
+            )
+            return guards.check if guards.check(*arrays) else None
+        except (AttributeError, TypeError, RuntimeError):  # which this PyTorch does not have
+            return None
 
     def empty_like(self, array: Any) -> Any:
         return sys.modules["torch"].empty_like(array, requires_grad=False)
 
-    def wrote(self, array: Any) -> None:
+    def wrote(self, arrays: tuple[Any, ...]) -> None:
         # So that a backward pass which saved the old elements finds out.
-        if not array.is_inference():
-            sys.modules["torch"].autograd.graph.increment_version(array)
+        _increment_versions()(arrays)
 
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         return sys.modules["torch"].from_numpy(array).to(like.device)
@@ -172,8 +229,8 @@ class _Torch(Library):
     def download(self, array: Any) -> NDArray[Any]:
         return array.detach().cpu().double().numpy()  # type: ignore[no-any-return]
 
-    def stream(self, device: int) -> int:
-        return sys.modules["torch"]._C._cuda_getCurrentRawStream(device)  # type: ignore[no-any-return]
+    def streams(self) -> Callable[[int], int]:
+        return _torch_c()._cuda_getCurrentRawStream  # type: ignore[no-any-return]
 
 
 class Bfloat16:
@@ -199,8 +256,8 @@ class _Bfloat16(Library):
     def empty_like(self, array: Any) -> Any:
         return Bfloat16(library_of("x", array.words).empty_like(array.words))
 
-    def stream(self, device: int) -> int:
-        return _CUPY.stream(device)
+    def streams(self) -> Callable[[int], int]:
+        return _CUPY.streams()
 
 
 class _DLPack(Library):
@@ -241,8 +298,8 @@ class _DLPack(Library):
             copy = module.from_dlpack(array)
             return copy if device == "cpu" else copy.get()  # type: ignore[no-any-return]
 
-    def stream(self, device: int) -> int:
-        return _CUPY.stream(device)
+    def streams(self) -> Callable[[int], int]:
+        return _CUPY.streams()
 
     def _consumer(self, device: str, stream: int | None) -> int:
         """Return DLPack's number of the stream: 1 is the default one, -1 asks for no wait."""
@@ -266,23 +323,65 @@ def describe(name: str, array: Any, stream: int | None = None) -> Array:
     return library_of(name, array).describe(name, array, stream)
 
 
-def glance(arrays: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[Any, ...]] | None:
-    """Return the addresses of arrays, and all else that `describe` reads of them, unread.
+class Look:
+    """Stands for all of some arrays but their addresses: equal where descriptions are equal.
 
-    None where one of them must be described every time: see `Library.glance`.
+    These are one object, which is compared and hashed as fast as can be.
     """
-    if _torch_records():
+
+    __slots__ = ()
+
+
+_looks: dict[tuple[Any, ...], Look] = {}  # by the libraries, alignments and attributes of arrays
+_guards: dict[tuple[Any, ...], tuple[Look, Callable[..., bool] | None]] = {}  # by their addresses
+MAX_LOOKS = 4096  # of each
+
+
+def glance(arrays: tuple[Any, ...]) -> tuple[tuple[int, ...], Look] | None:
+    """Return the addresses of arrays, and their look.
+
+    None where one of them must be described every time: see `Library.glance`. What has been glanced
+    at twice at the same addresses is guarded from then on.
+    """
+    if "torch" in sys.modules and _torch_records():
         return None
-    pointers, looks = [], []
+    library = _library_of_exact_type(type(arrays[0]))  # type: ignore[arg-type]
+    at = library.pointers(arrays) if library else None
+    if library is None or at is None:
+        return _glance_at_each(arrays)
+    place = at, arrays[0].shape
+    before = _guards.get(place)
+    if before and before[1] and before[1](*arrays):
+        return at, before[0]
+    seen = _glance_at_each(arrays)
+    if seen:
+        _keep(_guards, place, (seen[1], library.guard(arrays) if before else None))
+    return seen
+
+
+def _glance_at_each(arrays: tuple[Any, ...]) -> tuple[tuple[int, ...], Look] | None:
+    pointers, attributes = [], []
     for array in arrays:
         library = _library_of_exact_type(type(array))  # type: ignore[arg-type]
         seen = library.glance(array) if library else None
-        if seen is None:
+        if seen is None or not seen[0]:  # at 0 lie no elements, or memory that has been given back
             return None
-        pointer, look = seen
+        pointer, attribute = seen
         pointers.append(pointer)
-        looks.append((library, pointer % ACCESS_BYTES, look))
-    return tuple(pointers), tuple(looks)
+        attributes.append((library, pointer % ACCESS_BYTES, attribute))
+    key = tuple(attributes)
+    look = _looks.get(key)
+    if look is None:
+        look = _keep(_looks, key, Look())
+    return tuple(pointers), look
+
+
+def _keep(memory: dict[Any, Any], key: Any, value: Any) -> Any:
+    """Remember a value, after everything else has been forgotten where that is too much."""
+    if len(memory) >= MAX_LOOKS:
+        memory.clear()
+    memory[key] = value
+    return value
 
 
 def stream_of(array: Array) -> int | None:
@@ -333,12 +432,8 @@ def _library_of_exact_type(kind: type) -> Library | None:
 
 def _torch_records() -> bool:
     """Return whether PyTorch records or changes what is done: a trace, a mode, dual tensors."""
-    torch = sys.modules.get("torch")
-    return torch is not None and (
-        torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    tracing_state, num_modes, forward_ad = _torch_recorders()
+    return tracing_state() is not None or num_modes() > 0 or forward_ad._current_level >= 0
 
 
 @contextmanager
@@ -385,6 +480,29 @@ def _torch_pointer(name: str, array: Any) -> int:
 @cache
 def _torch_c() -> Any:
     return sys.modules["torch"]._C
+
+
+@cache
+def _torch_recorders() -> tuple[Any, Any, Any]:
+    torch_c = _torch_c()
+    forward_ad = sys.modules["torch"].autograd.forward_ad
+    return torch_c._get_tracing_state, torch_c._len_torch_dispatch_stack, forward_ad
+
+
+@cache
+def _increment_versions() -> Callable[[tuple[Any, ...]], None]:
+    increment = sys.modules["torch"].autograd.graph.increment_version
+    try:
+        increment(())
+        return increment  # type: ignore[no-any-return]
+    except (TypeError, RuntimeError):  # which takes one tensor, and none of inference mode
+
+        def one_by_one(arrays: tuple[Any, ...]) -> None:
+            for array in arrays:
+                if not array.is_inference():
+                    increment(array)
+
+        return one_by_one
 
 
 @cache
