@@ -72,8 +72,8 @@ class _Ready(NamedTuple):
 
 
 _calls: dict[Any, _Call] = {}  # by what is seen of a call at a glance
-_ready: dict[Any, _Ready] = {}  # by that, the first position and the addresses
-MAX_CALLS = 4096  # of each
+MAX_CALLS = 4096
+MAX_KEPT = 16  # ways to call the same arrays
 
 
 def rotate(
@@ -96,26 +96,27 @@ def rotate(
     seen = tensor.glance((*xs, *source.arrays, *rows, *(() if in_place else out or ())))
     if seen is None:
         return _rotate_unseen(_Given(names, xs, source, rows, first, options, out))[1]
-    at, look = seen
-    key = names, options, source.form, len(rows), in_place, out is None, look
-    ready = None if out is None else _ready.get((key, first, at))
+    key = names, options, source.form, len(rows), in_place, out is None, first
+    ready = seen.kept.get(key)
     if ready is None or out is None:
-        return _rotate_at(_Given(names, xs, source, rows, first, options, out), key, at)
+        return _rotate_at(_Given(names, xs, source, rows, first, options, out), key, seen)
     ready.write()
     ready.wrote(out)
     return out
 
 
-def _rotate_at(given: _Given, key: tuple[Any, ...], at: tuple[int, ...]) -> tuple[Any, ...]:
+def _rotate_at(given: _Given, key: tuple[Any, ...], seen: tensor.Glance) -> tuple[Any, ...]:
     """Rotate arrays of a look where none have been rotated yet, or into new ones."""
-    num, outs = len(given.xs), given.out
+    num, at, outs = len(given.xs), seen.at, given.out
     in_place = outs is not None and given.xs[0] is outs[0] and given.xs[-1] is outs[-1]
     out_at = () if outs is None else at[:num] if in_place else at[-num:]
-    call_key = key, tuple(map(eq, at, out_at))
+    call_key = key[:-1], seen.look, tuple(map(eq, at, out_at))
     call = _calls.get(call_key)
     if call is None:
         call, outs = _rotate_unseen(given)
-        _keep(_calls, call_key, call)
+        if len(_calls) >= MAX_CALLS:
+            _calls.clear()
+        _calls[call_key] = call
         return outs
     if outs is None:
         pairs = zip(call.inputs, given.xs, strict=True)
@@ -123,8 +124,8 @@ def _rotate_at(given: _Given, key: tuple[Any, ...], at: tuple[int, ...]) -> tupl
         out_at = call.outputs[0].pointers(outs) or ()
         if not out_at or any(address % ACCESS_BYTES for address in out_at):
             return _rotate_unseen(given)[1]
-        at += out_at
-    ready = _ready.get((key, given.first, at))
+        key = key, out_at
+    ready = seen.kept.get(key)
     if ready is None:
         table = at[num : num + len(given.table.arrays)]
         pointers = Pointers(
@@ -135,7 +136,9 @@ def _rotate_at(given: _Given, key: tuple[Any, ...], at: tuple[int, ...]) -> tupl
             positions=at[num + len(table)] if given.positions else 0,
         )
         ready = _made_ready(call, pointers, given.first)
-        _keep(_ready, (key, given.first, at), ready)
+        if len(seen.kept) >= MAX_KEPT:
+            seen.kept.clear()
+        seen.kept[key] = ready
     ready.write()
     if given.out is not None:
         ready.wrote(given.out)
@@ -270,9 +273,7 @@ def _writer(call: _Call, pointers: Pointers) -> Callable[[], None]:
     """Return what writes the outputs at these addresses."""
     if call.launch:
         plan, device = call.launch
-        launch = jit.Launch(plan, plan.argument_block(pointers), device)
-        current_stream = call.outputs[0].streams()
-        return lambda: launch(current_stream(device))
+        return jit.Launch(plan, plan.argument_block(pointers), device, call.outputs[0].streams())
     if call.problem.num_rows:
         return lambda: cpu.rotate(call.problem, pointers)
     return lambda: None
@@ -288,10 +289,3 @@ def _teller(outputs: tuple[tensor.Library, ...]) -> Callable[[tuple[Any, ...]], 
             library.wrote((y,))
 
     return tell
-
-
-def _keep(memory: dict[Any, Any], key: Any, value: Any) -> None:
-    """Remember a value, after everything else has been forgotten where that is too much."""
-    if len(memory) >= MAX_CALLS:
-        memory.clear()
-    memory[key] = value

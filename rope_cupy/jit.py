@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import threading
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -105,19 +106,26 @@ _MAY_START_EARLY = _Attribute(6, (1,))
 class Launch:
     """A plan with its arguments, to be launched on a device as often as wanted, by any thread.
 
-    What the driver is handed is written once, and never again.
+    `stream_of` finds the handle of the stream to launch on, the current one of that device. What
+    the driver is handed is written once, and never again.
     """
 
-    def __init__(self, plan: LaunchPlan, argument_block: bytes, device: int) -> None:
-        self._plan, self._device = plan, device
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        argument_block: bytes,
+        device: int,
+        stream_of: Callable[[int], int],
+    ) -> None:
+        self._plan, self._device, self._stream_of = plan, device, stream_of
         self._block = ctypes.create_string_buffer(argument_block)
         self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._block))
         self._current_device = cupy().cuda.runtime.getDevice
         self._launch = _cu_launch_kernel_ex()
         self._ready: dict[int, tuple[_Config, tuple[Any, ...]]] = {}  # by stream
 
-    def __call__(self, stream: int) -> None:
-        """Launch on a stream of the device. The arguments are read before this returns."""
+    def __call__(self) -> None:
+        """Launch. The arguments are read before this returns."""
         device = self._current_device()
         if not _thread.has_context:
             # Which the driver needs, and the runtime does by itself.
@@ -125,7 +133,8 @@ class Launch:
             _thread.has_context = True
         if device != self._device:
             with cupy().cuda.Device(self._device):
-                return self(stream)
+                return self()
+        stream = self._stream_of(device)
         ready = self._ready.get(stream) or self._prepared(stream)
         status = self._launch(*ready[1])
         if status:

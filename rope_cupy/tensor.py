@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +85,8 @@ class Library:
 
 
 class _NumPy(Library):
+    attributes = attrgetter("dtype", "shape", "strides", "flags.writeable")
+
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name} must be an array without a mask, got {type(array).__name__}")
@@ -95,8 +98,7 @@ class _NumPy(Library):
         return Array(spec, pointer, self, array)
 
     def glance(self, array: Any) -> tuple[int, Any] | None:
-        kind = array.dtype, array.shape, array.strides, array.flags.writeable
-        return array.ctypes.data, kind
+        return array.__array_interface__["data"][0], self.attributes(array)
 
     def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
         try:
@@ -105,11 +107,7 @@ class _NumPy(Library):
             return None
 
     def guard(self, arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
-        def kinds(*arrays: Any) -> list[Any]:
-            return [(type(x), x.dtype, x.shape, x.strides, x.flags.writeable) for x in arrays]
-
-        before = kinds(*arrays)
-        return lambda *now: kinds(*now) == before
+        return _guard_by(self.attributes, arrays)
 
     def empty_like(self, array: Any) -> Any:
         return np.empty_like(array)
@@ -122,6 +120,8 @@ class _NumPy(Library):
 
 
 class _CuPy(Library):
+    attributes = attrgetter("dtype", "shape", "strides", "data.device_id")
+
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
         pointer = array.data.ptr
         device = f"cuda:{array.device.id}"
@@ -131,8 +131,7 @@ class _CuPy(Library):
         return Array(spec, pointer, self, array)
 
     def glance(self, array: Any) -> tuple[int, Any] | None:
-        memory = array.data
-        return memory.ptr, (array.dtype, array.shape, array.strides, memory.device_id)
+        return array.data.ptr, self.attributes(array)
 
     def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
         try:
@@ -141,11 +140,7 @@ class _CuPy(Library):
             return None
 
     def guard(self, arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
-        def kinds(*arrays: Any) -> list[Any]:
-            return [(type(x), x.dtype, x.shape, x.strides, x.data.device_id) for x in arrays]
-
-        before = kinds(*arrays)
-        return lambda *now: kinds(*now) == before
+        return _guard_by(self.attributes, arrays)
 
     def empty_like(self, array: Any) -> Any:
         with array.device:
@@ -332,13 +327,22 @@ class Look:
     __slots__ = ()
 
 
+class Glance(NamedTuple):
+    """What is seen of arrays without describing them."""
+
+    at: tuple[int, ...]  # their addresses
+    look: Look
+    kept: dict[Any, Any]  # what the caller keeps for arrays of this look at these addresses
+    guard: Callable[..., bool] | None = None
+
+
 _looks: dict[tuple[Any, ...], Look] = {}  # by the libraries, alignments and attributes of arrays
-_guards: dict[tuple[Any, ...], tuple[Look, Callable[..., bool] | None]] = {}  # by their addresses
-MAX_LOOKS = 4096  # of each
+_glances: dict[tuple[Any, ...], Glance] = {}  # by the addresses of arrays
+MAX_KEPT = 4096  # of each
 
 
-def glance(arrays: tuple[Any, ...]) -> tuple[tuple[int, ...], Look] | None:
-    """Return the addresses of arrays, and their look.
+def glance(arrays: tuple[Any, ...]) -> Glance | None:
+    """Return the addresses of arrays and their look.
 
     None where one of them must be described every time: see `Library.glance`. What has been glanced
     at twice at the same addresses is guarded from then on.
@@ -350,16 +354,18 @@ def glance(arrays: tuple[Any, ...]) -> tuple[tuple[int, ...], Look] | None:
     if library is None or at is None:
         return _glance_at_each(arrays)
     place = at, arrays[0].shape
-    before = _guards.get(place)
-    if before and before[1] and before[1](*arrays):
-        return at, before[0]
+    before = _glances.get(place)
+    if before and before.guard and before.guard(*arrays):
+        return before
     seen = _glance_at_each(arrays)
     if seen:
-        _keep(_guards, place, (seen[1], library.guard(arrays) if before else None))
+        if before and before.look is seen.look:
+            seen = before._replace(guard=library.guard(arrays))
+        _keep(_glances, place, seen)
     return seen
 
 
-def _glance_at_each(arrays: tuple[Any, ...]) -> tuple[tuple[int, ...], Look] | None:
+def _glance_at_each(arrays: tuple[Any, ...]) -> Glance | None:
     pointers, attributes = [], []
     for array in arrays:
         library = _library_of_exact_type(type(array))  # type: ignore[arg-type]
@@ -373,12 +379,27 @@ def _glance_at_each(arrays: tuple[Any, ...]) -> tuple[tuple[int, ...], Look] | N
     look = _looks.get(key)
     if look is None:
         look = _keep(_looks, key, Look())
-    return tuple(pointers), look
+    return Glance(tuple(pointers), look, {})
+
+
+def _guard_by(
+    attributes: Callable[[Any], Any], arrays: tuple[Any, ...]
+) -> Callable[..., bool] | None:
+    """Return what tells that arrays of one type have the attributes that they have now."""
+    kind, before = type(arrays[0]), [*map(attributes, arrays)]
+
+    def unchanged(*now: Any) -> bool:
+        for array, attributes_before in zip(now, before, strict=True):
+            if type(array) is not kind or attributes(array) != attributes_before:
+                return False
+        return True
+
+    return unchanged if {*map(type, arrays)} == {kind} else None
 
 
 def _keep(memory: dict[Any, Any], key: Any, value: Any) -> Any:
     """Remember a value, after everything else has been forgotten where that is too much."""
-    if len(memory) >= MAX_LOOKS:
+    if len(memory) >= MAX_KEPT:
         memory.clear()
     memory[key] = value
     return value
@@ -491,16 +512,16 @@ def _torch_recorders() -> tuple[Any, Any, Any]:
 
 @cache
 def _increment_versions() -> Callable[[tuple[Any, ...]], None]:
-    increment = sys.modules["torch"].autograd.graph.increment_version
     try:
+        increment = _torch_c()._increment_version
         increment(())
         return increment  # type: ignore[no-any-return]
-    except (TypeError, RuntimeError):  # which takes one tensor, and none of inference mode
+    except (AttributeError, TypeError, RuntimeError):  # which takes one, and none of inference mode
 
         def one_by_one(arrays: tuple[Any, ...]) -> None:
             for array in arrays:
                 if not array.is_inference():
-                    increment(array)
+                    sys.modules["torch"].autograd.graph.increment_version(array)
 
         return one_by_one
 
