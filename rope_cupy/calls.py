@@ -93,10 +93,11 @@ def rotate(
         first = index("positions", positions, "None, an int or an int32 or int64 array")
     source = source_of(table)
     in_place = out is not None and xs[0] is out[0] and xs[-1] is out[-1]
-    seen = tensor.glance((*xs, *source.arrays, *rows, *(() if in_place else out or ())))
+    parts = () if source.fixed else source.arrays
+    seen = tensor.glance((*xs, *parts, *rows, *(() if in_place else out or ())))
     if seen is None:
         return _rotate_unseen(_Given(names, xs, source, rows, first, options, out))[1]
-    key = names, options, source.form, len(rows), in_place, out is None, first
+    key = source.fixed, first, names, options, source.form, len(rows), in_place, out is None
     ready = seen.kept.get(key)
     if ready is None or out is None:
         return _rotate_at(_Given(names, xs, source, rows, first, options, out), key, seen)
@@ -110,7 +111,8 @@ def _rotate_at(given: _Given, key: tuple[Any, ...], seen: tensor.Glance) -> tupl
     num, at, outs = len(given.xs), seen.at, given.out
     in_place = outs is not None and given.xs[0] is outs[0] and given.xs[-1] is outs[-1]
     out_at = () if outs is None else at[:num] if in_place else at[-num:]
-    call_key = key[:-1], seen.look, tuple(map(eq, at, out_at))
+    fixed = given.table.fixed
+    call_key = key[2:], fixed and fixed.look, seen.look, tuple(map(eq, at, out_at))
     call = _calls.get(call_key)
     if call is None:
         call, outs = _rotate_unseen(given)
@@ -127,13 +129,14 @@ def _rotate_at(given: _Given, key: tuple[Any, ...], seen: tensor.Glance) -> tupl
         key = key, out_at
     ready = seen.kept.get(key)
     if ready is None:
-        table = at[num : num + len(given.table.arrays)]
+        behind = num if fixed else num + len(given.table.arrays)
+        table = fixed.at if fixed else at[num:behind]
         pointers = Pointers(
             x=at[:num],
             out=out_at,
             cos=table[0],
             sin=table[-1] + call.to_sin,
-            positions=at[num + len(table)] if given.positions else 0,
+            positions=at[behind] if given.positions else 0,
         )
         ready = _made_ready(call, pointers, given.first)
         if len(seen.kept) >= MAX_KEPT:

@@ -131,9 +131,7 @@ class RotaryTable:
         return table
 
     def _look(self, form: Callable[..., TableView], *arrays: Any) -> None:
-        # PyTorch can move the data of a tensor (`share_memory_`, `resize_`, an assignment to
-        # `.data`), so where it lies is looked up at every use.
-        self._source = TableSource(form, arrays)
+        self._source = _lasting(form, arrays)
         cos = self._source.view(None).specs[0].cos
         if not cos.shape[-1]:
             raise ValueError("table must have a rotary_dim of 2 or more, got 0")
@@ -193,10 +191,23 @@ class TableSource(NamedTuple):
 
     form: Callable[..., TableView]
     arrays: tuple[Any, ...]
+    fixed: tensor.Glance | None = None  # of arrays that nothing but their values can change of
 
     def view(self, stream: int | None) -> TableView:
         """Return where the table lies now, ready for work on `stream`."""
         return self.form(stream, *self.arrays)
+
+
+def _lasting(form: Callable[..., TableView], arrays: tuple[Any, ...]) -> TableSource:
+    """Return the source of a table that is kept.
+
+    PyTorch can move the data of a tensor (`share_memory_`, `resize_`, an assignment to `.data`), so
+    where it lies is looked up at every use. What cannot be moved is looked up once.
+    """
+    views = tuple(map(tensor.private_view, arrays))
+    if any(view is None for view in views):
+        return TableSource(form, arrays)
+    return TableSource(form, views, tensor.glance(views))
 
 
 def source_of(table: Any) -> TableSource:

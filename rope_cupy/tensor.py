@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -59,6 +60,10 @@ class Library:
     def empty_like(self, array: Any) -> Any:
         """Return a new dense array whose axes lie in memory in the order of `array`'s."""
         raise NotImplementedError
+
+    def private_view(self, array: Any) -> Any:
+        """Return a view of which nothing but the values can change, None where there is none."""
+        return None
 
     def result(self, array: Any, like: Any) -> Any:
         """Return what the caller gets for an array of `empty_like`, once work on it is launched."""
@@ -141,6 +146,9 @@ class _CuPy(Library):
 
     def guard(self, arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
         return _guard_by(self.attributes, arrays)
+
+    def private_view(self, array: Any) -> Any:
+        return array.view()
 
     def empty_like(self, array: Any) -> Any:
         with array.device:
@@ -327,7 +335,8 @@ class Look:
     __slots__ = ()
 
 
-class Glance(NamedTuple):
+@dataclass(eq=False)
+class Glance:
     """What is seen of arrays without describing them."""
 
     at: tuple[int, ...]  # their addresses
@@ -360,7 +369,8 @@ def glance(arrays: tuple[Any, ...]) -> Glance | None:
     seen = _glance_at_each(arrays)
     if seen:
         if before and before.look is seen.look:
-            seen = before._replace(guard=library.guard(arrays))
+            before.guard = library.guard(arrays)
+            return before
         _keep(_glances, place, seen)
     return seen
 
@@ -403,6 +413,12 @@ def _keep(memory: dict[Any, Any], key: Any, value: Any) -> Any:
         memory.clear()
     memory[key] = value
     return value
+
+
+def private_view(array: Any) -> Any:
+    """Return a view of which nothing but the values can change, None where there is none."""
+    library = _library_of_exact_type(type(array))  # type: ignore[arg-type]
+    return library.private_view(array) if library else None
 
 
 def stream_of(array: Array) -> int | None:
