@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import threading
 import warnings
 from collections.abc import Callable
@@ -34,6 +33,8 @@ def sources() -> Path:
 
 def compile_options() -> tuple[str, ...]:
     """Return NVRTC's options. CuPy's cache key knows no headers: a digest stands for them."""
+    import hashlib  # slow to import, and needed for the first kernel only
+
     digest = hashlib.sha256(
         b"".join(path.read_bytes() for path in sorted(sources().glob("*.cu*")))
     ).hexdigest()

@@ -30,7 +30,7 @@ def test_a_call_of_any_kind_is_right(case, record):
 
 
 def test_the_kernel_compiles_without_a_warning(tmp_path):
-    kernel = "rotary_kernel<bfloat16, float, true, false, 8, 1, 0, 8, false>"
+    kernel = "rotary_kernel<bfloat16, float, int, true, false, 2, 4, 1, 0, 8, 0, false>"
     options = host_cuda.kernel_options(jit.sources() / "rotary.cu", kernel)
     command = host_cuda.command(*options, "-o", str(tmp_path / "kernel.so"))
     assert {"-Wall", "-Wextra"} <= set(command)
@@ -112,8 +112,11 @@ class OfTheirOwn(Mutant):
 
 PLAIN = Mutant._field_defaults["case"]
 GATHERED = PLAIN._replace(positions="int64 bs", outside="nan")
+TWO_ROWS = PLAIN._replace(interleaved=True, sizes=(2, 5, 4, 2))  # of one thread
+UNWRITTEN = PLAIN._replace(write="out")  # shows: the arrays hold other numbers
 OUT_OF_BOUNDS = "AddressSanitizer: (use-after-poison|SEGV)"
-WRONG = "^float(32|64) at .* expected "
+WRONG = "^float(16|32|64) at .* expected "
+CHANGED = "what is not rotated must keep its bits"
 MUTANTS = {
     "an index off by one": Mutant(
         "rotary.cu",
@@ -124,15 +127,15 @@ MUTANTS = {
     ),
     "a wrong stride": Mutant(
         "rotary.cu",
-        "x_view = args.tensors[which].x",
-        "x_view = args.tensors[0].x",
+        "x_offset = tensor.x.",
+        "x_offset = args.tensors[0].x.",
         OUT_OF_BOUNDS,
         PLAIN._replace(k_style="padded"),
     ),
     "a missing bound": Mutant(
         "rotary.cu",
-        "in_range = static_cast<unsigned long long>(position) <",
-        "in_range = static_cast<unsigned long long>(position) >= 0 ||",
+        "if (static_cast<unsigned long long>(position) >=",
+        "if (false && static_cast<unsigned long long>(position) >=",
         OUT_OF_BOUNDS,
         GATHERED,
     ),
@@ -141,14 +144,14 @@ MUTANTS = {
     ),
     "a swapped sign": Mutant("pairs.cuh", "(y, cos, negate(x), sin)", "(y, cos, x, sin)", WRONG),
     "rows that are no rows": Mutant(
-        "rotary.cu", "row >= static_cast<int>(args.num_rows) ||", "", OUT_OF_BOUNDS
+        "rotary.cu", "set >= static_cast<unsigned>(tensor.num_sets) ||", "", OUT_OF_BOUNDS
     ),
     "lanes that are no lanes": Mutant(
         "rotary.cu",
         "|| lane >= static_cast<int>(args.num_lanes)",
         "",
         OUT_OF_BOUNDS,
-        PLAIN._replace(head=(510, 510, 0)),
+        PLAIN._replace(head=(514, 514, 0)),
     ),
     "elements copied past the head": Mutant(
         "rotary.cu",
@@ -159,44 +162,104 @@ MUTANTS = {
     ),
     "an access wider than its address allows": Mutant(
         "vec.cuh",
-        "if (access.width >= kWholeWidth<T, kSize>)\n      return",
-        "if (access.stride == 1) return",
+        "if (access.width >= kWholeWidth<T, kSize>) {\n"
+        "    if constexpr (kPastL1 && Pieces<Run>::kCount) {\n      Pieces<Run> loaded",
+        "if (access.stride == 1) {\n"
+        "    if constexpr (kPastL1 && Pieces<Run>::kCount) {\n      Pieces<Run> loaded",
         "runtime error: .* misaligned address",
         PLAIN._replace(k_style="offset1"),
     ),
     "an offset in 32 bits": FarApart(
         "rotary.cu",
-        "static_cast<long long>(at.outer) * static_cast<Stride>(outer)",
+        "multiply_add(at.outer, static_cast<int>(outer), 0)",
         "at.outer * static_cast<int>(outer)",
         "runtime error: signed integer overflow",
     ),
     "int32 positions for int64": Mutant(
-        "rotary.cu", "position_bytes == 8", "position_bytes == 4", WRONG, GATHERED
+        "rotary.cu",
+        "static_cast<const Position*>",
+        "static_cast<const int*>",
+        WRONG,
+        GATHERED,
     ),
     "a NaN for a padding token": Mutant(
-        "rotary.cu", "if (!args.keep)", "if (true)", WRONG, GATHERED._replace(outside="keep")
+        "rotary.cu", "args.keep ?", "false ?", WRONG, GATHERED._replace(outside="keep")
+    ),
+    "a padding token kept in the first row alone": Mutant(
+        "rotary.cu",
+        "i < kRows; ++i) store_row(i, args.keep",
+        "i < 1; ++i) store_row(i, args.keep",
+        WRONG,
+        TWO_ROWS._replace(positions="int64 bs", outside="keep", write="out"),
     ),
     "a rotation forward for backward": Mutant(
         "pairs.cuh", "kConjugate ? ", "false ? ", WRONG, PLAIN._replace(conjugate=True)
     ),
-    "k's cosines by q's heads": Mutant(
+    "k's rows by q's heads": Mutant(
         "rotary.cu",
-        "which * args.cos_of_k",
-        "0",
-        f"{OUT_OF_BOUNDS}|{WRONG}",
-        PLAIN._replace(rows="head", sizes=(2, 5, 4, 4)),
+        "tensor.inner.divide(set)",
+        "args.tensors[0].inner.divide(set)",
+        WRONG,
     ),
     "sines by the rows of cosines": OfTheirOwn(
         "rotary.cu",
-        "in_range ? position * args.sin_row",
-        "in_range ? position * args.cos_row",
+        "sin_offset = position * args.sin_row",
+        "sin_offset = position * args.cos_row",
         f"{OUT_OF_BOUNDS}|{WRONG}",
+    ),
+    "the second row of a set beside the first": Mutant(
+        "rotary.cu",
+        "x_slice + i * tensor.x_step,",
+        "x_slice + i * tensor.x.inner,",
+        WRONG,
+        TWO_ROWS,
+    ),
+    "the second row of a set copied from the first": Mutant(
+        "rotary.cu",
+        "x_slice + i * tensor.x_step + element",
+        "x_slice + element",
+        CHANGED,
+        TWO_ROWS._replace(head=(128, 64, 0)),
+    ),
+    "k's first block taken for q's": Mutant(
+        "rotary.cu", "block >= q_blocks", "block > q_blocks", WRONG, UNWRITTEN
+    ),
+    "k's blocks numbered from q's first": Mutant(
+        "rotary.cu", " - which * q_blocks", "", WRONG, UNWRITTEN
+    ),
+    "every period the first": Mutant(
+        "rotary.cu",
+        "period * static_cast<unsigned>(tensor.blocks) + block",
+        "block",
+        WRONG,
+        UNWRITTEN._replace(sizes=(2, 150, 1, 1)),
+    ),
+    "two neighbours swapped where they are narrowed": Mutant(
+        "numeric.cuh",
+        "word_of(narrow<T>(first).bits, narrow<T>(second).bits)",
+        "word_of(narrow<T>(second).bits, narrow<T>(first).bits)",
+        WRONG,
+        Case("float16"),
+    ),
+    "two neighbours swapped where they are loaded one by one": Mutant(
+        "vec.cuh",
+        "word_of(low.words[0].bits, high.words[0].bits)",
+        "word_of(high.words[0].bits, low.words[0].bits)",
+        WRONG,
+        Case("float16", style="offset1"),
+    ),
+    "two neighbours swapped where they are stored one by one": Mutant(
+        "vec.cuh",
+        ">> 16 * kHalf",
+        ">> 16 * (1 - kHalf)",
+        WRONG,
+        Case("float16", k_style="offset1", write="out"),
     ),
     "arguments of another shape": Mutant(
         "rotary.cu",
-        "long long cos_of_k;",
-        "long long cos_of_k, cos_of_v;",
-        "the kernel takes 560 bytes of arguments, got 552",
+        "long long cos_row;",
+        "long long cos_row, cos_of_v;",
+        "the kernel takes 592 bytes of arguments, got 584",
     ),
 }
 

@@ -4,7 +4,6 @@ import ctypes
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -26,9 +25,10 @@ class StandIn:
         self.compiled, self.in_memory, self.launched = [], [], []
         self.compile = self.run = lambda name: None
         self.device, self.functions, self.contexts = 0, [], threading.local()
+        self.capability, self.cuda_of_driver, self.status = "90", 12030, 0
         self.cuda = SimpleNamespace(
             Device=self.entered,
-            driver=SimpleNamespace(launchKernel=self.launch_kernel),
+            driver=SimpleNamespace(check_status=self.check_status),
             function=SimpleNamespace(Module=Module),
             compiler=SimpleNamespace(compile_using_nvrtc=self.compile_in_memory),
             runtime=SimpleNamespace(
@@ -43,11 +43,8 @@ class StandIn:
         assert device == self.device
         self.contexts.here = True
 
-    @contextmanager
     def entered(self, device):
-        before, self.device = self.device, device
-        yield
-        self.device = before
+        return Entered(self, device)
 
     def RawModule(self, code, options, name_expressions):  # noqa: N802
         assert "rotary_kernel" in code and options == jit.compile_options()
@@ -59,20 +56,42 @@ class StandIn:
         self.functions.append(name)
         return SimpleNamespace(kernel=SimpleNamespace(ptr=len(self.functions) - 1))
 
-    def launch_kernel(self, function, *sizes_and_more):
+    def launch_kernel_ex(self, config, function, parameters, extra):
         assert self.contexts.here, "a thread has a context once a device has been set in it"
-        *sizes, shared, stream, arguments, extra = sizes_and_more
+        config = jit._Config.from_address(config)
         name = self.functions[function]
         self.run(name)
-        block = ctypes.string_at(ctypes.c_void_p.from_address(arguments).value, len(BLOCK))
-        assert (shared, extra, block) == (0, 0, BLOCK)
-        self.launched.append((name, self.device, sizes, stream))
+        block = ctypes.string_at(ctypes.c_void_p.from_address(parameters).value, len(BLOCK))
+        assert (config.shared_bytes, extra, block) == (0, None, BLOCK)
+        self.launched.append((name, self.device, [*config.sizes], config.stream))
+        self.attributes = [
+            (attribute.id, attribute.value[0])
+            for attribute in config.attributes[: config.num_attributes]
+        ]
+        return self.status
+
+    def check_status(self, status):
+        raise RuntimeError(f"the driver's error {status}")
 
     def compile_in_memory(self, code, options, *, name_expressions, cache_in_memory):
         assert "rotary_kernel" in code and options == (*jit.compile_options(), "-ftz=true")
         assert cache_in_memory
         self.in_memory += name_expressions
         return b"cubin", {name: f"_Z{name}" for name in name_expressions}
+
+
+class Entered:
+    """A device of CuPy."""
+
+    def __init__(self, cupy, device):
+        self.cupy, self.device = cupy, device
+        self.compute_capability = cupy.capability
+
+    def __enter__(self):
+        self.before, self.cupy.device = self.cupy.device, self.device
+
+    def __exit__(self, *error):
+        self.cupy.device = self.before
 
 
 class Module:
@@ -83,9 +102,13 @@ class Module:
         return self.cubin, name
 
 
-def launch(name, device=0):
+def prepared(name, device=0, stream_of=lambda device: 7):
     plan = SimpleNamespace(kernel=name, grid=(2, 3), block=(4, 5))
-    jit.launch(plan, jit.Arguments(BLOCK), device, stream=7)
+    return jit.Launch(plan, BLOCK, device, stream_of)
+
+
+def launch(name, device=0):
+    prepared(name, device)()
 
 
 @pytest.fixture
@@ -99,11 +122,15 @@ def cold(monkeypatch):
 @pytest.fixture
 def cupy(monkeypatch, cold):
     """A stand-in for CuPy on a machine with a GPU."""
-    environment.cupy.cache_clear()
     stand_in = StandIn()
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
+    monkeypatch.setattr(jit, "_cu_launch_kernel_ex", lambda: stand_in.launch_kernel_ex)
+    monkeypatch.setattr(jit, "driver", lambda: stand_in.cuda_of_driver)
+    for function in (environment.cupy, jit._starts_early):
+        function.cache_clear()
     yield stand_in
-    environment.cupy.cache_clear()
+    for function in (environment.cupy, jit._starts_early):
+        function.cache_clear()
 
 
 @pytest.fixture
@@ -144,6 +171,44 @@ def test_a_launch_on_another_device_is_made_there_and_leaves_the_current_one(cup
     launch("a", device=1)
     assert cupy.launched == [("a", 1, [2, 3, 1, 4, 5, 1], 7)]
     assert cupy.device == 0
+
+
+def test_what_is_prepared_is_launched_on_the_stream_that_is_current(cupy):
+    streams = [7, 7, 9, 0, 7]
+    launch = prepared("a", stream_of=lambda device: streams[len(cupy.launched)])
+    for _ in streams:
+        launch()
+    assert [stream or 0 for _, _, _, stream in cupy.launched] == streams
+
+
+def test_streams_that_come_and_go_are_forgotten(cupy, monkeypatch):
+    monkeypatch.setattr(jit, "MAX_STREAMS", 3)
+    launch = prepared("a", stream_of=lambda device: 1 + len(cupy.launched))
+    for _ in range(10):
+        launch()
+        assert len(launch._ready) <= 3
+    assert [stream for _, _, _, stream in cupy.launched] == [*range(1, 11)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "early"),
+    [("90", 12030, True), ("120", 13000, True), ("89", 13000, False), ("90", 12020, False)],
+)
+def test_a_kernel_may_start_early_where_gpu_and_driver_know_how(cupy, capability, driver, early):
+    cupy.capability, cupy.cuda_of_driver = capability, driver
+    launch("a")
+    assert cupy.attributes == ([(6, 1)] if early else [])
+
+
+def test_an_error_of_the_driver_is_raised_by_cupy(cupy):
+    cupy.status = 719
+    with pytest.raises(RuntimeError, match="the driver's error 719"):
+        launch("a")
+
+
+def test_the_drivers_structures_are_as_large_as_in_cuda_h():
+    assert ctypes.sizeof(jit._Attribute) == 72
+    assert ctypes.sizeof(jit._Config) == 56
 
 
 def test_threads_that_ask_for_one_kernel_at_once_have_it_compiled_once(cupy, pool):

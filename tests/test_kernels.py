@@ -11,7 +11,7 @@ import test_gpu
 import test_rotary
 from arrays import verify
 from nvrtc import compiled, ptx
-from test_plan import FIELDS
+from test_plan import FIELDS, Template, template
 
 from rope_cupy import cpu, jit
 from rope_cupy.memory import ACCESS_BYTES
@@ -69,22 +69,35 @@ def test_every_kernel_of_the_matrix_compiles_and_keeps_all_in_registers(kernels,
 
 
 def test_the_matrix_launches_kernels_of_every_kind(kernels):
-    arguments = [name[len("rotary_kernel<") : -1].split(", ") for name in kernels]
-    kinds = [set(column) for column in zip(*arguments, strict=True)]
-    numbers = {"float16", "bfloat16", "float", "double"}
-    flags = {"true", "false"}
-    assert kinds[:4] == [numbers, numbers, flags, flags]
-    assert kinds[4] == {"1", "2", "4", "8"}  # pairs of a thread
-    steps = {tuple(row[5:7]) for row in arguments}
+    kinds = Template(*map(set, zip(*map(template, kernels), strict=True)))
+    numbers, flags = {"float16", "bfloat16", "float", "double"}, {"true", "false"}
+    assert (kinds.dtype, kinds.table) == (numbers, numbers)
+    assert kinds.position == {"void", "int", "long long"}
+    assert (kinds.interleaved, kinds.conjugate, kinds.common) == (flags, flags, flags)
+    assert kinds.rows == {"1", "2", "4"}
+    assert kinds.pairs == {"1", "2", "4", "8"}
+    steps = {(kernel.table_step, kernel.sin_offset) for kernel in map(template, kernels)}
     assert steps == {("1", "0"), ("2", "0"), ("2", "1"), ("4", "2")}
-    assert kinds[7] >= {"0", "1", "2", "4", "8"}  # elements of a copying lane
-    assert kinds[8] == flags
+    assert kinds.pass_run >= {"0", "1", "2", "4", "8"}
+    assert kinds.past_l1 == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("position", ["void", "int", "long long"])
+@pytest.mark.parametrize("pairing", ["false, false, 1, 8", "true, false, 2, 4"])
+def test_the_kernels_of_plain_models_leave_room_for_48_warps(pairing, position):
+    """Of a multiprocessor's 65,536 registers, which threads take by eights."""
+    code = (jit.sources() / "rotary.cu").read_text()
+    past_l1 = 1 if position == "void" else 2
+    name = f"rotary_kernel<bfloat16, float, {position}, {pairing}, 1, 0, 0, {past_l1}, true>"
+    log = compiled(code, [name], (*OPTIONS, "-arch=sm_90", "--ptxas-options=-v"))
+    (registers,) = re.findall(r"Used (\d+) registers", log)
+    assert int(registers) <= 40
 
 
 @pytest.mark.parametrize("table", ["float", "double"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float", "double"])
 def test_subnormal_numbers_are_not_flushed_to_zero(dtype, table):
-    name = f"rotary_kernel<{dtype}, {table}, true, true, 2, 1, 0, 0, true>"
+    name = f"rotary_kernel<{dtype}, {table}, void, true, true, 2, 2, 1, 0, 0, 1, true>"
     code = ptx((jit.sources() / "rotary.cu").read_text(), name, (*OPTIONS, "-arch=compute_80"))
     instructions = re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.]*)\s", code, re.MULTILINE)
     assert any(instruction.startswith("fma.rn.f") for instruction in instructions)

@@ -1,28 +1,48 @@
-"""The launch plan: how wide threads read and write, how rows are numbered, what is packed."""
+"""The launch plan: what each thread does, how blocks and rows are numbered, what is packed."""
 
 import math
 import struct
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from rope_cupy.memory import array_spec
-from rope_cupy.plan import BLOCK_THREADS, divisor, launch_plan
-from rope_cupy.problem import MAX_ROWS, Options, TableSpec, rotary_options, rotary_problem
+from rope_cupy.plan import BLOCK_BYTES, divisor, launch_plan
+from rope_cupy.problem import MAX_ROWS, Options, Pointers, TableSpec, rotary_options, rotary_problem
 
 # The integers of the argument block, in the order of kernels/rotary.cu (test_kernels.py compares).
-VIEW = ("origin", "outer", "middle", "inner", "element", "width")
+VIEW = ("outer", "middle", "inner", "element", "width")
 DIVISOR = ("value", "multiplier", "shift")
-XY = ("x", "out")
-FIELDS = [
-    *(f"tensors[{i}].{array}.{part}" for i in range(2) for array in ("x", "out") for part in VIEW),
-    *(f"{table}.{part}" for table in ("cos", "sin") for part in VIEW),
-    *("cos_of_k", "sin_of_k"),
-    *(f"position.{part}" for part in VIEW),
-    *("position_bytes", "num_positions", "cos_row", "sin_row", "keep", "num_rows"),
+TENSOR = [
+    *(f"{array}.{part}" for array in ("x", "out") for part in VIEW),
     *(f"{axis}.{part}" for axis in ("inner", "middle") for part in DIVISOR),
-    *("head_axis", "num_q_heads", "rotary_offset", "num_pairs", "num_pair_lanes", "num_lanes"),
+    *("x_step", "out_step", "num_sets", "blocks"),
 ]
+FIELDS = [
+    *(f"tensors[{i}].{field}" for i in range(2) for field in TENSOR),
+    *(f"period.{part}" for part in DIVISOR),
+    *(f"{array}.{part}" for array in ("cos", "sin", "position") for part in VIEW),
+    *("num_positions", "cos_row", "sin_row", "keep"),
+    *("rotary_offset", "num_pairs", "num_pair_lanes", "num_lanes"),
+]
+
+
+class Template(NamedTuple):
+    """The template arguments of the kernel, as they are written."""
+
+    dtype: str
+    table: str
+    position: str
+    interleaved: str
+    conjugate: str
+    rows: str
+    pairs: str
+    table_step: str
+    sin_offset: str
+    pass_run: str
+    past_l1: str
+    common: str
 
 
 def spec(shape, dtype="bfloat16", strides=None, address=0):
@@ -53,10 +73,20 @@ def problem(xs, rotary_dim, outs=None, positions=None, table=None, **options):
     )
 
 
-def template_arguments(plan):
-    name, _, rest = plan.kernel.partition("<")
-    assert name == "rotary_kernel"
-    return rest.removesuffix(">").split(", ")
+def matrices(rotary_dim, dtype="float32"):
+    """A table of 2 x 2 matrices: 4 elements a pair, of which cos is the first and sin the third."""
+    num_pairs = rotary_dim // 2
+    part = spec((4096, num_pairs), dtype, strides=(4 * num_pairs, 4))
+    return TableSpec(part, part, 4, 2)
+
+
+def template(kernel):
+    assert kernel.startswith("rotary_kernel<")
+    return Template(*kernel[len("rotary_kernel<") : -1].split(", "))
+
+
+def template_of(*args, **options):
+    return template(launch_plan(problem(*args, **options)).kernel)
 
 
 def fields(plan):
@@ -65,31 +95,49 @@ def fields(plan):
     return dict(zip(FIELDS, struct.unpack(f"<{len(FIELDS)}q", plan.arguments), strict=True))
 
 
+# What one thread does.
+
+
 @pytest.mark.parametrize(
-    ("dtype", "interleaved", "head_dim", "rotary_dim", "kernel"),
+    ("dtype", "interleaved", "head_dim", "rotary_dim", "pairs"),
     [
-        ("bfloat16", True, 128, 128, "bfloat16, float, true, false, 8, 1, 0, 0, true"),
-        ("bfloat16", False, 128, 128, "bfloat16, float, false, false, 8, 1, 0, 0, true"),
-        ("float16", False, 72, 72, "float16, float, false, false, 4, 1, 0, 0, true"),
-        ("float32", True, 80, 80, "float, float, true, false, 4, 1, 0, 0, true"),
-        ("float64", True, 64, 64, "double, float, true, false, 2, 1, 0, 0, true"),
-        ("float32", False, 6, 6, "float, float, false, false, 1, 1, 0, 0, true"),
-        ("bfloat16", False, 90, 24, "bfloat16, float, false, false, 2, 1, 0, 0, true"),
-        ("bfloat16", True, 90, 24, "bfloat16, float, true, false, 1, 1, 0, 0, true"),
+        ("bfloat16", False, 128, 128, 8),  # two accesses of 16 bytes
+        ("bfloat16", True, 128, 128, 4),  # one
+        ("float32", False, 128, 128, 4),
+        ("float32", True, 80, 80, 2),
+        ("float64", False, 64, 64, 2),
+        ("float64", True, 64, 64, 1),
+        ("float16", False, 72, 72, 4),  # 36 pairs are no multiple of 8
+        ("float32", False, 6, 6, 1),
+        ("bfloat16", False, 90, 24, 2),  # a row in two begins at 4 bytes
+        ("bfloat16", True, 90, 24, 1),
     ],
 )
-def test_dense_tensors_get_the_widest_accesses_that_their_rows_allow(
-    dtype, interleaved, head_dim, rotary_dim, kernel
+def test_a_thread_rotates_what_one_access_of_every_half_or_run_holds(
+    dtype, interleaved, head_dim, rotary_dim, pairs
 ):
-    posed = problem([spec((1, 5, 4, head_dim), dtype)], rotary_dim, interleaved=interleaved)
-    assert launch_plan(posed).kernel == f"rotary_kernel<{kernel}>"
+    x = spec((1, 5, 4, head_dim), dtype)
+    assert template_of([x], rotary_dim, interleaved=interleaved).pairs == str(pairs)
+
+
+def test_a_thread_beside_lanes_that_copy_has_one_access():
+    x = spec((1, 5, 4, 128))
+    assert template_of([x], 64).pairs == "8"
+    assert template_of([x], 64, outs=[x]).pairs == "4"
+    assert template_of([x], 128, outs=[x]).pairs == "8"  # nothing to copy
+
+
+@pytest.mark.parametrize(("dtype", "pairs"), [("float16", "8"), ("float32", "4")])
+def test_a_thread_has_one_access_where_the_angles_of_a_pair_take_16_bytes(dtype, pairs):
+    x = spec((1, 5, 4, 128))
+    assert template_of([x], 128, table=matrices(128, dtype)).pairs == pairs
 
 
 @pytest.mark.parametrize(("address", "width"), [(0, 8), (8, 4), (4, 2), (2, 1), (256, 8), (6, 1)])
 def test_an_access_is_as_wide_as_the_address_allows(address, width):
     plan = launch_plan(problem([spec((1, 5, 4, 128), address=address)], 128))
     assert fields(plan)["tensors[0].x.width"] == width
-    assert template_arguments(plan)[4] == str(width)  # pairs of a thread
+    assert template(plan.kernel).pairs == str(width)
 
 
 def test_the_width_is_chosen_for_each_tensor():
@@ -98,172 +146,309 @@ def test_the_width_is_chosen_for_each_tensor():
     packed = fields(plan)
     assert (packed["tensors[0].x.width"], packed["tensors[0].out.width"]) == (8, 8)
     assert (packed["tensors[1].x.width"], packed["tensors[1].out.width"]) == (1, 1)
-    assert template_arguments(plan)[-1] == "false"
+    assert (template(plan.kernel).pairs, template(plan.kernel).common) == ("8", "false")
 
 
 def test_elements_that_do_not_touch_move_one_by_one():
     x = spec((1, 5, 4, 128), strides=(5120, 1024, 256, 2))
     plan = launch_plan(problem([x], 128))
     assert fields(plan)["tensors[0].x.width"] == 1
-    assert template_arguments(plan)[4:] == ["1", "1", "0", "0", "false"]
+    assert (template(plan.kernel).pairs, template(plan.kernel).common) == ("1", "false")
 
 
 def test_a_table_off_its_alignment_does_not_narrow_the_tensors():
     part = spec((4096, 64), "float32", address=4)
     plan = launch_plan(problem([spec((1, 5, 4, 128))], 128, table=TableSpec(part, part, 1, 0)))
     assert (fields(plan)["tensors[0].x.width"], fields(plan)["cos.width"]) == (8, 1)
-    assert template_arguments(plan)[4] == "8"
+    assert template(plan.kernel).pairs == "8"
+
+
+def test_every_template_argument_is_in_its_place():
+    x, positions = spec((1, 5, 4, 192), "float16"), spec((5,), "int32")
+    options = {"positions": positions, "interleaved": True, "rotary_offset": 128}
+    chosen = template_of([x], 64, outs=[x], table=matrices(64, "float64"), **options)
+    assert chosen == Template(
+        *("float16", "double", "int", "true", "false"),
+        *("1", "4", "4", "2", "8", "0", "true"),
+    )
+    assert template_of([x], 64, conjugate=True)[:5] == (
+        *("float16", "float", "void", "false", "true"),
+    )
+
+
+BSHD, BHSD = "bshd", "bhsd"
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "layout", "interleaved", "by_matrices", "rows"),
+    [
+        ((32, 8), 128, BSHD, False, False, 1),  # 32 bytes a row already
+        ((32, 8), 128, BSHD, True, False, 2),
+        ((32, 8), 8, BSHD, False, False, 2),  # 16 bytes of a head of 16
+        ((32, 8), 128, BSHD, False, True, 4),
+        ((32, 8), 128, BSHD, True, True, 4),
+        ((7, 3), 128, BSHD, True, False, 1),  # heads that do not divide
+        ((8, 3), 128, BSHD, True, False, 1),
+        ((6, 2), 128, BSHD, True, True, 2),
+        ((4, 0), 128, BSHD, True, True, 4),
+        ((0, 6), 128, BSHD, True, False, 2),
+        ((32, 8), 128, BHSD, True, False, 1),  # heads are not innermost
+        ((32, 8), 72, BSHD, True, False, 1),  # 9 lanes do not fill a warp
+        ((32, 8), 96, BSHD, True, True, 1),
+        ((32, 8), 512, BSHD, True, False, 2),  # 64 lanes are two warps
+    ],
+)
+def test_a_thread_takes_several_heads_where_it_reads_little_of_each(
+    heads, head_dim, layout, interleaved, by_matrices, rows
+):
+    shapes = [(2, 37, h, head_dim) if layout == BSHD else (2, h, 37, head_dim) for h in heads]
+    table = matrices(head_dim) if by_matrices else None
+    options = {"layout": layout, "interleaved": interleaved, "table": table}
+    assert template_of([spec(shape) for shape in shapes], head_dim, **options).rows == str(rows)
+
+
+@pytest.mark.parametrize("shape", [(2, 37, 8, 128), (1, 37, 8, 128), (2, 1, 8, 128), (37, 8, 128)])
+def test_heads_are_innermost_whatever_axes_have_one_index_or_are_not_there(shape):
+    chosen = template_of([spec(shape)], 128, interleaved=True)
+    assert (chosen.rows, chosen.past_l1) == ("2", "1")
+
+
+@pytest.mark.parametrize("of_heads", ["cos", "sin"])
+def test_a_thread_takes_one_head_where_heads_have_angles_of_their_own(of_heads):
+    x, parts = spec((2, 5, 4, 128)), {name: spec((2, 5, 1, 64), "float32") for name in "cs"}
+    table = TableSpec(parts["c"], parts["s"], 1, 0)
+    assert template_of([x], 128, table=table, interleaved=True).rows == "2"
+    parts[of_heads[0]] = spec((2, 5, 4, 64), "float32")
+    table = TableSpec(parts["c"], parts["s"], 1, 0)
+    assert template_of([x], 128, table=table, interleaved=True).rows == "1"
 
 
 @pytest.mark.parametrize(
     ("head_dim", "rotary_dim", "offset", "run", "lanes"),
-    [(128, 128, 0, 0, 8), (128, 64, 64, 8, 12), (192, 64, 128, 8, 20), (90, 24, 13, 1, 12 + 66)],
+    [
+        (128, 128, 0, 0, 8),
+        (128, 64, 64, 8, 8 + 8),
+        (192, 64, 128, 8, 8 + 16),
+        (90, 24, 13, 1, 12 + 66),
+        (80, 24, 4, 4, 6 + 14),
+    ],
 )
 def test_out_of_place_the_rest_of_the_head_is_copied_by_lanes_of_its_own(
     head_dim, rotary_dim, offset, run, lanes
 ):
     x = spec((2, 5, 4, head_dim))
     plan = launch_plan(problem([x], rotary_dim, outs=[x], rotary_offset=offset))
-    assert template_arguments(plan)[7] == str(run)
+    assert template(plan.kernel).pass_run == str(run)
     assert fields(plan)["num_lanes"] == lanes
     in_place = launch_plan(problem([x], rotary_dim, rotary_offset=offset))
-    assert template_arguments(in_place)[7] == "0"
+    assert template(in_place.kernel).pass_run == "0"
+    assert fields(in_place)["num_lanes"] == fields(in_place)["num_pair_lanes"]
 
 
-@pytest.mark.parametrize("head_dim", [2, 6, 64, 72, 90, 128, 320, 512, 1026, 4096])
-@pytest.mark.parametrize("heads", [(1, 1), (32, 8), (7, 3)])
-def test_the_grid_covers_every_row_and_lane_once(head_dim, heads):
-    plan = launch_plan(problem([spec((2, 37, h, head_dim)) for h in heads], head_dim))
-    (grid_x, grid_y), (block_x, block_y), lanes = plan.grid, plan.block, fields(plan)["num_lanes"]
-    rows = 2 * 37 * sum(heads)
-    assert block_x * block_y <= BLOCK_THREADS
-    assert (grid_x - 1) * block_y < rows <= grid_x * block_y
-    assert (grid_y - 1) * block_x < lanes <= grid_y * block_x
-
-
-def test_the_last_block_of_the_largest_launch_counts_its_rows_in_32_bits():
-    for head_dim in (2, 128, 2048):
-        plan = launch_plan(problem([spec((1, MAX_ROWS, 1, head_dim))], head_dim))
-        assert MAX_ROWS <= plan.grid[0] * plan.block[1] < 2**31
-
-
-@pytest.mark.parametrize(("layout", "inner"), [("bshd", 4), ("bhsd", 37), ("sbhd", 4), ("hsd", 37)])
-def test_rows_are_numbered_as_they_lie_in_memory(layout, inner):
-    sizes = {"b": 2, "s": 37, "h": 4, "d": 64}
-    shape = tuple(sizes[axis] for axis in layout)
-    packed = fields(launch_plan(problem([spec(shape)], 64, layout=layout)))
-    strides = [packed[f"tensors[0].x.{axis}"] for axis in ("outer", "middle", "inner")]
-    assert sorted(strides, reverse=True)[: len(layout) - 1] == strides[: len(layout) - 1]
-    assert packed["inner.value"] == (inner if "b" in layout else 1)
-
-
-def view(origin, outer, middle, inner, element, width):
-    return dict(zip(VIEW, (origin, outer, middle, inner, element, width), strict=True))
-
-
-def flat(**nested):
-    """Names and integers, a view's by its name and a dot."""
-    return {
-        f"{name}.{part}" if part else name: number
-        for name, value in nested.items()
-        for part, number in (value if isinstance(value, dict) else {"": value}).items()
-    }
-
-
-def test_every_integer_of_a_launch_by_a_table_of_heads():
-    q = spec((2, 5, 3, 90), strides=(5000, 700, 200, 2))
-    k = spec((2, 3, 5, 90), "bfloat16")  # to be seen as (2, 5, 3, 90)
-    k = k._replace(shape=(2, 5, 3, 90), strides=(1350, 90, 450, 1))
-    outs = [spec((2, 5, 3, 90), address=4), spec((2, 5, 3, 90), address=2)]
-    cos = spec((2, 5, 3, 12), "float32", strides=(800, 160, 40, 1))
-    sin = spec((2, 5, 3, 12), "float32", strides=(900, 150, 50, 3))
-    posed = problem(
-        [q, k], 24, outs, table=TableSpec(cos, sin, 1, 0), rotary_offset=6, out_of_range="keep"
-    )
-    packed = fields(launch_plan(posed))
-    expected = flat(
-        **{
-            "tensors[0].x": view(12, 5000, 700, 200, 2, 1),
-            "tensors[0].out": view(6, 1350, 270, 90, 1, 2),
-            "tensors[1].x": view(6 - 3 * 450, 1350, 90, 450, 1, 2),
-            "tensors[1].out": view(6 - 3 * 90, 1350, 270, 90, 1, 1),
-            "cos": view(0, 800, 160, 40, 1, 4),
-            "sin": view(0, 900, 150, 50, 3, 1),
-            "cos_of_k": -3 * 40,
-            "sin_of_k": -3 * 50,
-            "position": view(0, 0, 0, 0, 0, 0),
-            "inner": dict(zip(DIVISOR, divisor(6), strict=True)),
-            "middle": dict(zip(DIVISOR, divisor(5), strict=True)),
-        },
-        **{"position_bytes": 0, "num_positions": 1, "cos_row": 0, "sin_row": 0, "keep": 1},
-        **{"num_rows": 2 * 5 * 6, "head_axis": 2, "num_q_heads": 3, "rotary_offset": 6},
-        **{"num_pairs": 12, "num_pair_lanes": 12 // 2, "num_lanes": 12 // 2 + 66 // 2},
-    )
-    assert packed == expected
-
-
-def test_every_integer_of_a_launch_by_positions():
-    x = spec((2, 3, 5, 128))  # batch, heads, tokens
-    cos = spec((40, 64), "float32", strides=(200, 2))
-    sin = spec((40, 64), "float32", strides=(300, 2))
-    positions = spec((2, 5), "int64", strides=(11, 2))
-    posed = problem([x], 128, table=TableSpec(cos, sin, 2, 0), positions=positions, layout="bhsd")
-    inner, middle = divisor(5), divisor(3)
-    assert fields(launch_plan(posed)) == flat(
-        **{
-            f"tensors[{i}].{y}": view(-3 * 640 * i, 1920, 640, 128, 1, 8)
-            for i in (0, 1)
-            for y in XY
-        },
-        cos=view(0, 0, 0, 0, 1, 4),
-        sin=view(0, 0, 0, 0, 1, 4),
-        position=view(0, 11, 0, 2, 0, 0),
-        inner=dict(zip(DIVISOR, inner, strict=True)),
-        middle=dict(zip(DIVISOR, middle, strict=True)),
-        **{"cos_of_k": 0, "sin_of_k": 0, "position_bytes": 8, "num_positions": 40, "cos_row": 200},
-        **{"sin_row": 300, "keep": 0, "num_rows": 30, "head_axis": 1, "num_q_heads": 3},
-        **{"rotary_offset": 0, "num_pairs": 64, "num_pair_lanes": 8, "num_lanes": 8},
-    )
-    assert template_arguments(launch_plan(posed))[-1] == "false"  # the rows of sin lie elsewhere
+# Blocks.
 
 
 @pytest.mark.parametrize(
-    "change", ["out strides", "sin strides", "table of heads", "table element"]
+    ("dtype", "head_dim", "interleaved", "block"),
+    [
+        ("bfloat16", 128, False, (8, 16)),
+        ("bfloat16", 128, True, (16, 8)),
+        ("bfloat16", 64, False, (4, 32)),
+        ("float32", 128, False, (16, 8)),
+        ("float64", 256, False, (64, 2)),
+        ("bfloat16", 1024, False, (64, 2)),
+    ],
 )
-def test_what_the_common_path_takes_for_granted_holds_there(change):
-    x, part = spec((2, 5, 4, 128)), spec((5, 64), "float32")
-    outs, table = [x], TableSpec(part, part, 1, 0)
-    assert template_arguments(launch_plan(problem([x], 128, outs, table=table)))[-1] == "true"
-    if change == "out strides":
-        outs = [spec((2, 5, 4, 128), strides=(128 * 40, 128 * 8, 128, 1))]
-    elif change == "sin strides":
-        table = TableSpec(part, spec((5, 64), "float32", strides=(128, 1)), 1, 0)
-    elif change == "table of heads":
-        part = spec((2, 5, 4, 64), "float32")
-        table = TableSpec(part, part, 1, 0)
-    else:
-        part = spec((5, 64), "float32", strides=(128, 2))
-        table = TableSpec(part, part, 1, 0)
-    assert template_arguments(launch_plan(problem([x], 128, outs, table=table)))[-1] == "false"
+def test_a_block_moves_4_kb(dtype, head_dim, interleaved, block):
+    x = spec((2, 37, 4, head_dim), dtype)
+    plan = launch_plan(problem([x], head_dim, interleaved=interleaved))
+    thread_bytes = BLOCK_BYTES // math.prod(block)
+    rows, pairs = int(template(plan.kernel).rows), int(template(plan.kernel).pairs)
+    assert rows * 2 * pairs * {"bfloat16": 2, "float32": 4, "float64": 8}[dtype] == thread_bytes
+    assert plan.block == block
 
 
-def test_strides_beyond_32_bits_leave_the_common_path():
-    x = spec((2, 5, 4, 128), strides=(2**31, 512, 128, 1))
-    assert template_arguments(launch_plan(problem([x], 128)))[-1] == "false"
-    x = spec((2, 5, 4, 128), strides=(2**31 - 128, 512, 128, 1))
-    assert template_arguments(launch_plan(problem([x], 128)))[-1] == "true"
+@pytest.mark.parametrize("address", [0, 4])  # 16 and 4 bytes an access, 128 and 256 threads
+def test_a_block_is_whole_warps_of_at_most_512_threads(address):
+    for num_lanes in range(1, 1100):
+        pairs = 4 if address == 0 else 1
+        x = spec((1, 5, 4, 2 * pairs * num_lanes), "float32", address=address)
+        plan = launch_plan(problem([x], 2 * pairs * num_lanes))
+        (block_x, block_y), threads = plan.block, math.prod(plan.block)
+        assert fields(plan)["num_lanes"] == num_lanes
+        assert block_x <= 256
+        assert threads <= 512
+        whole_warps = math.lcm(32, block_x)
+        assert threads % 32 == 0 or whole_warps > 512
+        wanted = 128 if address == 0 else 256
+        assert wanted / 2 < threads <= wanted or threads == whole_warps or block_y == 1
 
 
-def test_one_plan_serves_every_address_of_the_same_alignment():
-    plans = [
-        launch_plan(problem([spec((1, 5, 4, 128), address=a)], 128)) for a in (4096, 8192 + 16)
-    ]
-    assert plans[0] is plans[1]
+# Rows and lanes.
 
 
-def test_a_launch_of_one_tensor_asks_for_no_second():
-    packed = fields(launch_plan(problem([spec((1, 5, 4, 128))], 128)))
-    assert packed["num_q_heads"] == 4  # every head is the first tensor's
+def divide(number, by):
+    """Divide as the kernel does, in 64 bits, unsigned."""
+    _, multiplier, shift = map(np.uint64, by)
+    return (np.uint64(2) * number * multiplier >> np.uint64(32)) >> shift
+
+
+def sets_of_blocks(plan):
+    """As the kernel numbers them: which tensor is a block's, and the set of each of its rows."""
+    packed = fields(plan)
+    block = np.arange(plan.grid[0], dtype=np.uint64)
+    by = [packed[f"period.{part}"] for part in DIVISOR]
+    period = divide(block, by)
+    block = np.int64(block - period * np.uint64(by[0]))
+    blocks = np.array([packed[f"tensors[{i}].blocks"] for i in range(2)])
+    which = np.int64(block >= blocks[0])
+    group = np.int64(period) * blocks[which] + block - which * blocks[0]
+    return which, group[:, None] * plan.block[1] + np.arange(plan.block[1])
+
+
+def rows_of(plan, i):
+    """Each row of tensor i that the launch rotates: elements to its x, its out and its cosines."""
+    packed = {name.removeprefix(f"tensors[{i}]."): n for name, n in fields(plan).items()}
+    which, sets = sets_of_blocks(plan)
+    sets = sets[which == i].ravel()
+    rest, at = np.uint64(sets[sets < packed["num_sets"]]), {}
+    for axis in ("inner", "middle"):
+        quotient = divide(rest, [packed[f"{axis}.{part}"] for part in DIVISOR])
+        at[axis], rest = rest - quotient * np.uint64(packed[f"{axis}.value"]), quotient
+    at["outer"] = rest
+    x, out, cos = (
+        sum(np.int64(index) * packed[f"{view}.{axis}"] for axis, index in at.items())
+        for view in ("x", "out", "cos")
+    )
+    rows = np.arange(int(template(plan.kernel).rows))[:, None]
+    places = (x + rows * packed["x_step"], out + rows * packed["out_step"], cos + 0 * rows)
+    return np.stack([place.ravel() for place in places], axis=1)
+
+
+def rows_wanted(posed, tensor):
+    """Each row of a tensor once, alike."""
+    sizes = (posed.batch, posed.num_tokens, tensor.num_heads)
+    at = np.indices(sizes).reshape(3, -1)
+    views = (tensor.x, tensor.out, posed.cos)
+    return np.stack([np.array(view.strides[:3]) @ at for view in views], axis=1)
+
+
+def in_order(rows):
+    return rows[np.lexsort(rows.T)]
+
+
+HEADS = [(32, 8), (24, 24), (7, 3), (33, 1), (1, 1), (0, 4), (4, 0), (1021, 7), (5,), (40,)]
+
+
+@pytest.mark.parametrize("layout", [BSHD, BHSD, "sbhd"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 677])
+def test_the_blocks_cover_every_row_of_q_and_of_k_once(tokens, heads, interleaved, layout):
+    sizes = {"b": 2, "s": tokens, "d": 64}
+    xs = [spec(tuple((sizes | {"h": h})[axis] for axis in layout)) for h in heads]
+    outs = [spec(x.shape, strides=(*(2 * n for n in x.strides[:3]), 1)) for x in xs]
+    posed = problem(xs, 64, outs, interleaved=interleaved, layout=layout)
+    plan = launch_plan(posed)
+    for i, tensor in enumerate(posed.tensors):
+        assert np.array_equal(in_order(rows_of(plan, i)), in_order(rows_wanted(posed, tensor)))
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (6, 2), (0, 4)], ids=str)
+def test_the_blocks_cover_every_row_once_where_a_set_has_four(heads):
+    xs = [spec((2, 677, h, 64)) for h in heads]
+    posed = problem(xs, 64, table=matrices(64))
+    plan = launch_plan(posed)
+    assert template(plan.kernel).rows == str(math.gcd(4, *heads))
+    for i, tensor in enumerate(posed.tensors):
+        assert np.array_equal(in_order(rows_of(plan, i)), in_order(rows_wanted(posed, tensor)))
+
+
+def test_the_rows_of_a_set_lie_as_far_apart_as_there_are_sets():
+    x = spec((2, 37, 8, 64), strides=(37 * 8 * 80, 8 * 80, 80, 1))
+    plan = launch_plan(problem([x], 64, outs=[spec((2, 37, 8, 64))], table=matrices(64)))
+    packed = fields(plan)
+    assert template(plan.kernel).rows == "4"
+    assert packed["tensors[0].inner.value"] == 8 // 4
+    assert packed["tensors[0].num_sets"] == 2 * 37 * 8 // 4
+    assert (packed["tensors[0].x_step"], packed["tensors[0].out_step"]) == (2 * 80, 2 * 64)
+
+
+@pytest.mark.parametrize("write", ["in place", "new"])
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim", "offset"),
+    [
+        *((2, 2, 0), (6, 2, 3), (72, 72, 0), (90, 24, 13), (90, 24, 66), (192, 64, 128)),
+        *((512, 64, 448), (1026, 1026, 0), (2**17, 2**16, 2**10), (2**22, 2**22, 0)),
+    ],
+)
+def test_the_lanes_cover_every_element_of_a_head_once(head_dim, rotary_dim, offset, write):
+    x = spec((1, 3, 2, head_dim))
+    outs = None if write == "in place" else [x]
+    plan = launch_plan(problem([x], rotary_dim, outs, rotary_offset=offset))
+    packed, chosen = fields(plan), template(plan.kernel)
+    num_lanes, num_pair_lanes = packed["num_lanes"], packed["num_pair_lanes"]
+    assert (plan.grid[1] - 1) * plan.block[0] < num_lanes <= plan.grid[1] * plan.block[0]
+    assert plan.grid[1] < 2**16
+    num_pairs, pairs, run = packed["num_pairs"], int(chosen.pairs), int(chosen.pass_run)
+    first = (np.arange(num_pair_lanes)[:, None] * pairs + np.arange(pairs)).ravel()
+    copied = np.arange(num_lanes - num_pair_lanes) * run - packed["rotary_offset"]
+    copied[copied >= 0] += 2 * num_pairs
+    copied = (copied[:, None] + np.arange(run)).ravel()
+    elements = offset + np.sort(np.concatenate([first, first + num_pairs, copied]))
+    wanted = range(head_dim) if outs else range(offset, offset + rotary_dim)
+    assert np.array_equal(elements, wanted)
+
+
+# Periods.
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (24, 24), (7, 3), (33, 1), (5,)], ids=str)
+def test_many_blocks_alternate_between_q_and_k_as_their_heads_do(heads):
+    posed = problem([spec((1, 4001, h, 128)) for h in heads], 128)
+    plan = launch_plan(posed)
+    which, sets = sets_of_blocks(plan)
+    period = sum(heads) // math.gcd(*heads)
+    of_q = np.arange(len(which)) % period < heads[0] // math.gcd(*heads)
+    assert np.array_equal(which == 0, of_q)
+    num_sets = np.array([posed.num_rows_of(tensor) for tensor in posed.tensors])
+    empty = sets[:, 0] >= num_sets[which]
+    assert np.sum(empty) < period <= len(which) / 16
+    for i in range(len(heads)):  # both run through the tokens from the first to the last
+        assert np.all(np.diff(sets[which == i].ravel()) == 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 24])
+@pytest.mark.parametrize("heads", [(32, 8), (33, 1), (7, 3), (5,)], ids=str)
+def test_few_blocks_are_one_period_of_which_none_is_empty(tokens, heads):
+    posed = problem([spec((1, tokens, h, 128)) for h in heads], 128)
+    plan = launch_plan(posed)
+    packed = fields(plan)
+    assert packed["period.value"] == plan.grid[0]
+    which, sets = sets_of_blocks(plan)
+    num_sets = np.array([posed.num_rows_of(tensor) for tensor in posed.tensors])
+    assert np.all(sets[:, 0] < num_sets[which])
+
+
+def test_many_heads_that_share_no_divisor_are_one_period():
+    plan = launch_plan(problem([spec((1, 4096, h, 128)) for h in (1021, 7)], 128))
+    packed = fields(plan)
+    assert packed["period.value"] == plan.grid[0]
+    assert [packed[f"tensors[{i}].blocks"] for i in (0, 1)] == [4096 * h // 16 for h in (1021, 7)]
+
+
+@pytest.mark.parametrize("head_dim", [2, 72, 128, 4096, 2**13])
+@pytest.mark.parametrize("heads", [(1,), (1, 1), (509, 2), (1021, 7), (0, 1)], ids=str)
+def test_the_largest_launch_fits_the_grid_and_counts_in_32_bits(heads, head_dim):
+    tokens = MAX_ROWS // sum(heads)
+    plan = launch_plan(problem([spec((1, tokens, h, head_dim)) for h in heads], head_dim))
+    packed = fields(plan)
+    assert plan.grid[0] < 2**31
+    assert plan.grid[0] % packed["period.value"] == 0
+    periods = plan.grid[0] // packed["period.value"]
+    for i, h in enumerate(heads):
+        groups = periods * packed[f"tensors[{i}].blocks"]
+        assert tokens * h == packed[f"tensors[{i}].num_sets"] <= groups * plan.block[1] < 2**32
 
 
 @pytest.mark.parametrize(
@@ -275,7 +460,194 @@ def test_the_divisor_divides_every_number_below_2_to_the_31(value):
     near = (numbers[:5000] // value) * value  # where the quotient changes
     numbers = np.concatenate([numbers, near, near - 1, [0, 1, value - 1, value, 2**31 - 1]])
     numbers = numbers[(numbers >= 0) & (numbers < 2**31)].astype(np.uint64)
-    _, multiplier, shift = divisor(value)
-    assert 0 < multiplier < 2**32
-    quotients = numbers * np.uint64(multiplier) >> np.uint64(shift)
-    assert np.array_equal(quotients, numbers // np.uint64(value))
+    by = divisor(value)
+    assert by[0] == value
+    assert 2**31 <= by[1] < 2**32
+    assert 0 <= by[2] < 32
+    assert 2 * (2**31 - 1) * by[1] < 2**64
+    assert np.array_equal(divide(numbers, by), numbers // np.uint64(value))
+
+
+# What is packed.
+
+
+@pytest.mark.parametrize(
+    ("layout", "inner"), [("bshd", 4), ("bhsd", 37), ("sbhd", 4), ("hbsd", 37)]
+)
+def test_rows_are_numbered_as_they_lie_in_memory(layout, inner):
+    sizes = {"b": 2, "s": 37, "h": 4, "d": 64}
+    shape = tuple(sizes[axis] for axis in layout)
+    packed = fields(launch_plan(problem([spec(shape)], 64, layout=layout)))
+    strides = [packed[f"tensors[0].x.{axis}"] for axis in ("outer", "middle", "inner")]
+    assert strides == sorted(strides, reverse=True)
+    assert packed["tensors[0].inner.value"] == inner
+
+
+def view(outer, middle, inner, element, width):
+    return dict(zip(VIEW, (outer, middle, inner, element, width), strict=True))
+
+
+def by(value):
+    return dict(zip(DIVISOR, divisor(value), strict=True))
+
+
+def flat(nested):
+    """Names and integers, a view's or a divisor's by its name and a dot."""
+    return {
+        f"{name}.{part}" if part else name: number
+        for name, value in nested.items()
+        for part, number in (value if isinstance(value, dict) else {"": value}).items()
+    }
+
+
+def test_every_integer_of_a_launch_by_a_table_of_heads():
+    q = spec((2, 5, 3, 90), strides=(5000, 700, 200, 2))
+    k = spec((2, 5, 3, 90), strides=(1350, 90, 450, 1))
+    outs = [spec((2, 5, 3, 90), address=4), spec((2, 5, 3, 90), address=2)]
+    cos = spec((2, 5, 3, 12), "float32", strides=(800, 160, 40, 1))
+    sin = spec((2, 5, 3, 12), "float32", strides=(900, 150, 50, 3))
+    posed = problem(
+        [q, k], 24, outs, table=TableSpec(cos, sin, 1, 0), rotary_offset=6, out_of_range="keep"
+    )
+    plan = launch_plan(posed)
+    blocks = 6  # of 5 rows of 45 lanes
+    tensor = {"inner": by(3), "middle": by(5), "num_sets": 2 * 5 * 3, "blocks": blocks}
+    tensors = [
+        {"x": view(5000, 700, 200, 2, 1), "out": view(1350, 270, 90, 1, 2), "x_step": 600},
+        {"x": view(1350, 90, 450, 1, 2), "out": view(1350, 270, 90, 1, 1), "x_step": 1350},
+    ]
+    expected = {
+        **{
+            f"tensors[{i}].{name}": value
+            for i in (0, 1)
+            for name, value in (tensors[i] | tensor | {"out_step": 270}).items()
+        },
+        **{"period": by(2 * blocks)},
+        **{"cos": view(800, 160, 40, 1, 4), "sin": view(900, 150, 50, 3, 1)},
+        **{"position": view(0, 0, 0, 0, 0), "num_positions": 1},
+        **{"cos_row": 0, "sin_row": 0, "keep": 1, "rotary_offset": 6},
+        **{"num_pairs": 12, "num_pair_lanes": 12, "num_lanes": 12 + 66 // 2},
+    }
+    assert fields(plan) == flat(expected)
+    assert (plan.grid, plan.block) == ((2 * blocks, 1), (45, 5))
+    assert template(plan.kernel).common == "false"
+
+
+def test_every_integer_of_a_launch_by_positions():
+    x = spec((2, 3, 5, 128))  # batch, heads, tokens
+    cos = spec((40, 64), "float32", strides=(200, 2))
+    sin = spec((40, 64), "float32", strides=(300, 2))
+    positions = spec((2, 5), "int64", strides=(11, 2))
+    posed = problem([x], 128, table=TableSpec(cos, sin, 2, 0), positions=positions, layout="bhsd")
+    plan = launch_plan(posed)
+    tensor = {
+        **{"x": view(1920, 640, 128, 1, 8), "out": view(1920, 640, 128, 1, 8)},
+        **{"inner": by(5), "middle": by(3), "x_step": 1920, "out_step": 1920},
+        **{"num_sets": 30, "blocks": 2},
+    }
+    expected = {
+        # No block asks for the second of one tensor.
+        **{f"tensors[{i}].{name}": value for i in (0, 1) for name, value in tensor.items()},
+        **{"period": by(2), "cos": view(0, 0, 0, 1, 4), "sin": view(0, 0, 0, 1, 4)},
+        **{"position": view(11, 0, 2, 0, 0), "num_positions": 40},
+        **{"cos_row": 200, "sin_row": 300, "keep": 0, "rotary_offset": 0},
+        **{"num_pairs": 64, "num_pair_lanes": 8, "num_lanes": 8},
+    }
+    assert fields(plan) == flat(expected)
+    assert (plan.grid, plan.block) == ((2, 1), (8, 16))
+    chosen = template(plan.kernel)
+    assert (chosen.position, chosen.common) == ("long long", "false")  # rows of sin lie elsewhere
+
+
+def test_the_pointers_lead_to_the_slice_in_bytes():
+    q, k = spec((1, 5, 4, 90), strides=(4000, 800, 200, 2)), spec((1, 5, 2, 90))
+    outs = [spec((1, 5, 4, 90)), spec((1, 5, 2, 90), strides=(4000, 800, 400, 3))]
+    plan = launch_plan(problem([q, k], 24, outs, rotary_offset=6))
+    assert plan.to_slice == (6 * 2 * 2, 6 * 2, 6 * 2, 6 * 3 * 2)
+    block = plan.argument_block(Pointers((1000, 2000), (3000, 4000), 5000, 6000, 7000))
+    assert struct.unpack("<7Q", block[:56]) == (1024, 2012, 3012, 4036, 5000, 6000, 7000)
+    assert block[56:] == plan.arguments
+
+
+def test_a_launch_of_one_tensor_repeats_its_pointers():
+    plan = launch_plan(problem([spec((1, 5, 4, 128), "float32")], 64, rotary_offset=64))
+    block = plan.argument_block(Pointers((1000,), (2000,), 5000, 6000, 0))
+    assert struct.unpack("<7Q", block[:56]) == (1256, 1256, 2256, 2256, 5000, 6000, 0)
+
+
+def test_one_plan_serves_every_address_of_the_same_alignment():
+    plans = [
+        launch_plan(problem([spec((1, 5, 4, 128), address=a)], 128)) for a in (4096, 8192 + 16)
+    ]
+    assert plans[0] is plans[1]
+
+
+# What may be taken for granted, and what passes L1 by.
+
+
+@pytest.mark.parametrize(
+    "change", ["out strides", "sin strides", "table of heads", "table element", "table address"]
+)
+def test_what_the_common_path_takes_for_granted_holds_there(change):
+    x, part = spec((2, 5, 4, 128)), spec((5, 64), "float32")
+    outs, table = [x], TableSpec(part, part, 1, 0)
+    assert template_of([x], 128, outs, table=table).common == "true"
+    if change == "out strides":
+        outs = [spec((2, 5, 4, 128), strides=(128 * 40, 128 * 8, 128, 1))]
+    elif change == "sin strides":
+        table = TableSpec(part, spec((5, 64), "float32", strides=(128, 1)), 1, 0)
+    elif change == "table of heads":
+        part = spec((2, 5, 4, 64), "float32")
+        table = TableSpec(part, part, 1, 0)
+    elif change == "table element":
+        part = spec((5, 64), "float32", strides=(128, 2))
+        table = TableSpec(part, part, 1, 0)
+    else:
+        table = TableSpec(part, spec((5, 64), "float32", address=8), 1, 0)
+    assert template_of([x], 128, outs, table=table).common == "false"
+
+
+@pytest.mark.parametrize("what", ["x", "table", "row of a table", "positions"])
+def test_strides_beyond_32_bits_leave_the_common_path(what):
+    def common(stride):
+        x, part, positions = spec((2, 5, 4, 128)), spec((5, 64), "float32"), None
+        if what == "x":
+            x = spec((2, 5, 4, 128), strides=(stride, 512, 128, 1))
+        elif what == "positions":
+            positions = spec((2, 5), "int32", strides=(stride, 1))
+        else:
+            part = spec((5, 64), "float32", strides=(stride, 1))
+            positions = spec((5,), "int32") if what == "row of a table" else None
+        table = TableSpec(part, part, 1, 0)
+        return template_of([x], 128, table=table, positions=positions).common
+
+    assert common(2**31 - 128) == "true"
+    assert common(2**31) == "false"
+
+
+@pytest.mark.parametrize(
+    ("layout", "write", "by_positions", "address", "past_l1"),
+    [
+        (BSHD, "in place", False, 0, 1),
+        (BSHD, "in place", True, 0, 2),
+        (BSHD, "new", False, 0, 0),
+        (BSHD, "new", True, 0, 0),
+        (BHSD, "in place", False, 0, 0),  # heads are not innermost
+        (BHSD, "in place", True, 0, 0),
+        (BSHD, "in place", True, 2, 2),  # narrow, and whole even so
+    ],
+)
+def test_in_place_what_is_written_passes_l1_by_and_with_positions_what_is_read(
+    layout, write, by_positions, address, past_l1
+):
+    x = spec((2, 5, 7, 128), address=address)
+    positions = spec((x.shape[1 if layout == BSHD else 2],), "int32") if by_positions else None
+    outs = None if write == "in place" else [x]
+    chosen = template_of([x], 128, outs, positions, layout=layout)
+    assert (chosen.common, chosen.past_l1) == ("true", str(past_l1))
+
+
+def test_nothing_passes_l1_by_off_the_common_path():
+    part = spec((4096, 64), "float32", address=4)
+    chosen = template_of([spec((2, 5, 4, 128))], 128, table=TableSpec(part, part, 1, 0))
+    assert (chosen.common, chosen.past_l1) == ("false", "0")

@@ -35,7 +35,8 @@ in_every_library = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def nothing_seen(monkeypatch):
     """A process in which no call has been seen."""
-    monkeypatch.setattr(calls, "_calls", {})
+    for module, name in ((calls, "_calls"), (tensor, "_looks"), (tensor, "_glances")):
+        monkeypatch.setattr(module, name, {})
 
 
 @pytest.fixture
@@ -242,10 +243,92 @@ def test_threads_that_call_at_once_get_their_own_results(library):
         assert_right(y, values)
 
 
-def test_what_has_been_seen_is_forgotten_before_it_is_too_much(monkeypatch):
+@in_every_library
+def test_what_has_been_seen_is_forgotten_before_it_is_too_much(library, monkeypatch):
     monkeypatch.setattr(calls, "MAX_CALLS", 5)
-    table = make_table("numpy")
+    monkeypatch.setattr(calls, "MAX_KEPT", 3)
+    monkeypatch.setattr(tensor, "MAX_KEPT", 4)
+    table = make_table(library)
+    kept = []
     for heads in range(1, 20):
-        x, values = fresh("numpy", (1, TOKENS, heads, HEAD_DIM))
-        assert_right(apply_rotary(x, table), values)
+        x, values = fresh(library, (1, TOKENS, heads, HEAD_DIM))
+        kept.append(x)
+        for _ in range(2):
+            assert_right(apply_rotary(x, table), values)
+        for first in range(5):
+            out = fresh(library, tuple(x.shape))[0]
+            assert_right(apply_rotary(x, table, positions=first, out=out), values, positions=first)
         assert len(calls._calls) <= 5
+        assert len(tensor._looks) <= 4 and len(tensor._glances) <= 4
+        assert all(len(glance.kept) <= 3 for glance in tensor._glances.values())
+
+
+@in_every_library
+def test_new_shapes_at_known_addresses_are_another_call(library):
+    table = make_table(library)
+    buffer, values = fresh(library, (2 * TOKENS, HEADS, HEAD_DIM))
+    for tokens in (TOKENS, 4, TOKENS, 2, 4, TOKENS, TOKENS):
+        assert_right(apply_rotary(buffer[:tokens], table)[None], values[None, :tokens])
+    flat = buffer.reshape(TOKENS, 2 * HEADS, HEAD_DIM)  # the same address and size
+    for _ in range(3):
+        assert_right(apply_rotary(flat, table)[None], values.reshape(1, TOKENS, -1, HEAD_DIM))
+        assert_right(apply_rotary(buffer, table)[None], values[None])
+
+
+@in_every_library
+def test_other_strides_at_known_addresses_are_another_call(library):
+    table = make_table(library)
+    square, values = fresh(library, (HEADS, HEADS, HEAD_DIM))
+    for _ in range(3):
+        assert_right(apply_rotary(square, table)[None], values[None])
+        turned = square.swapaxes(0, 1)  # the same address and shape
+        assert_right(apply_rotary(turned, table)[None], values.swapaxes(0, 1)[None])
+
+
+def test_a_table_whose_tensor_changes_in_place_is_looked_at_again():
+    x, values = fresh()
+    cos, sin = (torch.from_numpy(part.copy()) for part in (COS, SIN))
+    table = RotaryTable(cos, sin)
+    for _ in range(3):
+        assert_right(apply_rotary(x, table, out=torch.empty_like(x)), values)
+    for part in (cos, sin):
+        part.data = part[:3]  # of the same address
+    with pytest.raises(ValueError, match="positions 0 to 5 of the 6 tokens, got 3"):
+        apply_rotary(x, table, out=torch.empty_like(x))
+
+
+@pytest.mark.gpu
+def test_a_table_of_cupy_arrays_keeps_the_shape_that_it_was_made_with():
+    x, values = fresh("cupy")
+    cos, sin = (hold(part, "float64", "cupy").array for part in (COS, SIN))
+    table = RotaryTable(cos, sin)
+    for _ in range(3):
+        assert_right(apply_rotary(x, table), values)
+        cos.shape = sin.shape = (PAIRS, 20)
+        assert_right(apply_rotary(x, table), values)
+        cos.shape = sin.shape = (20, PAIRS)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_mode_of_pytorch_changes_no_result(guarded, monkeypatch):
+    if not guarded:  # of another PyTorch
+        monkeypatch.setattr(type(tensor.library_of("x", torch.empty(1))), "guard", lambda *_: None)
+    x, table = fresh()[0], make_table()
+    out, expected = torch.empty_like(x), apply_rotary(x, table)
+    for mode in (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")) * 2:
+        for _ in range(3):
+            apply_rotary(x, table, out=out)
+            with mode():
+                assert torch.equal(apply_rotary(x, table, out=out.zero_()), expected)
+
+
+def test_pytorch_guards_what_it_is_asked_to():
+    arrays = fresh()[0], fresh()[0]
+    guard = tensor.library_of("x", arrays[0]).guard(arrays)
+    assert guard is not None, "this PyTorch has no TensorGuards: calls are slower with it"
+    assert guard(*arrays)
+    assert not guard(arrays[0], arrays[1].float())
+    assert not guard(arrays[0], arrays[1][:, 1:])
+    assert not guard(arrays[0], arrays[1].swapaxes(1, 2).contiguous().swapaxes(1, 2))
+    assert not guard(arrays[0], torch.nn.Parameter(arrays[1], requires_grad=False))
+    assert not guard(arrays[0], arrays[1].requires_grad_())

@@ -1,0 +1,123 @@
+"""Time of a call: on the GPU by graph replay, on the host by a loop of calls, on the CPU directly.
+
+All results are microseconds of one call.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+Call = Callable[[], Any]
+
+MIN_CALLS = 20
+MIN_REPLAY = 1000.0  # microseconds, beside which the launch of a graph does not count
+WARM_UP = 20e3  # microseconds of replays before the clock of the GPU is taken as steady
+REPLAYS = 20
+FEWEST_REPLAYS = 7
+LONGEST = 2e6  # microseconds of a measurement of all graphs, beyond which replays are fewer
+
+
+class Graph(NamedTuple):
+    """Calls captured in a CUDA graph."""
+
+    graph: torch.cuda.CUDAGraph
+    num_calls: int
+    calls: Sequence[Call]  # these keep the memory that a replay reads
+
+
+def captured(calls: Sequence[Call]) -> Graph:
+    """Capture a graph of calls that go through the given ones in turn, each on buffers of its own.
+
+    It holds every call at least once, at least MIN_CALLS of them, and takes MIN_REPLAY or more.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:MIN_CALLS]:  # compiles, loads modules, fills caches
+            call()
+    stream.synchronize()
+    graph = _capture(calls, max(MIN_CALLS, len(calls)), stream)
+    duration = min(_replay_times([graph], 2)[0])
+    if duration >= MIN_REPLAY:
+        return graph
+    return _capture(calls, graph.num_calls * (int(MIN_REPLAY / duration) + 1), stream)
+
+
+def replayed(graphs: Sequence[Graph], rounds: int = REPLAYS) -> list[float]:
+    """Return the median time of a call of each graph.
+
+    Each is replayed once a round, in a new order every time: the clock of the GPU depends on what
+    ran before, and so do the times of what follows. Where a round takes long, they are fewer.
+    """
+    start = time.perf_counter()
+    while (time.perf_counter() - start) * 1e6 < WARM_UP:
+        a_round = sum(map(sum, _replay_times(graphs, 1)))
+    rounds = min(rounds, max(FEWEST_REPLAYS, int(LONGEST / a_round)))
+    times = _replay_times(graphs, rounds)
+    return [
+        statistics.median(durations) / graph.num_calls
+        for durations, graph in zip(times, graphs, strict=True)
+    ]
+
+
+def host_time(call: Call, calls: int = 500, repeats: int = 9) -> float:
+    """Return the median, over repeats, of the host's time for one of `calls` calls in a row.
+
+    Nothing waits for the GPU between them, and its queue, of about 1,000 launches, never fills.
+    """
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) * 1e6 / calls)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def cpu_time(calls: Sequence[Call], repeats: int = 5) -> float:
+    """Return the median time of a call on the CPU, over `repeats` of each after a first one."""
+    times = []
+    for call in calls:
+        call()
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times)
+
+
+def _capture(calls: Sequence[Call], num_calls: int, stream: torch.cuda.Stream) -> Graph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        # New arrays live until their set's turn comes again, so that they too lie in buffers apart.
+        results = [None] * len(calls)
+        for i in range(num_calls):
+            results[i % len(calls)] = calls[i % len(calls)]()
+    graph.replay()  # the first replay also uploads the graph
+    torch.cuda.synchronize()
+    return Graph(graph, num_calls, calls)
+
+
+def _replay_times(graphs: Sequence[Graph], rounds: int) -> list[list[float]]:
+    """Return the times of replays of each graph, queued without a wait in between."""
+    order = [i for _ in range(rounds) for i in random.sample(range(len(graphs)), len(graphs))]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(order) + 1)]
+    graphs[0].graph.replay()  # the GPU has work until the others are queued
+    events[0].record()
+    for i, event in zip(order, events[1:], strict=True):
+        graphs[i].graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    times: list[list[float]] = [[] for _ in graphs]
+    for i, (start, end) in zip(order, pairwise(events), strict=True):
+        times[i].append(start.elapsed_time(end) * 1e3)
+    return times

@@ -1,0 +1,246 @@
+"""benchmarks/rotary.ipynb executed, and the tables and plots of benchmarks/figures.py."""
+
+import csv
+import doctest
+import shutil
+from pathlib import Path
+
+import figures
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from shapes import SHAPES
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "benchmarks/rotary.ipynb"
+
+MACHINE = {
+    "date": "2026-01-02",
+    "gpu": "GPU A",
+    "driver": "580.1",
+    "python": "3.12.3",
+    "numpy": "2.4",
+    "cupy": "14.20",
+    "torch": "2.11",
+    "rope_cupy": "0.1.0",
+}
+HOST = [("in place", "Liger", 38.0), ("in place", "rope_cupy", 10.07), ("empty", "RawKernel", 6.4)]
+
+
+def measurement(shape, provider, microseconds=None, status="ok", **others):
+    """A row of bench_rotary.py whose limit takes 10 us."""
+    about = SHAPES[shape]._asdict()
+    about["pairing"] = "interleaved" if about.pop("interleaved") else "half"
+    row = MACHINE | about | {"shape": about.pop("name"), "dtype": "bfloat16"}
+    row |= {"variant": "in place", "table": "half", "measure": "rotation", "provider": provider}
+    row |= {"version": "1.0", "status": status, "reason": "", "error": "", "megabytes": 1}
+    row |= {"microseconds": microseconds, "limit_share": microseconds and 10 / microseconds}
+    del row["name"]
+    return row | others
+
+
+def host_rows(**others):
+    rows = [{"call": call, "provider": name, "microseconds": time} for call, name, time in HOST]
+    rows.append({"call": "in place", "provider": "quack", "status": "absent", "reason": "gone"})
+    return [MACHINE | {"status": "ok", "reason": ""} | row | others for row in rows]
+
+
+def rotary_rows(**others):
+    """Two models and a sweep by rope_cupy, two peers, and three that measure nothing."""
+    rows = [
+        measurement("qwen-image", "limit", 9.5),
+        measurement("qwen-image", "rope_cupy", 10.1),
+        measurement("qwen-image", "Liger", status="unsupported", reason="half pairs only"),
+        measurement("qwen-image", "SGLang", 12.5),
+        measurement("qwen-image", "vLLM", status="absent", reason="not installed"),
+        measurement("qwen-image", "quack", status="unsupported", reason="no GPU"),
+        measurement("qwen-image", "diffusers", status="unsupported", reason="no GPU"),
+        measurement("llama-3-8b-decode-1", "diffusers", status="absent", reason="not installed"),
+        measurement("llama-3-8b-decode-1", "limit", 9.5),
+        measurement("llama-3-8b-decode-1", "rope_cupy", 8.004),
+        measurement("llama-3-8b-decode-1", "Liger", 8.001),
+        measurement("llama-3-8b-decode-1", "SGLang", status="wrong", reason="off by 1"),
+        measurement("llama-3-8b-decode-1", "vLLM", status="absent", reason="not installed"),
+    ]
+    for shape in ("sweep-64", "sweep-4"):
+        rows += [measurement(shape, "rope_cupy", 10.5), measurement(shape, "SGLang", 20)]
+        rows += [measurement(shape, "vLLM", status="absent", reason="not installed")]
+    rows += [  # none of which is what the tables show
+        measurement("qwen-image", "rope_cupy", 1, dtype="float32"),
+        measurement("qwen-image", "rope_cupy", 1, variant="new"),
+        measurement("qwen-image", "rope_cupy", 1, table="complex"),
+        measurement("qwen-image", "rope_cupy", 1, measure="rotation and attention"),
+        measurement("head-dim-128", "rope_cupy", 1),
+    ]
+    return [row | others for row in rows]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(name, rows): the path of a CSV file of these rows."""
+
+    def write_csv(name, rows):
+        with open(tmp_path / name, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        return tmp_path / name
+
+    return write_csv
+
+
+@pytest.fixture
+def run(write):
+    (made_up,) = figures.read(write("a.csv", rotary_rows()))
+    return made_up
+
+
+def executed(notebook, cwd, **settings):
+    """The notebook's outputs, in order, with no cell failed."""
+    content = nbformat.read(notebook, as_version=4)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        resources = {"metadata": {"path": str(cwd)}}
+        NotebookClient(content, timeout=300, kernel_name="python3", resources=resources).execute()
+    cells = [cell for cell in content.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in cells)
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    return [output.data for output in outputs if "data" in output]
+
+
+def test_without_a_gpu_the_notebook_measures_on_the_cpu_and_draws_three_figures(tmp_path):
+    shown = executed(NOTEBOOK, ROOT / "tests", ROPE_CUPY_BENCH="small", TMPDIR=str(tmp_path))
+    assert sum("image/png" in data for data in shown) == 3
+    (table,) = (data["text/markdown"] for data in shown if "text/markdown" in data)
+    assert table.startswith("no GPU: the CPU, ")
+    assert "| llama-3-8b-decode-64 | 64 | 32/8, D128 | half |" in table
+    for kind in ("rotary", "host"):
+        (path,) = tmp_path.glob(f"*/{kind}.csv")
+        (measured,) = figures.read(path)
+        ours = measured[measured["provider"] == "rope_cupy"]
+        assert set(ours["status"]) <= {"ok", "unsupported"}
+        assert (ours["microseconds"][ours["status"] == "ok"] > 0).all()
+        assert (ours["status"] == "ok").any()
+
+
+def test_the_notebook_draws_the_newest_results_of_each_gpu(tmp_path, write):
+    folder = tmp_path / "benchmarks"
+    (folder / "results").mkdir(parents=True)
+    for source in ("figures.py", "shapes.py", "rotary.ipynb"):
+        shutil.copy(ROOT / "benchmarks" / source, folder)
+    for gpu, date in (("GPU A", "2026-01-02"), ("GPU A", "2026-02-03"), ("GPU B", "2026-01-04")):
+        for kind, rows in (("rotary", rotary_rows), ("host", host_rows)):
+            name = f"{date}-{gpu[-1]}-{kind}.csv"
+            shutil.move(write(name, rows(gpu=gpu, date=date)), folder / "results")
+    shown = executed(folder / "rotary.ipynb", folder, ROPE_CUPY_BENCH="read")
+    assert sum("image/png" in data for data in shown) == 3
+    tables = [data["text/markdown"] for data in shown if "text/markdown" in data]
+    captions = [table.partition(";")[0] for table in tables]
+    assert captions == ["GPU A, driver 580.1, 2026-02-03", "GPU B, driver 580.1, 2026-01-04"]
+
+
+def test_the_readme_shows_every_provider_and_names_the_absent(run):
+    versions = "Python 3.12.3, NumPy 2.4, CuPy 14.20, PyTorch 2.11, rope_cupy 0.1.0"
+    expected = f"""\
+GPU A, driver 580.1, 2026-01-02; {versions}:
+
+| shape | tokens | heads | pairs | limit | rope_cupy | SGLang | Liger |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| qwen-image | 4,608 | 24/24, D128 | interleaved | 10.0 | **10.1** (99%) | 12.5 (80%) | - |
+| llama-3-8b-decode-1 | 1 | 32/8, D128 | half | 10.0 | **8.00** (125%) | wrong | **8.00** (125%) |
+
+Measured beside it: SGLang 1.0, Liger 1.0.
+Absent from this run: diffusers, vLLM.
+Unable to do these: quack."""
+    assert figures.readme(run) == expected
+
+
+def test_a_limit_that_was_not_measured_leaves_times_alone(write):
+    rows = [measurement("gemma-3-12b-prefill", "rope_cupy", 1234.6, limit_share="")]
+    rows += [measurement("gemma-3-12b-prefill", "diffusers", status="failed", limit_share="")]
+    (run,) = figures.read(write("a.csv", rows))
+    (row,) = figures.comparison(run)[["limit", "rope_cupy", "diffusers"]].to_numpy().tolist()
+    assert row == ["", "**1,235**", "failed"]
+
+
+def test_the_sweep_is_ordered_by_tokens_and_has_the_limit(run):
+    times = figures.time_by_tokens(run)
+    assert times.index.tolist() == [4, 64]
+    assert times.columns.tolist() == ["limit", "rope_cupy", "SGLang"]
+    assert np.allclose(times, [[10, 10.5, 20]] * 2)
+
+
+def test_shares_are_by_shape_and_nan_where_nothing_was_measured(run):
+    shares = figures.share_by_shape(run)
+    assert shares.index.tolist() == ["qwen-image", "llama-3-8b-decode-1"]
+    assert shares.columns.tolist() == ["rope_cupy", "SGLang", "Liger"]
+    exact = [[10 / 10.1, 0.8, np.nan], [10 / 8.004, np.nan, 10 / 8.001]]
+    assert np.allclose(shares, exact, equal_nan=True)
+
+
+def test_host_times_are_ordered_and_leave_out_what_was_not_measured(write):
+    (run,) = figures.read(write("host.csv", host_rows()))
+    times = figures.host_times(run)
+    assert times["provider"].tolist() == ["RawKernel", "rope_cupy", "Liger"]
+    said = "Microseconds of the host per call: RawKernel (empty) 6.40, rope_cupy (in place) 10.1, "
+    assert figures.host_line(run) == said + "Liger (in place) 38.0."
+
+
+def test_runs_of_different_gpus_are_kept_apart_and_files_of_one_run_put_together(write):
+    first = write("a.csv", rotary_rows()[:3])
+    second = write("b.csv", rotary_rows(gpu="GPU B"))
+    third = write("c.csv", [*rotary_rows()[3:], measurement("qwen-image", "rope_cupy", 11)])
+    a, b = figures.read(first, second, third)
+    assert (set(a["gpu"]), set(b["gpu"])) == ({"GPU A"}, {"GPU B"})
+    assert len(a) == len(b) == len(rotary_rows())
+    # The row measured last counts.
+    assert figures.comparison(a).at["qwen-image", "rope_cupy"] == "**11.0** (91%)"
+    assert figures.comparison(b).at["qwen-image", "rope_cupy"] == "**10.1** (99%)"
+
+
+def test_a_run_without_the_shapes_of_a_figure_says_what_is_wanted(run):
+    with pytest.raises(ValueError, match="must hold sweep in bfloat16, in place, got none"):
+        figures.time_by_tokens(run[~run["shape"].str.startswith("sweep")])
+
+
+def test_the_command_prints_the_readmes_table_and_draws_the_same_plot_each_time(write, capsys):
+    paths = [str(write("a-rotary.csv", rotary_rows())), "--host", str(write("h.csv", host_rows()))]
+    figures.main([*paths, "--readme"])
+    printed = capsys.readouterr().out
+    (run,) = figures.read(paths[0])
+    assert printed.startswith(figures.readme(run) + "\n\nMicroseconds of the host per call: ")
+    plot = Path(paths[0]).with_suffix(".svg")
+    before = plot.read_bytes()
+    assert len(before) < 200e3
+    assert str(plot.parent).encode() not in before
+    figures.main([*paths, "--readme"])
+    assert plot.read_bytes() == before
+
+    figures.main(paths)
+    drawn = {path.name for path in plot.parent.glob("*.svg")} - {plot.name}
+    assert drawn == {"a-rotary-tokens.svg", "a-rotary-shapes.svg", "h.svg"}
+
+
+def test_the_plots_hold_what_was_measured(write):
+    runs = figures.read(write("a.csv", rotary_rows()), write("b.csv", rotary_rows(gpu="GPU B")))
+    figure = figures.draw(figures.draw_times, runs)
+    for axes in figure.axes:
+        lines = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+        assert lines == {"limit": [10, 10], "rope_cupy": [10.5, 10.5], "SGLang": [20, 20]}
+    assert [axes.get_title(loc="left")[:5] for axes in figure.axes] == ["GPU A", "GPU B"]
+    figure = figures.draw(figures.draw_shares, runs[:1])
+    (axes,) = figure.axes
+    shapes = [label.get_text() for label in axes.get_yticklabels()]
+    assert shapes == ["qwen-image", "llama-3-8b-decode-1"]
+    assert len(axes.collections) == 3
+
+
+def test_every_provider_has_a_look_of_its_own():
+    assert len(set(figures.STYLES.values())) == len(figures.STYLES)
+
+
+def test_the_example_of_a_docstring_is_right():
+    assert doctest.testmod(figures) == (0, 1)
