@@ -224,7 +224,10 @@ def _cpp(flag: bool) -> str:
 def _axis_order(problem: RotaryProblem) -> tuple[int, int, int]:
     """Number rows as they lie in memory: axes batch 0, token 1 and head 2, widest stride first."""
     strides = problem.tensors[0].x.strides
-    outer, middle, inner = sorted(range(3), key=lambda axis: -abs(strides[axis]))
+    sizes = problem.batch, problem.num_tokens, problem.tensors[0].num_heads
+    outer, middle, inner = sorted(
+        range(3), key=lambda axis: (sizes[axis] != 1, -abs(strides[axis]))
+    )
     return outer, middle, inner
 
 

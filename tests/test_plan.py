@@ -231,6 +231,8 @@ def test_a_thread_takes_one_head_where_heads_have_angles_of_their_own(of_heads):
         (192, 64, 128, 8, 8 + 16),
         (90, 24, 13, 1, 12 + 66),
         (80, 24, 4, 4, 6 + 14),
+        (20, 8, 8, 4, 2 + 3),  # 12 elements are no multiple of 8
+        (36, 12, 8, 4, 3 + 6),  # those behind the slice begin at 20
     ],
 )
 def test_out_of_place_the_rest_of_the_head_is_copied_by_lanes_of_its_own(
@@ -266,6 +268,11 @@ def test_a_block_moves_4_kb(dtype, head_dim, interleaved, block):
     rows, pairs = int(template(plan.kernel).rows), int(template(plan.kernel).pairs)
     assert rows * 2 * pairs * {"bfloat16": 2, "float32": 4, "float64": 8}[dtype] == thread_bytes
     assert plan.block == block
+
+
+def test_a_block_has_128_threads_where_fewer_would_move_4_kb():
+    plan = launch_plan(problem([spec((2, 37, 4, 128))], 128, table=matrices(128)))
+    assert (template(plan.kernel).rows, plan.block) == ("4", (16, 8))
 
 
 @pytest.mark.parametrize("address", [0, 4])  # 16 and 4 bytes an access, 128 and 256 threads
@@ -378,7 +385,15 @@ def test_the_rows_of_a_set_lie_as_far_apart_as_there_are_sets():
 @pytest.mark.parametrize(
     ("head_dim", "rotary_dim", "offset"),
     [
-        *((2, 2, 0), (6, 2, 3), (72, 72, 0), (90, 24, 13), (90, 24, 66), (192, 64, 128)),
+        *(
+            (2, 2, 0),
+            (6, 2, 3),
+            (20, 8, 8),
+            (72, 72, 0),
+            (90, 24, 13),
+            (90, 24, 66),
+            (192, 64, 128),
+        ),
         *((512, 64, 448), (1026, 1026, 0), (2**17, 2**16, 2**10), (2**22, 2**22, 0)),
     ],
 )
