@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from . import cpu, jit, tensor
 from .checks import index
 from .memory import ACCESS_BYTES, ITEMSIZE, ArraySpec, cuda_index, overlap, span
-from .plan import LaunchPlan, launch_plan
+from .plan import launch_plan
 from .problem import (
     Options,
     Pointers,
@@ -56,7 +56,7 @@ class _Call:
     """A call that has been checked, to be repeated on arrays that differ in nothing but address."""
 
     problem: RotaryProblem
-    launch: tuple[LaunchPlan, int] | None  # and its device, where a GPU has anything to rotate
+    launcher: jit.Launcher | None  # where a GPU has anything to rotate
     table: TableSpec
     to_sin: int  # bytes from the address of the table's last array to that of the first sine
     apart: tuple[tuple[_Place, _Place], ...]  # pairs that must share no memory
@@ -87,7 +87,7 @@ def rotate(
     """Rotate the xs, which messages call by `names`; return `out`, or new arrays of their kind."""
     rows: tuple[Any, ...] = ()
     first = None
-    if tensor.is_array(positions):
+    if tensor.is_kind_of_array(type(positions)):  # type: ignore[arg-type]
         rows = (positions,)
     elif positions is not None:
         first = index("positions", positions, "None, an int or an int32 or int64 array")
@@ -210,10 +210,13 @@ def _checked(
         tensor.check_gradient(name, array.requires_grad)
     tensor.check_gradient("table", table.requires_grad)
     device = inputs[0].spec.device
-    is_launched = device != "cpu" and problem.num_rows
+    launcher = None
+    if device != "cpu" and problem.num_rows:
+        stream_of = outputs[0].library.streams()
+        launcher = jit.Launcher(launch_plan(problem), cuda_index(device), stream_of)
     return _Call(
         problem=problem,
-        launch=(launch_plan(problem), cuda_index(device)) if is_launched else None,
+        launcher=launcher,
         table=spec,
         to_sin=table.pointers[1] - table.arrays[-1].pointer,
         apart=_must_be_apart(names, inputs, outputs, same, spec, positions) if given.out else (),
@@ -274,9 +277,8 @@ def _made_ready(call: _Call, pointers: Pointers, first: int | None) -> _Ready:
 
 def _writer(call: _Call, pointers: Pointers) -> Callable[[], None]:
     """Return what writes the outputs at these addresses."""
-    if call.launch:
-        plan, device = call.launch
-        return jit.Launch(plan, plan.argument_block(pointers), device, call.outputs[0].streams())
+    if call.launcher:
+        return jit.Launch(call.launcher, call.launcher.plan.argument_block(pointers))
     if call.problem.num_rows:
         return lambda: cpu.rotate(call.problem, pointers)
     return lambda: None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from .plan import LaunchPlan
 
 _kernels: dict[tuple[str, int], Any] = {}  # by C++ name and device
 _locks: dict[tuple[str, int], threading.Lock] = {}
-MAX_STREAMS = 64  # that a launch is kept ready for
+MAX_STREAMS = 64  # that a plan is kept ready for
 _not_warned = threading.Lock()  # acquired for good by the one who warns that nothing is cached
 
 
@@ -104,26 +105,42 @@ class _Config(ctypes.Structure):
 _MAY_START_EARLY = _Attribute(6, (1,))
 
 
-class Launch:
-    """A plan with its arguments, to be launched on a device as often as wanted, by any thread.
+class Launcher:
+    """A plan on a device: what its launches have in common, whatever their arguments.
 
     `stream_of` finds the handle of the stream to launch on, the current one of that device. What
-    the driver is handed is written once, and never again.
+    the driver is handed is written once, and never again, so that threads may share it.
     """
 
-    def __init__(
-        self,
-        plan: LaunchPlan,
-        argument_block: bytes,
-        device: int,
-        stream_of: Callable[[int], int],
-    ) -> None:
-        self._plan, self._device, self._stream_of = plan, device, stream_of
-        self._block = ctypes.create_string_buffer(argument_block)
-        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._block))
+    def __init__(self, plan: LaunchPlan, device: int, stream_of: Callable[[int], int]) -> None:
+        self.plan, self.device, self.stream_of = plan, device, stream_of
+        self.ready: dict[int, tuple[_Config, int, int]] = {}  # by stream; with two addresses
+
+    def prepared(self, stream: int) -> tuple[_Config, int, int]:
+        """Return the launch's configuration, its address, and that of the kernel."""
+        function = kernel(self.plan.kernel, self.device)
+        sizes = (ctypes.c_uint * 6)(*self.plan.grid, 1, *self.plan.block, 1)
+        early = 1 if _starts_early(self.device) else 0
+        config = _Config(sizes, 0, stream, ctypes.pointer(_MAY_START_EARLY), early)
+        if len(self.ready) >= MAX_STREAMS:
+            self.ready.clear()
+        ready = config, ctypes.addressof(config), function.ptr
+        self.ready[stream] = ready
+        return ready
+
+
+class Launch:
+    """A launch with its arguments, to be made as often as wanted, by any thread."""
+
+    def __init__(self, launcher: Launcher, argument_block: bytes) -> None:
+        self._launcher, self._ready = launcher, launcher.ready
+        self._device, self._stream_of = launcher.device, launcher.stream_of
         self._current_device = cupy().cuda.runtime.getDevice
         self._launch = _cu_launch_kernel_ex()
-        self._ready: dict[int, tuple[_Config, tuple[Any, ...]]] = {}  # by stream
+        # The driver is given the address of the address of the block, which lies behind it.
+        self._parameters = ctypes.create_string_buffer(bytes(8) + argument_block)
+        self._address = ctypes.addressof(self._parameters)
+        struct.pack_into("Q", self._parameters, 0, self._address + 8)
 
     def __call__(self) -> None:
         """Launch. The arguments are read before this returns."""
@@ -136,24 +153,10 @@ class Launch:
             with cupy().cuda.Device(self._device):
                 return self()
         stream = self._stream_of(device)
-        ready = self._ready.get(stream) or self._prepared(stream)
-        status = self._launch(*ready[1])
+        _, config, function = self._ready.get(stream) or self._launcher.prepared(stream)
+        status = self._launch(config, function, self._address, None)
         if status:
             cupy().cuda.driver.check_status(status)
-
-    def _prepared(self, stream: int) -> tuple[_Config, tuple[Any, ...]]:
-        """Return what the driver is handed for a stream, and what of it must be kept."""
-        function = kernel(self._plan.kernel, self._device)
-        early = 1 if _starts_early(self._device) else 0
-        sizes = (*self._plan.grid, 1, *self._plan.block, 1)
-        attributes = ctypes.pointer(_MAY_START_EARLY)
-        config = _Config((ctypes.c_uint * 6)(*sizes), 0, stream, attributes, early)
-        parameters = ctypes.addressof(self._parameters)
-        if len(self._ready) >= MAX_STREAMS:
-            self._ready.clear()
-        ready = config, (ctypes.addressof(config), function.ptr, parameters, None)
-        self._ready[stream] = ready
-        return ready
 
 
 @cache

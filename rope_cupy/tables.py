@@ -316,7 +316,7 @@ def _every(spec: ArraySpec, pairs: slice) -> ArraySpec:
 
 
 def _radians(inv_freq: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-    if tensor.is_array(inv_freq):
+    if tensor.is_kind_of_array(type(inv_freq)):  # type: ignore[arg-type]
         array = tensor.describe("inv_freq", inv_freq)
         check_dtype("inv_freq", array.spec, FLOATS)
         tensor.check_gradient("inv_freq", array.requires_grad)

@@ -204,7 +204,7 @@ class _Torch(Library):
     def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
         try:
             return tuple([array.data_ptr() for array in arrays])
-        except (AttributeError, RuntimeError):  # which functorch's tensors raise
+        except (AttributeError, RuntimeError):  # for another library's, and for functorch's tensors
             return None
 
     def guard(self, arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
@@ -346,8 +346,9 @@ class Glance:
 
 
 _looks: dict[tuple[Any, ...], Look] = {}  # by the libraries, alignments and attributes of arrays
-_glances: dict[tuple[Any, ...], Glance] = {}  # by the addresses of arrays
+_glances: dict[tuple[int, ...], list[Glance]] = {}  # by the addresses of arrays, the last first
 MAX_KEPT = 4096  # of each
+MAX_LOOKS_AT = 4  # the same addresses
 
 
 def glance(arrays: tuple[Any, ...]) -> Glance | None:
@@ -362,16 +363,17 @@ def glance(arrays: tuple[Any, ...]) -> Glance | None:
     at = library.pointers(arrays) if library else None
     if library is None or at is None:
         return _glance_at_each(arrays)
-    place = at, arrays[0].shape
-    before = _glances.get(place)
-    if before and before.guard and before.guard(*arrays):
-        return before
+    for before in _glances.get(at, ()):
+        if before.guard and before.guard(*arrays):
+            return before
     seen = _glance_at_each(arrays)
     if seen:
-        if before and before.look is seen.look:
-            before.guard = library.guard(arrays)
-            return before
-        _keep(_glances, place, seen)
+        glances = _glances.get(at) or _keep(_glances, at, [])
+        for before in glances:
+            if before.look is seen.look:
+                before.guard = library.guard(arrays)
+                return before
+        glances[:] = seen, *glances[: MAX_LOOKS_AT - 1]
     return seen
 
 
@@ -438,9 +440,10 @@ def library_of(name: str, array: Any) -> Library:
     return library
 
 
-def is_array(value: Any) -> bool:
-    """Return whether `value` is an array of any library."""
-    return _library_of_type(type(value)) is not None  # type: ignore[arg-type]
+@cache
+def is_kind_of_array(kind: type) -> bool:
+    """Return whether values of this type are arrays of any library."""
+    return _library_of_type(kind) is not None
 
 
 def check_gradient(name: str, requires_grad: bool) -> None:

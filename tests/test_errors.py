@@ -206,7 +206,10 @@ def wrong_x(make):
         "one axis to split": ("x", "", r"\(24,\)", {"x": make((24,)), "head_dim": 8}),
         "four axes to split": ("x", "", r"\(1, 5, 3, 8\)", {"x": make((1, *X)), "head_dim": 8}),
         "a split before tokens": (
-            "layout", "hd", "bhsd", {"x": make((2, 5, 24)), "head_dim": 8, "layout": "bhsd"}
+            "layout",
+            "hd",
+            "bhsd",
+            {"x": make((2, 5, 24)), "head_dim": 8, "layout": "bhsd"},
         ),
         "rotary_dim past the head": ("rotary_dim|table", "6", "8", {"x": make((5, 3, 6))}),
     }
@@ -221,25 +224,43 @@ def wrong_positions(make):
         f"positions of {dtype}": (TypeError, "int32", dtype, of(5, dtype)) for dtype in dtypes
     } | {
         "big-endian positions": (
-            TypeError, "byte order|int32", ">|big|swap", {"positions": numpy_array(5, ">i8")}
+            TypeError,
+            "byte order|int32",
+            ">|big|swap",
+            {"positions": numpy_array(5, ">i8")},
         ),
         "positions of four tokens": (ValueError, "5", r"\(4,\)", of(4)),
         "positions by column": (ValueError, "5", r"\(5, 1\)", of((5, 1))),
         "positions of three axes": (ValueError, "5", r"\(1, 1, 5\)", of((1, 1, 5))),
         "positions of another batch": (
-            ValueError, "2", r"\(3, 5\)", {"x": make((2, *X))} | of((3, 5), "int32")
+            ValueError,
+            "2",
+            r"\(3, 5\)",
+            {"x": make((2, *X))} | of((3, 5), "int32"),
         ),
         "positions elsewhere": (
-            ValueError, DEVICE, "meta", {"positions": torch_array(5, "int64").to("meta")}
+            ValueError,
+            DEVICE,
+            "meta",
+            {"positions": torch_array(5, "int64").to("meta")},
         ),
         "positions into a table by batch": (
-            ValueError, "None", "", {"table": pair_of(make, (1, 5, 4))} | of(5)
+            ValueError,
+            "None",
+            "",
+            {"table": pair_of(make, (1, 5, 4))} | of(5),
         ),
         "a start into a table by batch": (
-            ValueError, "None", "0", {"table": pair_of(make, (1, 5, 4)), "positions": 0}
+            ValueError,
+            "None",
+            "0",
+            {"table": pair_of(make, (1, 5, 4)), "positions": 0},
         ),
         "a start into a table by head": (
-            ValueError, "None", "1", {"table": pair_of(make, (1, 5, 1, 4)), "positions": 1}
+            ValueError,
+            "None",
+            "1",
+            {"table": pair_of(make, (1, 5, 1, 4)), "positions": 1},
         ),
     }
 
@@ -254,13 +275,21 @@ def wrong_table(make):
         "a table of more tokens": (ValueError, "table", "5", "6", of((1, 6, 4))),
         "a table of fewer tokens": (ValueError, "table", "5", "4", of((1, 4, 1, 4))),
         "a table of another batch": (
-            ValueError, "table", "2", "3", {"x": make((2, *X))} | of((3, 5, 4))
+            ValueError,
+            "table",
+            "2",
+            "3",
+            {"x": make((2, *X))} | of((3, 5, 4)),
         ),
         "a table of a batch": (ValueError, "table", "1", "2", of((2, 5, 4))),
         "a table of other heads": (ValueError, "table", "3", "2", of((1, 5, 2, 4))),
         "a table of one array": (TypeError, "table", "RotaryTable", ARRAY, {"table": make(HALF)}),
         "a table in a list": (
-            TypeError, "table", "RotaryTable", "list", {"table": list(pair_of(make))}
+            TypeError,
+            "table",
+            "RotaryTable",
+            "list",
+            {"table": list(pair_of(make))},
         ),
         "a tuple of one": (EITHER, "table", "cos", "1", {"table": (make(HALF),)}),
         "a tuple of three": (EITHER, "table", "cos", "3", {"table": (*pair_of(make), None)}),
@@ -347,7 +376,13 @@ def wrong_pairs(make):
         "three outs": (EITHER, "out", "two", "3", k, table, {"out": (q, k, k)}),
         "out of None": (TypeError, "k_out", ARRAY, "None", k, table, {"out": (q, None)}),
         "k_out of q's heads": (
-            ValueError, "k_out", "5, 1, 8", "5, 3, 8", make((5, 1, 8)), table, {"out": (q, k)}
+            ValueError,
+            "k_out",
+            "5, 1, 8",
+            "5, 3, 8",
+            make((5, 1, 8)),
+            table,
+            {"out": (q, k)},
         ),
     }
 
@@ -373,10 +408,22 @@ def wrong_tables(make):
         "sin that broadcasts": (ValueError, "sin", "6, 4", "1, 4", *half((6, 4), (1, 4))),
         "sin of another rank": (ValueError, "sin", "6, 4", "1, 6, 4", *half((6, 4), (1, 6, 4))),
         "sin of another dtype": (
-            TypeError, "sin", "float32", "float64", RotaryTable, make(HALF), make(HALF, "float64")
+            TypeError,
+            "sin",
+            "float32",
+            "float64",
+            RotaryTable,
+            make(HALF),
+            make(HALF, "float64"),
         ),
         "sin elsewhere": (
-            ValueError, "sin|cos", DEVICE, "meta", RotaryTable, make(HALF), elsewhere
+            ValueError,
+            "sin|cos",
+            DEVICE,
+            "meta",
+            RotaryTable,
+            make(HALF),
+            elsewhere,
         ),
         "one axis": (ValueError, "cos", "", r"\(4,\)", *half((4,), (4,))),
         "five axes": (ValueError, "cos", "", "1, 1, 5, 1, 4", *half(*[(1, 1, 5, 1, 4)] * 2)),

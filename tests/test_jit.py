@@ -104,7 +104,7 @@ class Module:
 
 def prepared(name, device=0, stream_of=lambda device: 7):
     plan = SimpleNamespace(kernel=name, grid=(2, 3), block=(4, 5))
-    return jit.Launch(plan, BLOCK, device, stream_of)
+    return jit.Launch(jit.Launcher(plan, device, stream_of), BLOCK)
 
 
 def launch(name, device=0):
@@ -186,7 +186,7 @@ def test_streams_that_come_and_go_are_forgotten(cupy, monkeypatch):
     launch = prepared("a", stream_of=lambda device: 1 + len(cupy.launched))
     for _ in range(10):
         launch()
-        assert len(launch._ready) <= 3
+        assert len(launch._launcher.ready) <= 3
     assert [stream for _, _, _, stream in cupy.launched] == [*range(1, 11)]
 
 
