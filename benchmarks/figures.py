@@ -197,11 +197,13 @@ def readme(run: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def host_line(run: pd.DataFrame) -> str:
-    """The host times of a run in one sentence."""
-    times = host_times(run).itertuples(index=False)
-    listed = [f"{each.provider} ({each.call}) {digits(each.microseconds)}" for each in times]
-    return f"Microseconds of the host per call: {', '.join(listed)}."
+def host_table(run: pd.DataFrame) -> str:
+    """The host times of a run as a table, the shortest first."""
+    rows = [
+        f"| {each.provider} | {each.call} | {digits(each.microseconds)} |"
+        for each in host_times(run).itertuples(index=False)
+    ]
+    return "\n".join(["| host time of | call | microseconds |", "| --- | --- | --- |", *rows])
 
 
 def draw_times(axes: Axes, run: pd.DataFrame) -> None:
@@ -303,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
     host_runs = read(*options.host) if options.host else []
 
     print("\n\n".join(map(readme, runs)))
-    print("".join(f"\n{host_line(run)}" for run in host_runs))
+    print("".join(f"\n{host_table(run)}" for run in host_runs))
     stem = options.csv[0].with_suffix("")
     if options.readme:
         save(draw(draw_times, runs), stem.with_suffix(".svg"))

@@ -2,15 +2,18 @@
 
 import csv
 import doctest
+import re
+import shlex
 import shutil
 from pathlib import Path
 
 import figures
-import nbformat
 import numpy as np
 import pytest
-from nbclient import NotebookClient
 from shapes import SHAPES
+
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "benchmarks/rotary.ipynb"
@@ -103,7 +106,9 @@ def executed(notebook, cwd, **settings):
         for name, value in settings.items():
             patch.setenv(name, value)
         resources = {"metadata": {"path": str(cwd)}}
-        NotebookClient(content, timeout=300, kernel_name="python3", resources=resources).execute()
+        nbclient.NotebookClient(
+            content, timeout=300, kernel_name="python3", resources=resources
+        ).execute()
     cells = [cell for cell in content.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
     outputs = [output for cell in cells for output in cell.outputs]
@@ -185,8 +190,11 @@ def test_host_times_are_ordered_and_leave_out_what_was_not_measured(write):
     (run,) = figures.read(write("host.csv", host_rows()))
     times = figures.host_times(run)
     assert times["provider"].tolist() == ["RawKernel", "rope_cupy", "Liger"]
-    said = "Microseconds of the host per call: RawKernel (empty) 6.40, rope_cupy (in place) 10.1, "
-    assert figures.host_line(run) == said + "Liger (in place) 38.0."
+    assert figures.host_table(run).splitlines()[2:] == [
+        "| RawKernel | empty | 6.40 |",
+        "| rope_cupy | in place | 10.1 |",
+        "| Liger | in place | 38.0 |",
+    ]
 
 
 def test_runs_of_different_gpus_are_kept_apart_and_files_of_one_run_put_together(write):
@@ -211,7 +219,7 @@ def test_the_command_prints_the_readmes_table_and_draws_the_same_plot_each_time(
     figures.main([*paths, "--readme"])
     printed = capsys.readouterr().out
     (run,) = figures.read(paths[0])
-    assert printed.startswith(figures.readme(run) + "\n\nMicroseconds of the host per call: ")
+    assert printed.startswith(figures.readme(run) + "\n\n| host time of | call | microseconds |")
     plot = Path(paths[0]).with_suffix(".svg")
     before = plot.read_bytes()
     assert len(before) < 200e3
@@ -244,3 +252,25 @@ def test_every_provider_has_a_look_of_its_own():
 
 def test_the_example_of_a_docstring_is_right():
     assert doctest.testmod(figures) == (0, 1)
+
+
+def test_the_readme_shows_what_the_command_prints_from_the_committed_results(capsys, monkeypatch):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^python benchmarks/figures\.py (.*--readme)$", readme, re.MULTILINE)
+    monkeypatch.chdir(ROOT)
+    saved = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: saved.append(path))
+    figures.main(shlex.split(command))
+    assert capsys.readouterr().out.strip() in readme
+    (plot,) = saved
+    assert plot.is_file() and plot.stat().st_size < 200e3
+    assert f"]({plot})" in readme
+
+
+def test_the_committed_notebook_shows_the_committed_results_of_a_gpu():
+    cells = [c for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.cell_type == "code"]
+    shown = [output.data for cell in cells for output in cell.outputs if "data" in output]
+    assert sum("image/png" in data for data in shown) == 3
+    tables = [data["text/markdown"] for data in shown if "text/markdown" in data]
+    runs = figures.latest(NOTEBOOK.parent / "results", "rotary")
+    assert tables == [figures.readme(run) for run in runs]
