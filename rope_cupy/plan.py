@@ -18,7 +18,9 @@ WARP = 32
 BLOCK_BYTES = 4096  # of x: with less, GPUs cannot start blocks as fast as the memory serves them
 BLOCK_THREADS = range(128, 257)  # as wanted; a block of whole warps may have up to 512
 MAX_LANES = 256  # of a block
-HEAD = 2  # the axis of heads, behind batch and tokens
+BATCH, TOKEN, HEAD = 0, 1, 2  # axes
+L2_BYTES = 2**23  # of a table that stays in the L2 while other data passes through
+TILES = range(4096, 255, -1)  # of tokens
 C_TYPES = {
     "float16": "float16",
     "bfloat16": "bfloat16",
@@ -45,6 +47,26 @@ class LaunchPlan(NamedTuple):
         return struct.pack("<7Q", *addresses) + self.arguments
 
 
+class Order(NamedTuple):
+    """How rows are numbered: over an outer, a middle and an inner axis."""
+
+    axes: tuple[int, int, int]
+    tile: int  # or by this many tokens at a time, each of which all heads pass; 0 for none
+
+    def strides(self, strides: tuple[int, ...]) -> list[int]:
+        """Return the strides of the three axes from those of batch, tokens and heads."""
+        if self.tile:
+            return [self.tile * strides[TOKEN], strides[HEAD], strides[TOKEN]]
+        return [strides[axis] for axis in self.axes]
+
+    def sizes(self, batch: int, num_tokens: int, num_heads: int) -> tuple[int, int, int]:
+        """Return the sizes of the three axes."""
+        if self.tile:
+            return num_tokens // self.tile, batch * num_heads, self.tile
+        outer, middle, inner = ((batch, num_tokens, num_heads)[axis] for axis in self.axes)
+        return outer, middle, inner
+
+
 class Share(NamedTuple):
     """What one thread does."""
 
@@ -56,21 +78,21 @@ class Share(NamedTuple):
 @lru_cache(maxsize=4096)
 def launch_plan(problem: RotaryProblem) -> LaunchPlan:
     """Choose how wide threads read and write, how rows are numbered, and the launch over them."""
-    widths, axes = _access_widths(problem), _axis_order(problem)
+    widths, order = _access_widths(problem), _order(problem)
     pairs, pass_run = _pairs_per_thread(problem, widths), _pass_run(problem)
     num_pair_lanes = problem.rotary_dim // 2 // pairs
     num_lanes = num_pair_lanes
     if pass_run:
         num_lanes += (problem.head_dim - problem.rotary_dim) // pass_run
-    share = Share(_rows_per_thread(problem, pairs, num_lanes, axes), pairs, pass_run)
+    share = Share(_rows_per_thread(problem, pairs, num_lanes, order), pairs, pass_run)
     block, grid_y = _block(num_lanes, share.rows * 2 * pairs * ITEMSIZE[problem.dtype])
     blocks, num_periods = _periods(problem, share.rows * block[1])
     return LaunchPlan(
-        kernel=_kernel_name(problem, widths, share, axes),
+        kernel=_kernel_name(problem, widths, share, order),
         grid=(num_periods * sum(blocks), grid_y),
         block=block,
         to_slice=_to_slice(problem),
-        arguments=_pack(problem, widths, share.rows, blocks, axes, (num_pair_lanes, num_lanes)),
+        arguments=_pack(problem, widths, share.rows, blocks, order, (num_pair_lanes, num_lanes)),
     )
 
 
@@ -116,9 +138,7 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths) -> int:
     return math.gcd(max(1, pairs), problem.rotary_dim // 2)
 
 
-def _rows_per_thread(
-    problem: RotaryProblem, pairs: int, num_lanes: int, axes: tuple[int, int, int]
-) -> int:
+def _rows_per_thread(problem: RotaryProblem, pairs: int, num_lanes: int, order: Order) -> int:
     """Return for how many heads of a token a thread loads the angles: of a short row, for two.
 
     For four where the angles are the most of what it loads. Only where the heads of a token lie
@@ -126,7 +146,7 @@ def _rows_per_thread(
     """
     row_bytes = 2 * pairs * ITEMSIZE[problem.dtype]
     of_heads = problem.cos.strides[HEAD] or problem.sin.strides[HEAD]
-    if of_heads or row_bytes > ACCESS_BYTES or axes[2] != HEAD or WARP % min(num_lanes, WARP):
+    if of_heads or row_bytes > ACCESS_BYTES or order.axes[2] != HEAD or WARP % min(num_lanes, WARP):
         return 1
     rows = 4 if problem.table_step * ITEMSIZE[problem.table_dtype] >= ACCESS_BYTES else 2
     return math.gcd(rows, *(tensor.num_heads for tensor in problem.tensors))
@@ -166,15 +186,13 @@ def _periods(problem: RotaryProblem, rows_of_a_block: int) -> tuple[tuple[int, .
     return blocks, max(-(-num // each) for num, each in zip(needed, blocks, strict=True) if each)
 
 
-def _kernel_name(
-    problem: RotaryProblem, widths: Widths, share: Share, axes: tuple[int, int, int]
-) -> str:
+def _kernel_name(problem: RotaryProblem, widths: Widths, share: Share, order: Order) -> str:
     x_run = share.pairs * (2 if problem.interleaved else 1)
     table_run = share.pairs * problem.table_step
     is_common = _is_common(problem, widths, x_run, share.pass_run, table_run)
     # Measured, alone and with the attention that follows: see benchmarks/results.
     past_l1 = 0
-    if is_common and problem.in_place and axes[2] == HEAD:
+    if is_common and problem.in_place and order.axes[2] == HEAD:
         past_l1 = 2 if problem.position_dtype else 1
     arguments = (
         C_TYPES[problem.dtype],
@@ -221,14 +239,37 @@ def _cpp(flag: bool) -> str:
     return "true" if flag else "false"
 
 
-def _axis_order(problem: RotaryProblem) -> tuple[int, int, int]:
-    """Number rows as they lie in memory: axes batch 0, token 1 and head 2, widest stride first."""
+def _order(problem: RotaryProblem) -> Order:
+    """Number rows as they lie in memory, the widest stride first; or by tiles of tokens."""
     strides = problem.tensors[0].x.strides
     sizes = problem.batch, problem.num_tokens, problem.tensors[0].num_heads
     outer, middle, inner = sorted(
         range(3), key=lambda axis: (sizes[axis] != 1, -abs(strides[axis]))
     )
-    return outer, middle, inner
+    return Order((outer, middle, inner), _tile(problem) if inner == TOKEN else 0)
+
+
+def _tile(problem: RotaryProblem) -> int:
+    """Return how many tokens at a time all heads should pass, 0 for all of them.
+
+    Where a head's tokens lie beside each other, every head reads the whole table: a large one would
+    come from memory every time, and a tile of it stays in the L2. Only where a batch's heads follow
+    on those of the batch before, and have the same angles, so that both count as heads.
+    """
+    pair_bytes = problem.table_step * ITEMSIZE[problem.table_dtype]
+    row_bytes = problem.rotary_dim // 2 * pair_bytes * (1 if problem.sin_offset else 2)
+    if problem.num_tokens * row_bytes <= L2_BYTES:
+        return 0
+    tables = problem.cos.strides, problem.sin.strides, (*problem.position_strides, 0)
+    views = [(t.num_heads, view.strides) for t in problem.tensors for view in (t.x, t.out)]
+    follow_on = problem.batch == 1 or (
+        all(strides[BATCH] == num_heads * strides[HEAD] for num_heads, strides in views)
+        and not any(strides[BATCH] for strides in tables)
+    )
+    widest = max(abs(strides[TOKEN]) for strides in (*tables, *(each[1] for each in views)))
+    if not follow_on or any(each[HEAD] for each in tables) or widest * TILES[0] >= 2**31:
+        return 0
+    return next((tile for tile in TILES if problem.num_tokens % tile == 0), 0)
 
 
 def divisor(value: int) -> tuple[int, int, int]:
@@ -251,23 +292,24 @@ def _pack(
     widths: Widths,
     rows: int,
     blocks: tuple[int, ...],
-    axes: tuple[int, int, int],
+    order: Order,
     lanes: tuple[int, int],
 ) -> bytes:
     def view(strides: tuple[int, ...], element: int, width: int) -> list[int]:
-        return [*(strides[axis] for axis in axes), element, width]
+        return [*order.strides(strides), element, width]
 
     words: list[int] = []
     for which in range(2):
         # A launch of one tensor fills the second place with the first, which no block asks for.
         which %= len(problem.tensors)
         tensor = problem.tensors[which]
-        sizes = (problem.batch, problem.num_tokens, tensor.num_heads // rows)
+        num_sets = tensor.num_heads // rows
+        outer, middle, inner = order.sizes(problem.batch, problem.num_tokens, num_sets)
         words += view(tensor.x.strides, tensor.x.strides[3], widths.x[which])
         words += view(tensor.out.strides, tensor.out.strides[3], widths.out[which])
-        words += [*divisor(max(1, sizes[axes[2]])), *divisor(max(1, sizes[axes[1]]))]
-        words += [sizes[2] * y.strides[HEAD] for y in (tensor.x, tensor.out)]
-        words += [math.prod(sizes), blocks[which]]
+        words += [*divisor(max(1, inner)), *divisor(max(1, middle))]
+        words += [num_sets * y.strides[HEAD] for y in (tensor.x, tensor.out)]
+        words += [outer * middle * inner, blocks[which]]
     words += divisor(sum(blocks))
     for table, width in ((problem.cos, widths.cos), (problem.sin, widths.sin)):
         words += view(table.strides, table.strides[3] // problem.table_step, width)

@@ -17,6 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 from reference import check, rotate
 
 from rope_cupy import apply_rotary, jit
+from rope_cupy.plan import launch_plan
 
 pytestmark = pytest.mark.host_cuda
 
@@ -80,6 +81,23 @@ def test_rows_of_a_table_may_lie_2_31_elements_apart(stride, record):
     y = apply_rotary(x, (cos, sin), positions=positions)
     exact = rotate(x, np.float64(cos), np.float64(sin), positions=positions)
     record("float64", check(y, exact, "float64"))
+
+
+@pytest.fixture
+def tiles_of_two_tokens(monkeypatch):
+    monkeypatch.setattr("rope_cupy.plan.L2_BYTES", 0)
+    monkeypatch.setattr("rope_cupy.plan.TILES", range(2, 1, -1))
+    launch_plan.cache_clear()
+    yield
+    launch_plan.cache_clear()
+
+
+@pytest.mark.parametrize("positions", ["none", "int32 s"])
+@pytest.mark.parametrize("sizes", [(1, 6, 3, 1), (3, 6, 4, 2), (2, 4, 1, 1)], ids=str)
+@pytest.mark.parametrize("write", ["new", "in place"])
+def test_tiles_of_tokens_give_the_same(sizes, write, positions, tiles_of_two_tokens, record):
+    case = Case("float16", sizes=sizes, layout="bhsd", write=write, positions=positions)
+    record(case.dtype, *verify(possible(case)))
 
 
 # Mistakes are seen.

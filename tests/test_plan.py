@@ -147,6 +147,7 @@ def test_the_width_is_chosen_for_each_tensor():
     assert (packed["tensors[0].x.width"], packed["tensors[0].out.width"]) == (8, 8)
     assert (packed["tensors[1].x.width"], packed["tensors[1].out.width"]) == (1, 1)
     assert (template(plan.kernel).pairs, template(plan.kernel).common) == ("8", "false")
+    assert template_of([k], 128, outs=[spec((1, 5, 2, 128))]).pairs == "8"  # as of its output
 
 
 def test_elements_that_do_not_touch_move_one_by_one():
@@ -211,6 +212,18 @@ def test_a_thread_takes_several_heads_where_it_reads_little_of_each(
 def test_heads_are_innermost_whatever_axes_have_one_index_or_are_not_there(shape):
     chosen = template_of([spec(shape)], 128, interleaved=True)
     assert (chosen.rows, chosen.past_l1) == ("2", "1")
+
+
+def test_lanes_that_copy_count_among_those_that_fill_warps():
+    x = spec((2, 5, 4, 192))  # 8 lanes that rotate, 16 that copy
+    assert template_of([x], 64, interleaved=True).rows == "2"
+    assert template_of([x], 64, outs=[x], interleaved=True).rows == "1"
+
+
+def test_a_thread_takes_four_heads_by_complex_numbers_of_16_bytes():
+    part = spec((4096, 64), "float64", strides=(128, 2))
+    table = TableSpec(part, part, 2, 1)
+    assert template_of([spec((2, 5, 4, 128))], 128, table=table).rows == "4"
 
 
 @pytest.mark.parametrize("of_heads", ["cos", "sin"])
@@ -394,7 +407,7 @@ def test_the_rows_of_a_set_lie_as_far_apart_as_there_are_sets():
             (90, 24, 66),
             (192, 64, 128),
         ),
-        *((512, 64, 448), (1026, 1026, 0), (2**17, 2**16, 2**10), (2**22, 2**22, 0)),
+        *((512, 64, 448), (514, 514, 0), (1026, 1026, 0), (2**17, 2**16, 2**10), (2**22, 2**22, 0)),
     ],
 )
 def test_the_lanes_cover_every_element_of_a_head_once(head_dim, rotary_dim, offset, write):
@@ -445,6 +458,12 @@ def test_few_blocks_are_one_period_of_which_none_is_empty(tokens, heads):
     assert np.all(sets[:, 0] < num_sets[which])
 
 
+def test_sets_of_two_rows_take_half_as_many_blocks():
+    plan = launch_plan(problem([spec((2, 4000, 32, 128))], 128, interleaved=True))
+    assert (template(plan.kernel).rows, plan.block) == ("2", (16, 8))
+    assert plan.grid[0] == 2 * 4000 * 32 // (2 * 8)
+
+
 def test_many_heads_that_share_no_divisor_are_one_period():
     plan = launch_plan(problem([spec((1, 4096, h, 128)) for h in (1021, 7)], 128))
     packed = fields(plan)
@@ -464,6 +483,87 @@ def test_the_largest_launch_fits_the_grid_and_counts_in_32_bits(heads, head_dim)
     for i, h in enumerate(heads):
         groups = periods * packed[f"tensors[{i}].blocks"]
         assert tokens * h == packed[f"tensors[{i}].num_sets"] <= groups * plan.block[1] < 2**32
+
+
+# Tiles of tokens, which all heads pass before the next.
+
+
+def head_major(tokens=8192, heads=(5, 2), batch=2, gap=0, **options):
+    """The problem of tensors in which a head's tokens lie beside each other."""
+    xs = []
+    for h in heads:
+        strides = ((h * tokens + gap) * 64, tokens * 64, 64, 1)
+        xs.append(spec((batch, h, tokens, 64), strides=strides))
+    part = spec((tokens, 32), "float32")
+    options = {"table": TableSpec(part, part, 1, 0), "layout": "bhsd"} | options
+    return problem(xs, 64, **options)
+
+
+@pytest.fixture
+def small_l2(monkeypatch):
+    """Tables of more than 1 MiB count as large."""
+    monkeypatch.setattr("rope_cupy.plan.L2_BYTES", 2**20)
+    launch_plan.cache_clear()
+    yield
+    launch_plan.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tile"), [(8192, 4096), (75_600, 3780), (6000, 3000), (118_800, 3960)]
+)
+def test_heads_that_would_each_read_a_large_table_pass_a_tile_of_it(tokens, tile, small_l2):
+    packed = fields(launch_plan(head_major(tokens, batch=1)))
+    assert packed["tensors[0].inner.value"] == tile
+    assert [packed[f"tensors[0].x.{axis}"] for axis in ("outer", "middle", "inner")] == [
+        tile * 64,
+        tokens * 64,
+        64,
+    ]
+
+
+@pytest.mark.parametrize("positions", [None, (8192,), (1, 8192)])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("heads", [(5, 2), (32, 8), (3,), (1, 1)])
+def test_tiles_cover_every_row_of_q_and_of_k_once(heads, batch, positions, small_l2):
+    rows = spec(positions, "int64") if positions else None
+    posed = head_major(heads=heads, batch=batch, positions=rows)
+    plan = launch_plan(posed)
+    if heads[0] > 1:
+        assert fields(plan)["tensors[0].inner.value"] == 4096
+        assert fields(plan)["position.outer"] == (4096 if positions else 0)
+    for i, tensor in enumerate(posed.tensors):
+        assert np.array_equal(in_order(rows_of(plan, i)), in_order(rows_wanted(posed, tensor)))
+
+
+NOT_TILED = {
+    "heads innermost": lambda: problem([spec((1, 8192, 5, 64))], 64, table=LARGE),
+    "a batch that does not follow on": lambda: head_major(gap=8),
+    "a table of heads": lambda: head_major(table=of_each(2, 8192, 5), heads=(5, 5)),
+    "a table of batches": lambda: head_major(table=of_each(2, 8192)),
+    "positions of batches": lambda: head_major(positions=spec((2, 8192), "int64")),
+    "a prime number of tokens": lambda: head_major(tokens=8191),
+    "a small table": lambda: head_major(tokens=2048),
+}
+LARGE = TableSpec(spec((8192, 32), "float32"), spec((8192, 32), "float32"), 1, 0)
+
+
+def of_each(*sizes):
+    part = spec((*sizes, 32), "float32")
+    return TableSpec(part, part, 1, 0)
+
+
+@pytest.mark.parametrize("case", NOT_TILED)
+def test_there_are_no_tiles_of(case, small_l2):
+    posed = NOT_TILED[case]()
+    inner = fields(launch_plan(posed))["tensors[0].inner.value"]
+    assert inner in (posed.num_tokens, posed.tensors[0].num_heads // 2, posed.tensors[0].num_heads)
+
+
+def test_offsets_of_a_tile_fit_32_bits(small_l2):
+    far = [spec((1, 5, 8192, 64), strides=(0, 2**20 * 8192, 2**20, 1))]
+    part = spec((8192, 32), "float32")
+    posed = problem(far, 64, table=TableSpec(part, part, 1, 0), layout="bhsd")
+    assert fields(launch_plan(posed))["tensors[0].inner.value"] == 8192
 
 
 @pytest.mark.parametrize(
@@ -496,6 +596,12 @@ def test_rows_are_numbered_as_they_lie_in_memory(layout, inner):
     strides = [packed[f"tensors[0].x.{axis}"] for axis in ("outer", "middle", "inner")]
     assert strides == sorted(strides, reverse=True)
     assert packed["tensors[0].inner.value"] == inner
+
+
+def test_rows_that_run_backward_are_numbered_as_they_lie_too():
+    packed = fields(launch_plan(problem([spec((2, 5, 4, 128), strides=(2560, -512, 128, 1))], 128)))
+    strides = [packed[f"tensors[0].x.{axis}"] for axis in ("outer", "middle", "inner")]
+    assert strides == [2560, -512, 128]
 
 
 def view(outer, middle, inner, element, width):
@@ -622,19 +728,59 @@ def test_what_the_common_path_takes_for_granted_holds_there(change):
     assert template_of([x], 128, outs, table=table).common == "false"
 
 
-@pytest.mark.parametrize("what", ["x", "table", "row of a table", "positions"])
+@pytest.mark.parametrize(
+    ("xs", "outs", "interleaved"),
+    [
+        ([0], [8], False),  # addresses: a narrower output,
+        ([0, 8], None, True),  # a narrower k, whose runs are twice as long as its halves,
+        ([8], [8], False),  # lanes that copy more than those that rotate
+    ],
+)
+def test_every_access_is_whole_on_the_common_path(xs, outs, interleaved):
+    def common(xs, outs):
+        xs, outs = ([spec((2, 5, 4, 128), address=a) for a in y] if y else None for y in (xs, outs))
+        return template_of(xs, 64, outs, interleaved=interleaved).common
+
+    assert common([0] * len(xs), outs and [0] * len(outs)) == "true"
+    assert common(xs, outs) == "false"
+
+
+@pytest.mark.parametrize(("step", "stride", "address"), [(1, 2, 0), (4, 4, 4)])
+def test_angles_of_single_pairs_are_beside_each_other_and_whole_on_the_common_path(
+    step, stride, address
+):
+    def common(stride, address):
+        part = spec((5, 64), "float32", strides=(64 * stride, stride), address=address)
+        table = TableSpec(part, part, step, step // 2)
+        return template_of([spec((2, 5, 4, 128), address=2)], 128, table=table)[-1]
+
+    assert common(step, 0) == "true"
+    assert common(stride, address) == "false"
+
+
+def test_2_31_positions_leave_the_common_path():
+    for size, common in ((2**31 - 1, "true"), (2**31, "false")):
+        part = spec((size, 64), "float32", strides=(0, 1))
+        options = {"table": TableSpec(part, part, 1, 0), "positions": spec((5,), "int64")}
+        assert template_of([spec((2, 5, 4, 128))], 128, **options).common == common
+
+
+@pytest.mark.parametrize("what", ["x", "k", "backward", "table", "row of a table", "positions"])
 def test_strides_beyond_32_bits_leave_the_common_path(what):
     def common(stride):
         x, part, positions = spec((2, 5, 4, 128)), spec((5, 64), "float32"), None
-        if what == "x":
-            x = spec((2, 5, 4, 128), strides=(stride, 512, 128, 1))
+        xs = [x]
+        if what in ("x", "k", "backward"):
+            stride = -stride if what == "backward" else stride
+            far = spec((2, 5, 4, 128), strides=(stride, 512, 128, 1))
+            xs = [x, far] if what == "k" else [far]
         elif what == "positions":
             positions = spec((2, 5), "int32", strides=(stride, 1))
         else:
             part = spec((5, 64), "float32", strides=(stride, 1))
             positions = spec((5,), "int32") if what == "row of a table" else None
         table = TableSpec(part, part, 1, 0)
-        return template_of([x], 128, table=table, positions=positions).common
+        return template_of(xs, 128, table=table, positions=positions).common
 
     assert common(2**31 - 128) == "true"
     assert common(2**31) == "false"
