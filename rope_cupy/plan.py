@@ -242,7 +242,7 @@ def _cpp(flag: bool) -> str:
 def _order(problem: RotaryProblem) -> Order:
     """Number rows as they lie in memory, the widest stride first; or by tiles of tokens."""
     strides = problem.tensors[0].x.strides
-    sizes = problem.batch, problem.num_tokens, problem.tensors[0].num_heads
+    sizes = problem.batch, problem.num_tokens, max(t.num_heads for t in problem.tensors)
     outer, middle, inner = sorted(
         range(3), key=lambda axis: (sizes[axis] != 1, -abs(strides[axis]))
     )

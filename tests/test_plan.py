@@ -226,6 +226,15 @@ def test_a_thread_takes_four_heads_by_complex_numbers_of_16_bytes():
     assert template_of([spec((2, 5, 4, 128))], 128, table=table).rows == "4"
 
 
+def test_the_heads_of_k_are_innermost_where_q_has_one():
+    packed = fields(launch_plan(problem([spec((2, 37, 1, 128)), spec((2, 37, 8, 128))], 128)))
+    assert [packed[f"tensors[1].x.{axis}"] for axis in ("outer", "middle", "inner")] == [
+        37 * 8 * 128,
+        8 * 128,
+        128,
+    ]
+
+
 @pytest.mark.parametrize("of_heads", ["cos", "sin"])
 def test_a_thread_takes_one_head_where_heads_have_angles_of_their_own(of_heads):
     x, parts = spec((2, 5, 4, 128)), {name: spec((2, 5, 1, 64), "float32") for name in "cs"}
