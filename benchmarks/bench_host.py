@@ -35,7 +35,7 @@ import torch
 from inputs import Exact, inputs_of
 from outcome import AbsentError, Result, UnsupportedError, result_of
 from providers import Call, Case, Inputs, Pair
-from report import MACHINE, default_path, machine, say
+from report import MACHINE, default_path, machine, say, several
 from shapes import Shape
 
 import rope_cupy
@@ -293,15 +293,12 @@ def _print_profile(device: str) -> None:
 
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-
-    def providers(text: str) -> list[str]:
-        for name in text.split(","):
-            if name not in NAMES:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of: {', '.join(NAMES)}")
-        return text.split(",")
-
     parser.add_argument(
-        "--providers", type=providers, default=list(NAMES), metavar="A,B", help=", ".join(NAMES)
+        "--providers",
+        type=several(NAMES),
+        default=list(NAMES),
+        metavar="A,B",
+        help=", ".join(NAMES),
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="instead of benchmarks/results/")

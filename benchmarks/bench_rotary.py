@@ -31,7 +31,7 @@ import torch
 from inputs import TOLERANCE, Exact, inputs_of
 from outcome import Result, result_of
 from providers import TABLES, VARIANTS, Call, Case, Inputs
-from report import MACHINE, default_path, machine, say
+from report import MACHINE, default_path, machine, say, several
 from shapes import GROUPS, SHAPES, Shape, chosen, is_causal
 
 COLUMNS = (
@@ -131,13 +131,13 @@ def _ready(
     provider, error = peers.PROVIDERS[name], None
     options = peers.OPTIONS.get(name, [{}]) if task.case.device == "cuda" else [{}]
     ways = [[provider(task.case, inputs, **option) for inputs in sets] for option in options]
-    if name not in peers.YARDSTICKS:
+    rotates = name not in peers.YARDSTICKS
+    if rotates:
         error = exact.error_of(ways[0][0])
     if task.measure == WITH_ATTENTION:
-        checked = name not in peers.YARDSTICKS
         ways = [
             [
-                _attending(call if checked else _untouched(call, inputs), inputs, task.case)
+                _attending(call if rotates else _untouched(call, inputs), inputs, task.case)
                 for call, inputs in zip(calls, sets, strict=True)
             ]
             for calls in ways
@@ -288,16 +288,6 @@ def _parsed() -> argparse.Namespace:
         description=(__doc__ or "").partition("\n")[0],
         epilog=f"Groups of shapes: {', '.join(GROUPS)}. Shapes: {', '.join(SHAPES)}.",
     )
-
-    def several(known: tuple[str, ...]) -> Callable[[str], list[str]]:
-        def names(text: str) -> list[str]:
-            given = list(known) if text == "all" else text.split(",")
-            for name in given:
-                if name not in known:
-                    raise argparse.ArgumentTypeError(f"{name!r} is none of: {', '.join(known)}")
-            return given
-
-        return names
 
     def shapes(text: str) -> list[Shape]:
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,19 @@ def default_path(kind: str, device: str) -> Path:
     model = re.search(r"\b[A-Z]+\d\w*", gpu)
     short = model.group().lower() if model else gpu.lower().replace(" ", "-")
     return RESULTS / f"{datetime.date.today().isoformat()}-{short}-{kind}.csv"
+
+
+def several(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return what reads an option of known names with commas, or "all"."""
+
+    def names(text: str) -> list[str]:
+        given = list(known) if text == "all" else text.split(",")
+        for name in given:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of: {', '.join(known)}")
+        return given
+
+    return names
 
 
 def say(text: str) -> None:

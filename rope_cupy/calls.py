@@ -26,6 +26,7 @@ from .problem import (
     out_names,
     rotary_problem,
 )
+from .recall import keep
 from .tables import TableSource, TableView, source_of
 
 
@@ -116,9 +117,7 @@ def _rotate_at(given: _Given, key: tuple[Any, ...], seen: tensor.Glance) -> tupl
     call = _calls.get(call_key)
     if call is None:
         call, outs = _rotate_unseen(given)
-        if len(_calls) >= MAX_CALLS:
-            _calls.clear()
-        _calls[call_key] = call
+        keep(_calls, call_key, call, MAX_CALLS)
         return outs
     if outs is None:
         pairs = zip(call.inputs, given.xs, strict=True)
@@ -138,10 +137,7 @@ def _rotate_at(given: _Given, key: tuple[Any, ...], seen: tensor.Glance) -> tupl
             sin=table[-1] + call.to_sin,
             positions=at[behind] if given.positions else 0,
         )
-        ready = _made_ready(call, pointers, given.first)
-        if len(seen.kept) >= MAX_KEPT:
-            seen.kept.clear()
-        seen.kept[key] = ready
+        ready = keep(seen.kept, key, _made_ready(call, pointers, given.first), MAX_KEPT)
     ready.write()
     if given.out is not None:
         ready.wrote(given.out)

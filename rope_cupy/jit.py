@@ -13,6 +13,7 @@ from typing import Any
 
 from .environment import cache_fault, cupy, driver, explained
 from .plan import LaunchPlan
+from .recall import keep
 
 _kernels: dict[tuple[str, int], Any] = {}  # by C++ name and device
 _locks: dict[tuple[str, int], threading.Lock] = {}
@@ -120,13 +121,10 @@ class Launcher:
         """Return the launch's configuration, its address, and that of the kernel."""
         function = kernel(self.plan.kernel, self.device)
         sizes = (ctypes.c_uint * 6)(*self.plan.grid, 1, *self.plan.block, 1)
-        early = 1 if _starts_early(self.device) else 0
-        config = _Config(sizes, 0, stream, ctypes.pointer(_MAY_START_EARLY), early)
-        if len(self.ready) >= MAX_STREAMS:
-            self.ready.clear()
+        early = ctypes.pointer(_MAY_START_EARLY)
+        config = _Config(sizes, 0, stream, early, int(_starts_early(self.device)))
         ready = config, ctypes.addressof(config), function.ptr
-        self.ready[stream] = ready
-        return ready
+        return keep(self.ready, stream, ready, MAX_STREAMS)
 
 
 class Launch:

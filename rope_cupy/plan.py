@@ -79,7 +79,8 @@ class Share(NamedTuple):
 def launch_plan(problem: RotaryProblem) -> LaunchPlan:
     """Choose how wide threads read and write, how rows are numbered, and the launch over them."""
     widths, order = _access_widths(problem), _order(problem)
-    pairs, pass_run = _pairs_per_thread(problem, widths), _pass_run(problem)
+    pass_run = _pass_run(problem)
+    pairs = _pairs_per_thread(problem, widths, pass_run)
     num_pair_lanes = problem.rotary_dim // 2 // pairs
     num_lanes = num_pair_lanes
     if pass_run:
@@ -124,7 +125,7 @@ def _width(view: View, dtype: str, step: int, *offsets: int) -> int:
     return max(1, math.gcd(ACCESS_BYTES // itemsize, view.alignment // itemsize, *rows, *offsets))
 
 
-def _pairs_per_thread(problem: RotaryProblem, widths: Widths) -> int:
+def _pairs_per_thread(problem: RotaryProblem, widths: Widths, pass_run: int) -> int:
     """Return how many pairs of a row a thread rotates: of every half, or run, one access.
 
     In the half pairing fewer where the lanes that pass elements through have one access each, or
@@ -133,7 +134,7 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths) -> int:
     most = ACCESS_BYTES // ITEMSIZE[problem.dtype]
     widest = min(most, max(*widths.x, *widths.out))
     table_bytes = problem.table_step * ITEMSIZE[problem.table_dtype]
-    one_access = problem.interleaved or _pass_run(problem) or table_bytes >= ACCESS_BYTES
+    one_access = problem.interleaved or pass_run or table_bytes >= ACCESS_BYTES
     pairs = widest // 2 if one_access else widest
     return math.gcd(max(1, pairs), problem.rotary_dim // 2)
 
@@ -190,7 +191,8 @@ def _kernel_name(problem: RotaryProblem, widths: Widths, share: Share, order: Or
     x_run = share.pairs * (2 if problem.interleaved else 1)
     table_run = share.pairs * problem.table_step
     is_common = _is_common(problem, widths, x_run, share.pass_run, table_run)
-    # Measured, alone and with the attention that follows: see benchmarks/results.
+    # Faster alone, and the same within the noise with attention behind it: see the results of
+    # 2026-11-25 in benchmarks/results.
     past_l1 = 0
     if is_common and problem.in_place and order.axes[2] == HEAD:
         past_l1 = 2 if problem.position_dtype else 1

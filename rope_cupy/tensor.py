@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from . import dlpack
 from .environment import cupy
 from .memory import ACCESS_BYTES, ArraySpec, array_spec, cuda_index
+from .recall import keep
 
 
 class Array(NamedTuple):
@@ -368,7 +369,7 @@ def glance(arrays: tuple[Any, ...]) -> Glance | None:
             return before
     seen = _glance_at_each(arrays)
     if seen:
-        glances = _glances.get(at) or _keep(_glances, at, [])
+        glances = _glances.get(at) or keep(_glances, at, [], MAX_KEPT)
         for before in glances:
             if before.look is seen.look:
                 before.guard = library.guard(arrays)
@@ -390,7 +391,7 @@ def _glance_at_each(arrays: tuple[Any, ...]) -> Glance | None:
     key = tuple(attributes)
     look = _looks.get(key)
     if look is None:
-        look = _keep(_looks, key, Look())
+        look = keep(_looks, key, Look(), MAX_KEPT)
     return Glance(tuple(pointers), look, {})
 
 
@@ -407,14 +408,6 @@ def _guard_by(
         return True
 
     return unchanged if {*map(type, arrays)} == {kind} else None
-
-
-def _keep(memory: dict[Any, Any], key: Any, value: Any) -> Any:
-    """Remember a value, after everything else has been forgotten where that is too much."""
-    if len(memory) >= MAX_KEPT:
-        memory.clear()
-    memory[key] = value
-    return value
 
 
 def private_view(array: Any) -> Any:
