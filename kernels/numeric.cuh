@@ -97,6 +97,23 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
 }
 
+// The value if it is finite, else any number.
+template <typename Real>
+__device__ __forceinline__ Real finite(Real value) {
+  constexpr Real kLargest = sizeof(Real) == 8 ? 0x1.fffffffffffffp1023 : 0x1.fffffep127;
+  return -kLargest <= value && value <= kLargest ? value : 0;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
+// In one instruction: the smaller magnitude, which NaN has not, with the value's sign.
+template <>
+__device__ __forceinline__ float finite(float value) {
+  float result;
+  asm("min.xorsign.abs.f32 %0, %1, %2;" : "=f"(result) : "f"(value), "f"(0x1.fffffep127f));
+  return result;
+}
+#endif
+
 // Widening is exact.
 __device__ __forceinline__ float to_float(bfloat16 value) {
   return bit_cast<float>(static_cast<unsigned>(value.bits) << 16);
@@ -256,7 +273,7 @@ __device__ __forceinline__ Real difference_of_products(Real a, Real b, Real c, R
   const Real product = multiply(c, d);
   const Real residual = multiply_add(c, d, negate(product));
   const Real difference = multiply_add(a, b, negate(product));
-  const Real corrected = subtract(difference, residual);  // a residual of 0 keeps a -0
-  return corrected == corrected ? corrected
-                                : difference;  // beside an infinity there is no residual
+  // Beside a product that is not finite the difference is not finite either, and stays as it is
+  // whatever number is subtracted. A residual of 0 keeps a -0.
+  return subtract(difference, finite(residual));
 }

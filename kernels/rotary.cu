@@ -138,10 +138,12 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 // no heads, and strides fit 32 bits. Dense tensors give this, and it takes the fewest instructions.
 // The products of strides stay 64-bit.
 //
-// kPastL1: what passes L1 by, 0 nothing, 1 what is written, 2 also what is read of x.
+// kInPlace: an output is its input.
+//
+// kPastL1: x and out pass L1 by, which the table has for itself.
 template <typename T, typename Table, typename Position, bool kInterleaved, bool kConjugate,
-          int kRows, int kPairs, int kTableStep, int kSinOffset, int kPassRun, int kPastL1,
-          bool kCommon>
+          int kRows, int kPairs, int kTableStep, int kSinOffset, int kPassRun, bool kInPlace,
+          bool kPastL1, bool kCommon>
 __global__ void rotary_kernel(const __grid_constant__ Arguments<T, Table> args) {
   using Real = Compute<T, Table>;
 
@@ -166,8 +168,11 @@ __global__ void rotary_kernel(const __grid_constant__ Arguments<T, Table> args) 
   const Access x_access = tensor.x.template access<T, kCommon>();
   const Access out_access = tensor.out.template access<T, kCommon>();
   const long long x_offset = tensor.x.template offset<kCommon>(at);
-  const T* x_slice = args.x[which] + x_offset;
-  T* out_slice = args.out[which] + (kCommon ? x_offset : tensor.out.template offset<kCommon>(at));
+  const long long out_offset =
+      kInPlace || kCommon ? x_offset : tensor.out.template offset<kCommon>(at);
+  T* out_slice = args.out[which] + out_offset;
+  const T* x_slice = kInPlace ? out_slice : args.x[which] + x_offset;
+  const long long out_step = kInPlace ? tensor.x_step : tensor.out_step;
   const int num_pairs = static_cast<int>(args.num_pairs);
 
   wait_for_earlier_grids();
@@ -194,12 +199,12 @@ __global__ void rotary_kernel(const __grid_constant__ Arguments<T, Table> args) 
     Vec<T, 2 * kPairs> pairs[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      pairs[i] = load_pairs<kInterleaved, kPairs, kPastL1 == 2>(x_slice + i * tensor.x_step,
-                                                                x_access, pair, num_pairs);
+      pairs[i] = load_pairs<kInterleaved, kPairs, kPastL1>(x_slice + i * tensor.x_step, x_access,
+                                                           pair, num_pairs);
     }
     const auto store_row = [&](int i, const Vec<T, 2 * kPairs>& run) {
-      store_pairs<kInterleaved, kPairs, (kPastL1 > 0)>(out_slice + i * tensor.out_step, out_access,
-                                                       pair, num_pairs, run);
+      store_pairs<kInterleaved, kPairs, kPastL1>(out_slice + i * out_step, out_access, pair,
+                                                 num_pairs, run);
     };
 
     long long cos_offset, sin_offset;
@@ -236,7 +241,7 @@ __global__ void rotary_kernel(const __grid_constant__ Arguments<T, Table> args) 
     if (passes) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        T* to = out_slice + i * tensor.out_step + element * out_access.stride;
+        T* to = out_slice + i * out_step + element * out_access.stride;
         store(to, out_access, passed[i]);
       }
     }

@@ -191,11 +191,10 @@ def _kernel_name(problem: RotaryProblem, widths: Widths, share: Share, order: Or
     x_run = share.pairs * (2 if problem.interleaved else 1)
     table_run = share.pairs * problem.table_step
     is_common = _is_common(problem, widths, x_run, share.pass_run, table_run)
-    # Faster alone, and the same within the noise with attention behind it: see the results of
-    # 2026-11-25 in benchmarks/results.
-    past_l1 = 0
-    if is_common and problem.in_place and order.axes[2] == HEAD:
-        past_l1 = 2 if problem.position_dtype else 1
+    # With positions: faster alone, and the same within the noise with attention behind it. Without
+    # them it is not: see the results of 2026-11-25 in benchmarks/results.
+    has_positions = problem.position_dtype is not None
+    past_l1 = is_common and problem.in_place and has_positions and order.axes[2] == HEAD
     arguments = (
         C_TYPES[problem.dtype],
         C_TYPES[problem.table_dtype],
@@ -207,7 +206,8 @@ def _kernel_name(problem: RotaryProblem, widths: Widths, share: Share, order: Or
         problem.table_step,
         problem.sin_offset,
         share.pass_run,
-        past_l1,
+        _cpp(problem.in_place),
+        _cpp(past_l1),
         _cpp(is_common),
     )
     return f"rotary_kernel<{', '.join(map(str, arguments))}>"

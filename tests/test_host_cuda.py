@@ -31,7 +31,7 @@ def test_a_call_of_any_kind_is_right(case, record):
 
 
 def test_the_kernel_compiles_without_a_warning(tmp_path):
-    kernel = "rotary_kernel<bfloat16, float, int, true, false, 2, 4, 1, 0, 8, 0, false>"
+    kernel = "rotary_kernel<bfloat16, float, int, true, false, 2, 4, 1, 0, 8, false, false, false>"
     options = host_cuda.kernel_options(jit.sources() / "rotary.cu", kernel)
     command = host_cuda.command(*options, "-o", str(tmp_path / "kernel.so"))
     assert {"-Wall", "-Wextra"} <= set(command)

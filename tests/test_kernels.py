@@ -73,13 +73,13 @@ def test_the_matrix_launches_kernels_of_every_kind(kernels):
     numbers, flags = {"float16", "bfloat16", "float", "double"}, {"true", "false"}
     assert (kinds.dtype, kinds.table) == (numbers, numbers)
     assert kinds.position == {"void", "int", "long long"}
-    assert (kinds.interleaved, kinds.conjugate, kinds.common) == (flags, flags, flags)
+    assert (kinds.interleaved, kinds.conjugate) == (flags, flags)
+    assert (kinds.in_place, kinds.past_l1, kinds.common) == (flags, flags, flags)
     assert kinds.rows == {"1", "2", "4"}
     assert kinds.pairs == {"1", "2", "4", "8"}
     steps = {(kernel.table_step, kernel.sin_offset) for kernel in map(template, kernels)}
     assert steps == {("1", "0"), ("2", "0"), ("2", "1"), ("4", "2")}
     assert kinds.pass_run >= {"0", "1", "2", "4", "8"}
-    assert kinds.past_l1 == {"0", "1", "2"}
 
 
 @pytest.mark.parametrize("position", ["void", "int", "long long"])
@@ -87,8 +87,8 @@ def test_the_matrix_launches_kernels_of_every_kind(kernels):
 def test_the_kernels_of_plain_models_leave_room_for_48_warps(pairing, position):
     """Of a multiprocessor's 65,536 registers, which threads take by eights."""
     code = (jit.sources() / "rotary.cu").read_text()
-    past_l1 = 1 if position == "void" else 2
-    name = f"rotary_kernel<bfloat16, float, {position}, {pairing}, 1, 0, 0, {past_l1}, true>"
+    past_l1 = "false" if position == "void" else "true"
+    name = f"rotary_kernel<bfloat16, float, {position}, {pairing}, 1, 0, 0, true, {past_l1}, true>"
     log = compiled(code, [name], (*OPTIONS, "-arch=sm_90", "--ptxas-options=-v"))
     (registers,) = re.findall(r"Used (\d+) registers", log)
     assert int(registers) <= 40
@@ -97,7 +97,7 @@ def test_the_kernels_of_plain_models_leave_room_for_48_warps(pairing, position):
 @pytest.mark.parametrize("table", ["float", "double"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float", "double"])
 def test_subnormal_numbers_are_not_flushed_to_zero(dtype, table):
-    name = f"rotary_kernel<{dtype}, {table}, void, true, true, 2, 2, 1, 0, 0, 1, true>"
+    name = f"rotary_kernel<{dtype}, {table}, void, true, true, 2, 2, 1, 0, 0, true, false, true>"
     code = ptx((jit.sources() / "rotary.cu").read_text(), name, (*OPTIONS, "-arch=compute_80"))
     instructions = re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.]*)\s", code, re.MULTILINE)
     assert any(instruction.startswith("fma.rn.f") for instruction in instructions)

@@ -41,6 +41,7 @@ class Template(NamedTuple):
     table_step: str
     sin_offset: str
     pass_run: str
+    in_place: str
     past_l1: str
     common: str
 
@@ -170,10 +171,11 @@ def test_every_template_argument_is_in_its_place():
     chosen = template_of([x], 64, outs=[x], table=matrices(64, "float64"), **options)
     assert chosen == Template(
         *("float16", "double", "int", "true", "false"),
-        *("1", "4", "4", "2", "8", "0", "true"),
+        *("1", "4", "4", "2", "8", "false", "false", "true"),
     )
-    assert template_of([x], 64, conjugate=True)[:5] == (
-        *("float16", "float", "void", "false", "true"),
+    assert template_of([x], 64, conjugate=True, positions=positions) == Template(
+        *("float16", "float", "int", "false", "true"),
+        *("1", "8", "1", "0", "0", "true", "true", "true"),
     )
 
 
@@ -210,8 +212,9 @@ def test_a_thread_takes_several_heads_where_it_reads_little_of_each(
 
 @pytest.mark.parametrize("shape", [(2, 37, 8, 128), (1, 37, 8, 128), (2, 1, 8, 128), (37, 8, 128)])
 def test_heads_are_innermost_whatever_axes_have_one_index_or_are_not_there(shape):
-    chosen = template_of([spec(shape)], 128, interleaved=True)
-    assert (chosen.rows, chosen.past_l1) == ("2", "1")
+    positions = spec((shape[-3],), "int32")
+    chosen = template_of([spec(shape)], 128, interleaved=True, positions=positions)
+    assert (chosen.rows, chosen.past_l1) == ("2", "true")
 
 
 def test_lanes_that_copy_count_among_those_that_fill_warps():
@@ -798,26 +801,27 @@ def test_strides_beyond_32_bits_leave_the_common_path(what):
 @pytest.mark.parametrize(
     ("layout", "write", "by_positions", "address", "past_l1"),
     [
-        (BSHD, "in place", False, 0, 1),
-        (BSHD, "in place", True, 0, 2),
-        (BSHD, "new", False, 0, 0),
-        (BSHD, "new", True, 0, 0),
-        (BHSD, "in place", False, 0, 0),  # heads are not innermost
-        (BHSD, "in place", True, 0, 0),
-        (BSHD, "in place", True, 2, 2),  # narrow, and whole even so
+        (BSHD, "in place", False, 0, "false"),
+        (BSHD, "in place", True, 0, "true"),
+        (BSHD, "new", False, 0, "false"),
+        (BSHD, "new", True, 0, "false"),
+        (BHSD, "in place", True, 0, "false"),  # heads are not innermost
+        (BSHD, "in place", True, 2, "true"),  # narrow, and whole even so
     ],
 )
-def test_in_place_what_is_written_passes_l1_by_and_with_positions_what_is_read(
+def test_in_place_and_with_positions_the_tensors_pass_l1_by(
     layout, write, by_positions, address, past_l1
 ):
     x = spec((2, 5, 7, 128), address=address)
     positions = spec((x.shape[1 if layout == BSHD else 2],), "int32") if by_positions else None
     outs = None if write == "in place" else [x]
     chosen = template_of([x], 128, outs, positions, layout=layout)
-    assert (chosen.common, chosen.past_l1) == ("true", str(past_l1))
+    assert (chosen.common, chosen.past_l1) == ("true", past_l1)
+    assert chosen.in_place == ("true" if write == "in place" else "false")
 
 
 def test_nothing_passes_l1_by_off_the_common_path():
-    part = spec((4096, 64), "float32", address=4)
-    chosen = template_of([spec((2, 5, 4, 128))], 128, table=TableSpec(part, part, 1, 0))
-    assert (chosen.common, chosen.past_l1) == ("false", "0")
+    part, positions = spec((4096, 64), "float32", address=4), spec((5,), "int32")
+    table = TableSpec(part, part, 1, 0)
+    chosen = template_of([spec((2, 5, 4, 128))], 128, table=table, positions=positions)
+    assert (chosen.common, chosen.past_l1) == ("false", "false")
