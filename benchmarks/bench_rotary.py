@@ -92,6 +92,7 @@ def main() -> None:
 def measured(task: Task, names: list[str], quick: bool = False) -> dict[str, Result]:
     """Check every provider's result, then time those that are right, all in turn."""
     on_gpu = task.case.device == "cuda"
+    pool = torch.cuda.graph_pool_handle() if on_gpu else None
     sets = inputs_of(task.case)
     exact = Exact(task.case, sets[0])
     results: dict[str, Result] = {}
@@ -101,7 +102,7 @@ def measured(task: Task, names: list[str], quick: bool = False) -> dict[str, Res
             with torch.inference_mode():
                 error, calls = _ready(task, name, sets, exact)
                 if on_gpu:
-                    timed += [(name, timing.captured(each)) for each in calls]
+                    timed += [(name, timing.captured(each, pool)) for each in calls]
                 else:
                     timed += [(name, timing.cpu_time(each, 1 if quick else 5)) for each in calls]
             results[name] = Result("ok", error=error)
@@ -111,7 +112,10 @@ def measured(task: Task, names: list[str], quick: bool = False) -> dict[str, Res
             _stop_if_broken(name, results)
     times = [time for _, time in timed]
     if on_gpu and timed:
-        times = timing.replayed(times, 7 if quick else timing.REPLAYS)
+        rounds, longest = timing.REPLAYS, timing.LONGEST
+        if task.measure == WITH_ATTENTION:
+            rounds, longest = timing.MANY_REPLAYS, timing.LONGEST_OF_MANY
+        times = timing.replayed(times, timing.FEWEST_REPLAYS if quick else rounds, longest)
     for (name, _), time in zip(timed, times, strict=True):
         result = results[name]
         if result.status == "ok":

@@ -22,6 +22,8 @@ WARM_UP = 20e3  # microseconds of replays before the clock of the GPU is taken a
 REPLAYS = 20
 FEWEST_REPLAYS = 7
 LONGEST = 2e6  # microseconds of a measurement of all graphs, beyond which replays are fewer
+# The same, of a rotation with attention behind it: what differs is a small part of the time.
+MANY_REPLAYS, LONGEST_OF_MANY = 200, 8e6
 
 
 class Graph(NamedTuple):
@@ -32,10 +34,12 @@ class Graph(NamedTuple):
     calls: Sequence[Call]  # these keep the memory that a replay reads
 
 
-def captured(calls: Sequence[Call]) -> Graph:
+def captured(calls: Sequence[Call], pool: Any) -> Graph:
     """Capture a graph of calls that go through the given ones in turn, each on buffers of its own.
 
-    It holds every call at least once, at least MIN_CALLS of them, and takes MIN_REPLAY or more.
+    It holds every call at least once, at least MIN_CALLS of them, and takes MIN_REPLAY or more. Its
+    new arrays lie in the pool, which graphs that are compared share: the same arrays then lie at
+    the same addresses, on which times depend.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -43,14 +47,16 @@ def captured(calls: Sequence[Call]) -> Graph:
         for call in calls[:MIN_CALLS]:  # compiles, loads modules, fills caches
             call()
     stream.synchronize()
-    graph = _capture(calls, max(MIN_CALLS, len(calls)), stream)
+    graph = _capture(calls, max(MIN_CALLS, len(calls)), stream, pool)
     duration = min(_replay_times([graph], 2)[0])
     if duration >= MIN_REPLAY:
         return graph
-    return _capture(calls, graph.num_calls * (int(MIN_REPLAY / duration) + 1), stream)
+    return _capture(calls, graph.num_calls * (int(MIN_REPLAY / duration) + 1), stream, pool)
 
 
-def replayed(graphs: Sequence[Graph], rounds: int = REPLAYS) -> list[float]:
+def replayed(
+    graphs: Sequence[Graph], rounds: int = REPLAYS, longest: float = LONGEST
+) -> list[float]:
     """Return the median time of a call of each graph.
 
     Each is replayed once a round, in a new order every time: the clock of the GPU depends on what
@@ -59,7 +65,7 @@ def replayed(graphs: Sequence[Graph], rounds: int = REPLAYS) -> list[float]:
     start = time.perf_counter()
     while (time.perf_counter() - start) * 1e6 < WARM_UP:
         a_round = sum(map(sum, _replay_times(graphs, 1)))
-    rounds = min(rounds, max(FEWEST_REPLAYS, int(LONGEST / a_round)))
+    rounds = min(rounds, max(FEWEST_REPLAYS, int(longest / a_round)))
     times = _replay_times(graphs, rounds)
     return [
         statistics.median(durations) / graph.num_calls
@@ -95,9 +101,11 @@ def cpu_time(calls: Sequence[Call], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def _capture(calls: Sequence[Call], num_calls: int, stream: torch.cuda.Stream) -> Graph:
+def _capture(
+    calls: Sequence[Call], num_calls: int, stream: torch.cuda.Stream, pool: Any
+) -> Graph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         # New arrays live until their set's turn comes again, so that they too lie in buffers apart.
         results = [None] * len(calls)
         for i in range(num_calls):

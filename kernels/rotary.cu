@@ -68,16 +68,17 @@ struct Divisor {
 };
 
 struct Tensor {
-  View x;
-  View out;
+  long long blocks;  // of a period
+  long long num_sets;
   Divisor inner;
   Divisor middle;
+  View x;
   long long x_step;  // from one row of a set to its next
+  View out;
   long long out_step;
-  long long num_sets;
-  long long blocks;  // of a period
 };
 
+// What dense tensors need comes first: every line of it is one more to wait for in a short launch.
 template <typename T, typename Table>
 struct Arguments {
   const T* x[2];  // at the rotated slice of the first head
@@ -86,21 +87,20 @@ struct Arguments {
   const Table* sin_data;
   const void* positions;
 
-  Tensor tensors[2];
   Divisor period;
+  long long num_lanes;
+  long long num_pairs;
   View cos;
-  View sin;
-
   View position;
   long long num_positions;
   long long cos_row;  // from one position to the next
+  Tensor tensors[2];
+
+  View sin;
   long long sin_row;
   long long keep;  // a token out of range stays as it is, else it becomes NaN
-
   long long rotary_offset;
-  long long num_pairs;
   long long num_pair_lanes;
-  long long num_lanes;
 };
 
 template <typename Real, int kPairs, int kTableStep, int kSinOffset, typename Table>

@@ -300,29 +300,24 @@ def _pack(
     def view(strides: tuple[int, ...], element: int, width: int) -> list[int]:
         return [*order.strides(strides), element, width]
 
-    words: list[int] = []
+    def table(part: View, width: int) -> list[int]:
+        return view(part.strides, part.strides[3] // problem.table_step, width)
+
+    num_pair_lanes, num_lanes = lanes
+    words = [*divisor(sum(blocks)), num_lanes, problem.rotary_dim // 2]
+    words += table(problem.cos, widths.cos)
+    words += view((*problem.position_strides, 0), 0, 0)
+    words += [problem.num_positions, problem.cos_row]
     for which in range(2):
         # A launch of one tensor fills the second place with the first, which no block asks for.
         which %= len(problem.tensors)
         tensor = problem.tensors[which]
         num_sets = tensor.num_heads // rows
         outer, middle, inner = order.sizes(problem.batch, problem.num_tokens, num_sets)
-        words += view(tensor.x.strides, tensor.x.strides[3], widths.x[which])
-        words += view(tensor.out.strides, tensor.out.strides[3], widths.out[which])
+        words += [blocks[which], outer * middle * inner]
         words += [*divisor(max(1, inner)), *divisor(max(1, middle))]
-        words += [num_sets * y.strides[HEAD] for y in (tensor.x, tensor.out)]
-        words += [outer * middle * inner, blocks[which]]
-    words += divisor(sum(blocks))
-    for table, width in ((problem.cos, widths.cos), (problem.sin, widths.sin)):
-        words += view(table.strides, table.strides[3] // problem.table_step, width)
-    words += view((*problem.position_strides, 0), 0, 0)
-    words += [
-        problem.num_positions,
-        problem.cos_row,
-        problem.sin_row,
-        problem.keep,
-        problem.rotary_offset,
-        problem.rotary_dim // 2,
-        *lanes,
-    ]
+        for y, width in ((tensor.x, widths.x[which]), (tensor.out, widths.out[which])):
+            words += [*view(y.strides, y.strides[3], width), num_sets * y.strides[HEAD]]
+    words += table(problem.sin, widths.sin)
+    words += [problem.sin_row, problem.keep, problem.rotary_offset, num_pair_lanes]
     return struct.pack(f"<{len(words)}q", *words)

@@ -15,16 +15,19 @@ from rope_cupy.problem import MAX_ROWS, Options, Pointers, TableSpec, rotary_opt
 VIEW = ("outer", "middle", "inner", "element", "width")
 DIVISOR = ("value", "multiplier", "shift")
 TENSOR = [
-    *(f"{array}.{part}" for array in ("x", "out") for part in VIEW),
+    *("blocks", "num_sets"),
     *(f"{axis}.{part}" for axis in ("inner", "middle") for part in DIVISOR),
-    *("x_step", "out_step", "num_sets", "blocks"),
+    *(*(f"x.{part}" for part in VIEW), "x_step"),
+    *(*(f"out.{part}" for part in VIEW), "out_step"),
 ]
 FIELDS = [
-    *(f"tensors[{i}].{field}" for i in range(2) for field in TENSOR),
     *(f"period.{part}" for part in DIVISOR),
-    *(f"{array}.{part}" for array in ("cos", "sin", "position") for part in VIEW),
-    *("num_positions", "cos_row", "sin_row", "keep"),
-    *("rotary_offset", "num_pairs", "num_pair_lanes", "num_lanes"),
+    *("num_lanes", "num_pairs"),
+    *(f"{array}.{part}" for array in ("cos", "position") for part in VIEW),
+    *("num_positions", "cos_row"),
+    *(f"tensors[{i}].{field}" for i in range(2) for field in TENSOR),
+    *(f"sin.{part}" for part in VIEW),
+    *("sin_row", "keep", "rotary_offset", "num_pair_lanes"),
 ]
 
 
