@@ -134,6 +134,18 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
   return narrow<T>(numbers);
 }
 
+// Eight pairs and their angles fill 24 registers. Where all of them can be asked for at once, the
+// compiler is told that 1,280 threads of a multiprocessor are enough: else it asks for some of them
+// late, to hold fewer. No block has more than 512 threads; 0 blocks tell the compiler nothing.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <typename Real, typename Position, int kPairs, bool kCommon>
+constexpr int kFewestBlocks =
+    sizeof(Real) == 4 && kIsVoid<Position> && kPairs >= 8 && kCommon ? 2 : 0;
+#else
+template <typename Real, typename Position, int kPairs, bool kCommon>
+constexpr int kFewestBlocks = 0;
+#endif
+
 // kCommon: every access is whole, an output has its input's strides, sin has cos's, the table has
 // no heads, and strides fit 32 bits. Dense tensors give this, and it takes the fewest instructions.
 // The products of strides stay 64-bit.
@@ -144,7 +156,8 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 template <typename T, typename Table, typename Position, bool kInterleaved, bool kConjugate,
           int kRows, int kPairs, int kTableStep, int kSinOffset, int kPassRun, bool kInPlace,
           bool kPastL1, bool kCommon>
-__global__ void rotary_kernel(const __grid_constant__ Arguments<T, Table> args) {
+__global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position, kPairs, kCommon>)
+    rotary_kernel(const __grid_constant__ Arguments<T, Table> args) {
   using Real = Compute<T, Table>;
 
   const unsigned period = args.period.divide(blockIdx.x);

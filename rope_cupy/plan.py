@@ -20,7 +20,8 @@ BLOCK_THREADS = range(128, 257)  # as wanted; a block of whole warps may have up
 MAX_LANES = 256  # of a block
 BATCH, TOKEN, HEAD = 0, 1, 2  # axes
 L2_BYTES = 2**23  # of a table that stays in the L2 while other data passes through
-TILES = range(4096, 255, -1)  # of tokens
+TILE_BYTES = L2_BYTES // 2  # of a table, at most
+MIN_TILE = 256  # tokens, with fewer of which a head's would lie in pieces
 C_TYPES = {
     "float16": "float16",
     "bfloat16": "bfloat16",
@@ -268,10 +269,12 @@ def _tile(problem: RotaryProblem) -> int:
         all(strides[BATCH] == num_heads * strides[HEAD] for num_heads, strides in views)
         and not any(strides[BATCH] for strides in tables)
     )
-    widest = max(abs(strides[TOKEN]) for strides in (*tables, *(each[1] for each in views)))
-    if not follow_on or any(each[HEAD] for each in tables) or widest * TILES[0] >= 2**31:
+    if not follow_on or any(each[HEAD] for each in tables):
         return 0
-    return next((tile for tile in TILES if problem.num_tokens % tile == 0), 0)
+    widest = max(abs(strides[TOKEN]) for strides in (*tables, *(each[1] for each in views)))
+    most = min(TILE_BYTES // row_bytes, (2**31 - 1) // widest)  # offsets of a tile fit 32 bits
+    tiles = range(most, MIN_TILE - 1, -1)
+    return next((tile for tile in tiles if problem.num_tokens % tile == 0), 0)
 
 
 def divisor(value: int) -> tuple[int, int, int]:

@@ -86,7 +86,8 @@ def test_rows_of_a_table_may_lie_2_31_elements_apart(stride, record):
 @pytest.fixture
 def tiles_of_two_tokens(monkeypatch):
     monkeypatch.setattr("rope_cupy.plan.L2_BYTES", 0)
-    monkeypatch.setattr("rope_cupy.plan.TILES", range(2, 1, -1))
+    monkeypatch.setattr("rope_cupy.plan.TILE_BYTES", 2 * 64 * 4)  # with rows of 64 float32 numbers
+    monkeypatch.setattr("rope_cupy.plan.MIN_TILE", 2)
     launch_plan.cache_clear()
     yield
     launch_plan.cache_clear()

@@ -84,14 +84,14 @@ def test_the_matrix_launches_kernels_of_every_kind(kernels):
 
 @pytest.mark.parametrize("position", ["void", "int", "long long"])
 @pytest.mark.parametrize("pairing", ["false, false, 1, 8", "true, false, 2, 4"])
-def test_the_kernels_of_plain_models_leave_room_for_48_warps(pairing, position):
+def test_the_kernels_of_plain_models_leave_room_for_40_warps(pairing, position):
     """Of a multiprocessor's 65,536 registers, which threads take by eights."""
     code = (jit.sources() / "rotary.cu").read_text()
     past_l1 = "false" if position == "void" else "true"
     name = f"rotary_kernel<bfloat16, float, {position}, {pairing}, 1, 0, 0, true, {past_l1}, true>"
     log = compiled(code, [name], (*OPTIONS, "-arch=sm_90", "--ptxas-options=-v"))
     (registers,) = re.findall(r"Used (\d+) registers", log)
-    assert int(registers) <= 40
+    assert int(registers) <= 48
 
 
 @pytest.mark.parametrize("table", ["float", "double"])

@@ -516,15 +516,16 @@ def head_major(tokens=8192, heads=(5, 2), batch=2, gap=0, **options):
 
 @pytest.fixture
 def small_l2(monkeypatch):
-    """Tables of more than 1 MiB count as large."""
+    """Tables of more than 1 MiB count as large, of which half are 2048 tokens with 64 elements."""
     monkeypatch.setattr("rope_cupy.plan.L2_BYTES", 2**20)
+    monkeypatch.setattr("rope_cupy.plan.TILE_BYTES", 2**19)
     launch_plan.cache_clear()
     yield
     launch_plan.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("tokens", "tile"), [(8192, 4096), (75_600, 3780), (6000, 3000), (118_800, 3960)]
+    ("tokens", "tile"), [(8192, 2048), (75_600, 1890), (6000, 2000), (118_800, 1980)]
 )
 def test_heads_that_would_each_read_a_large_table_pass_a_tile_of_it(tokens, tile, small_l2):
     packed = fields(launch_plan(head_major(tokens, batch=1)))
@@ -544,8 +545,8 @@ def test_tiles_cover_every_row_of_q_and_of_k_once(heads, batch, positions, small
     posed = head_major(heads=heads, batch=batch, positions=rows)
     plan = launch_plan(posed)
     if heads[0] > 1:
-        assert fields(plan)["tensors[0].inner.value"] == 4096
-        assert fields(plan)["position.outer"] == (4096 if positions else 0)
+        assert fields(plan)["tensors[0].inner.value"] == 2048
+        assert fields(plan)["position.outer"] == (2048 if positions else 0)
     for i, tensor in enumerate(posed.tensors):
         assert np.array_equal(in_order(rows_of(plan, i)), in_order(rows_wanted(posed, tensor)))
 
@@ -574,11 +575,18 @@ def test_there_are_no_tiles_of(case, small_l2):
     assert inner in (posed.num_tokens, posed.tensors[0].num_heads // 2, posed.tensors[0].num_heads)
 
 
-def test_offsets_of_a_tile_fit_32_bits(small_l2):
-    far = [spec((1, 5, 8192, 64), strides=(0, 2**20 * 8192, 2**20, 1))]
+@pytest.mark.parametrize(("stride", "tile"), [(2**20 - 1, 2048), (2**20, 1024), (2**23, 8192)])
+def test_offsets_of_a_tile_fit_32_bits(stride, tile, small_l2):
+    far = [spec((1, 5, 8192, 64), strides=(0, stride * 8192, stride, 1))]
     part = spec((8192, 32), "float32")
     posed = problem(far, 64, table=TableSpec(part, part, 1, 0), layout="bhsd")
-    assert fields(launch_plan(posed))["tensors[0].inner.value"] == 8192
+    assert fields(launch_plan(posed))["tensors[0].inner.value"] == tile
+
+
+def test_a_tile_of_a_video_is_4_mib_of_its_table_at_most():
+    x, part = spec((1, 40, 75_600, 128)), spec((75_600, 64), "float32")
+    posed = problem([x, x], 128, table=TableSpec(part, part, 1, 0), layout="bhsd")
+    assert fields(launch_plan(posed))["tensors[0].inner.value"] == 7560
 
 
 @pytest.mark.parametrize(
