@@ -67,9 +67,9 @@ def main() -> None:
     path = options.csv or default_path("rotary", options.device)
     path.parent.mkdir(parents=True, exist_ok=True)
     common = machine(options.device)
-    if options.device == "cuda" and "SGLang" in options.providers:
-        say("building SGLang's kernels")
-        peers.build_ahead([task.case for task in tasks])
+    if options.device == "cuda":
+        say("building the kernels of FlashInfer and SGLang")
+        peers.build_ahead([task.case for task in tasks], options.providers)
     gc.freeze()  # a capture collects garbage, and need not look at what is imported
     done: list[tuple[Task, dict[str, Result]]] = []
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -194,22 +194,22 @@ def _asked(options: argparse.Namespace) -> list[Task]:
 
 
 def _goals(device: str) -> list[Task]:
-    """Return the tasks for which the project has a goal, each once."""
+    """Return the tasks for which the project has a goal, those of few providers first."""
 
     def tasks() -> Iterator[Task]:
-        for shape in chosen("models,small,other,head-dims,sweep"):
+        for shape in chosen("qwen-image,wan-2.1-14b-720p,llama-3-8b-prefill"):
+            case = Case(shape, "bfloat16", device=device)
+            yield from (Task(case._replace(table=table)) for table in TABLES[1:])
+            yield from (Task(case._replace(variant=variant)) for variant in VARIANTS[1:])
+            yield from (Task(case._replace(dtype=dtype)) for dtype in ("float16", "float32"))
+        for shape in chosen("small"):
+            yield Task(Case(shape, "bfloat16", "positions", device=device))
+        for shape in chosen("head-dims,small,other,models,sweep"):
             case = Case(shape, "bfloat16", device=device)
             yield Task(case)
             is_near_l2 = 20e6 <= case.heads_bytes + case.table_bytes <= 150e6
             if is_near_l2 and shape.tokens <= MOST_TOKENS:
                 yield Task(case, WITH_ATTENTION)
-        for shape in chosen("qwen-image,wan-2.1-14b-720p,llama-3-8b-prefill"):
-            case = Case(shape, "bfloat16", device=device)
-            yield from (Task(case._replace(variant=variant)) for variant in VARIANTS)
-            yield from (Task(case._replace(dtype=dtype)) for dtype in ("float16", "float32"))
-            yield from (Task(case._replace(table=table)) for table in TABLES)
-        for shape in chosen("small"):
-            yield Task(Case(shape, "bfloat16", "positions", device=device))
 
     return list(dict.fromkeys(tasks()))
 

@@ -537,18 +537,30 @@ def version(provider: str) -> str:
     return report.version(*DISTRIBUTIONS.get(provider, ()))
 
 
-def build_ahead(cases: list[Case]) -> None:
-    """Build what SGLang needs for all cases at once; what fails is met again when it is called."""
-    keys = {(not case.shape.interleaved, case.shape.rotary_dim, case.dtype) for case in cases}
+def build_ahead(cases: list[Case], providers: list[str]) -> None:
+    """Build what FlashInfer and SGLang compile, at once; a failure is met again when they are called."""
+    builds: list[Callable[[], Any]] = []
+    if "FlashInfer" in providers:
+        builds.append(_call_flashinfer)
+    if "SGLang" in providers:
+        keys = {(not case.shape.interleaved, case.shape.rotary_dim, case.dtype) for case in cases}
+        builds += [functools.partial(_sglang_kernel, *key) for key in keys]
 
-    def build(key: tuple[bool, int, str]) -> None:
+    def attempt(build: Callable[[], Any]) -> None:
         try:
-            _sglang_kernel(*key)
+            build()
         except Exception:
             return
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        list(pool.map(build, keys))
+        list(pool.map(attempt, builds))
+
+
+def _call_flashinfer() -> None:
+    rotate = _imported("flashinfer.rope").apply_rope_with_cos_sin_cache_inplace
+    positions = torch.zeros(1, dtype=torch.int64, device="cuda")
+    q, k = torch.zeros(2, 1, 64, dtype=torch.bfloat16, device="cuda")
+    rotate(positions, q, k, 64, torch.zeros(1, 64, device="cuda"))
 
 
 def _imported(name: str) -> Any:

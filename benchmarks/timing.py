@@ -101,9 +101,7 @@ def cpu_time(calls: Sequence[Call], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def _capture(
-    calls: Sequence[Call], num_calls: int, stream: torch.cuda.Stream, pool: Any
-) -> Graph:
+def _capture(calls: Sequence[Call], num_calls: int, stream: torch.cuda.Stream, pool: Any) -> Graph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         # New arrays live until their set's turn comes again, so that they too lie in buffers apart.
