@@ -538,7 +538,7 @@ def version(provider: str) -> str:
 
 
 def build_ahead(cases: list[Case], providers: list[str]) -> None:
-    """Build what FlashInfer and SGLang compile, at once; a failure is met again when they are called."""
+    """Build what FlashInfer and SGLang compile, at once; a failure is met again in a call."""
     builds: list[Callable[[], Any]] = []
     if "FlashInfer" in providers:
         builds.append(_call_flashinfer)
