@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from operator import eq
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from .recall import keep
 from .tables import TableSource, TableView, source_of
 
 
-class _Given(NamedTuple):
+class Given(NamedTuple):
     """What a call is given."""
 
     names: tuple[str, ...]  # of the xs
@@ -65,7 +66,7 @@ class _Call:
     outputs: tuple[tensor.Library, ...]
 
 
-class _Ready(NamedTuple):
+class Ready(NamedTuple):
     """A call at addresses that have been checked."""
 
     write: Callable[[], None]
@@ -96,18 +97,30 @@ def rotate(
     in_place = out is not None and xs[0] is out[0] and xs[-1] is out[-1]
     parts = () if source.fixed else source.arrays
     seen = tensor.glance((*xs, *parts, *rows, *(() if in_place else out or ())))
-    if seen is None:
-        return _rotate_unseen(_Given(names, xs, source, rows, first, options, out))[1]
+    if seen is None or (seen.requires_grad and tensor.records_gradients()):
+        given = Given(names, xs, source, rows, first, options, out)
+        every = *xs, *source.arrays, *(out or ())
+        if any(map(tensor.wants_gradient, every)):
+            return _recorder()(given)
+        return _rotate_unseen(given)[1]
     key = source.fixed, first, names, options, source.form, len(rows), in_place, out is None
     ready = seen.kept.get(key)
     if ready is None or out is None:
-        return _rotate_at(_Given(names, xs, source, rows, first, options, out), key, seen)
+        return _rotate_at(Given(names, xs, source, rows, first, options, out), key, seen)
     ready.write()
     ready.wrote(out)
     return out
 
 
-def _rotate_at(given: _Given, key: tuple[Any, ...], seen: tensor.Glance) -> tuple[Any, ...]:
+@cache
+def _recorder() -> Callable[[Given], tuple[Any, ...]]:
+    """Return what records gradients: from above, for it imports PyTorch, as the caller has."""
+    from .torch import recorded
+
+    return recorded
+
+
+def _rotate_at(given: Given, key: tuple[Any, ...], seen: tensor.Glance) -> tuple[Any, ...]:
     """Rotate arrays of a look where none have been rotated yet, or into new ones."""
     num, at, outs = len(given.xs), seen.at, given.out
     in_place = outs is not None and given.xs[0] is outs[0] and given.xs[-1] is outs[-1]
@@ -144,8 +157,27 @@ def _rotate_at(given: _Given, key: tuple[Any, ...], seen: tensor.Glance) -> tupl
     return outs
 
 
-def _rotate_unseen(given: _Given) -> tuple[_Call, tuple[Any, ...]]:
+def _rotate_unseen(given: Given) -> tuple[_Call, tuple[Any, ...]]:
     """Check everything, rotate, and return the call that has been checked and the outputs."""
+    call, ready, inputs, outs = _unseen(given)
+    ready.write()
+    if given.out is not None:
+        ready.wrote(given.out)
+        return call, outs
+    return call, tuple(
+        array.library.result(y, x) for array, y, x in zip(inputs, outs, given.xs, strict=True)
+    )
+
+
+def checked(given: Given) -> Ready:
+    """Check everything of a call, and write nothing yet."""
+    return _unseen(given)[1]
+
+
+def _unseen(
+    given: Given,
+) -> tuple[_Call, Ready, tuple[tensor.Array, ...], tuple[Any, ...]]:
+    """Check everything, and return that with the inputs as they lie and what is to be written."""
     # A given output says on which stream the inputs must be ready.
     outputs = _describe(out_names(given.names), given.out or ())
     stream = tensor.stream_of(outputs[0]) if outputs else None
@@ -165,14 +197,7 @@ def _rotate_unseen(given: _Given) -> tuple[_Call, tuple[Any, ...]]:
         sin=table.pointers[1],
         positions=positions[0].pointer if positions else 0,
     )
-    ready = _made_ready(call, pointers, given.first)
-    ready.write()
-    if given.out is not None:
-        ready.wrote(given.out)
-        return call, outs
-    return call, tuple(
-        array.library.result(y, x) for array, y, x in zip(inputs, outs, given.xs, strict=True)
-    )
+    return call, _made_ready(call, pointers, given.first), inputs, outs
 
 
 def _describe(
@@ -183,7 +208,7 @@ def _describe(
 
 
 def _checked(
-    given: _Given,
+    given: Given,
     inputs: tuple[tensor.Array, ...],
     outputs: tuple[tensor.Array, ...],
     table: TableView,
@@ -202,9 +227,6 @@ def _checked(
         positions[0].spec if positions else None,
         given.options,
     )
-    for name, array in zip(names + out_names(names), inputs + outputs, strict=True):
-        tensor.check_gradient(name, array.requires_grad)
-    tensor.check_gradient("table", table.requires_grad)
     device = inputs[0].spec.device
     launcher = None
     if device != "cpu" and problem.num_rows:
@@ -252,7 +274,7 @@ def _must_be_apart(
     )
 
 
-def _made_ready(call: _Call, pointers: Pointers, first: int | None) -> _Ready:
+def _made_ready(call: _Call, pointers: Pointers, first: int | None) -> Ready:
     """Check what depends on addresses: arrays that overlap, and positions beside the table."""
     row = 0
     if call.problem.position_dtype is None:
@@ -268,7 +290,7 @@ def _made_ready(call: _Call, pointers: Pointers, first: int | None) -> _Ready:
             )
     to_cos, to_sin = (row * part.strides[0] * ITEMSIZE[part.dtype] for part in call.table[:2])
     pointers = pointers._replace(cos=pointers.cos + to_cos, sin=pointers.sin + to_sin)
-    return _Ready(_writer(call, pointers), _teller(call.outputs))
+    return Ready(_writer(call, pointers), _teller(call.outputs))
 
 
 def _writer(call: _Call, pointers: Pointers) -> Callable[[], None]:

@@ -180,11 +180,6 @@ class TableView(NamedTuple):
     pointers: tuple[int, int]  # of the first cosine and the first sine
     specs: tuple[TableSpec, TableSpec]  # for the half and for the interleaved pairing
 
-    @property
-    def requires_grad(self) -> bool:
-        """Whether PyTorch wants a gradient of the table."""
-        return any(array.requires_grad for array in self.arrays)
-
 
 class TableSource(NamedTuple):
     """The arrays of a table, and the form in which they hold it."""
@@ -216,6 +211,8 @@ def source_of(table: Any) -> TableSource:
         return table._source
     if isinstance(table, tuple) and len(table) == 2:
         return TableSource(_half_width, table)
+    if isinstance(table, TableSource):
+        return table
     raise TypeError(f"table must be a RotaryTable or a tuple (cos, sin), got {described(table)}")
 
 
@@ -319,7 +316,7 @@ def _radians(inv_freq: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     if tensor.is_kind_of_array(type(inv_freq)):  # type: ignore[arg-type]
         array = tensor.describe("inv_freq", inv_freq)
         check_dtype("inv_freq", array.spec, FLOATS)
-        tensor.check_gradient("inv_freq", array.requires_grad)
+        tensor.check_gradient("inv_freq", inv_freq)
         values = np.asarray(array.library.download(inv_freq), np.float64)
     elif _is_sequence_of_numbers(inv_freq):
         values = np.array([float(value) for value in inv_freq])

@@ -26,7 +26,6 @@ class Array(NamedTuple):
     pointer: int
     library: Library
     owner: Any
-    requires_grad: bool = False
 
 
 class Library:
@@ -46,6 +45,10 @@ class Library:
         an array that must be described every time.
         """
         return None
+
+    def requires_grad(self, array: Any) -> bool:
+        """Return whether the library wants a gradient of the array."""
+        return False
 
     def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
         """Return the addresses of arrays, None if one of them is another library's."""
@@ -189,11 +192,12 @@ class _Torch(Library):
         pointer = _torch_pointer(name, array)
         dtype = _torch_dtype(array.dtype)
         spec = array_spec(tuple(array.shape), array.stride(), dtype, device, pointer, True)
-        return Array(spec, pointer, self, array, array.requires_grad)
+        return Array(spec, pointer, self, array)
+
+    def requires_grad(self, array: Any) -> bool:
+        return array.requires_grad  # type: ignore[no-any-return]
 
     def glance(self, array: Any) -> tuple[int, Any] | None:
-        if array.requires_grad:
-            return None
         # The dispatch keys tell a sparse tensor, a lazily negated one, one of inference mode, ...
         keys = _torch_c()._dispatch_keys(array).raw_repr()
         try:
@@ -342,6 +346,7 @@ class Glance:
 
     at: tuple[int, ...]  # their addresses
     look: Look
+    requires_grad: bool  # of one of them at least
     kept: dict[Any, Any]  # what the caller keeps for arrays of this look at these addresses
     guard: Callable[..., bool] | None = None
 
@@ -379,20 +384,21 @@ def glance(arrays: tuple[Any, ...]) -> Glance | None:
 
 
 def _glance_at_each(arrays: tuple[Any, ...]) -> Glance | None:
-    pointers, attributes = [], []
+    pointers, attributes, requires_grad = [], [], False
     for array in arrays:
         library = _library_of_exact_type(type(array))  # type: ignore[arg-type]
         seen = library.glance(array) if library else None
-        if seen is None or not seen[0]:  # at 0 lie no elements, or memory that has been given back
-            return None
+        if library is None or seen is None or not seen[0]:
+            return None  # at 0 lie no elements, or memory that has been given back
         pointer, attribute = seen
         pointers.append(pointer)
         attributes.append((library, pointer % ACCESS_BYTES, attribute))
-    key = tuple(attributes)
+        requires_grad = requires_grad or library.requires_grad(array)
+    key = *attributes, requires_grad
     look = _looks.get(key)
     if look is None:
         look = keep(_looks, key, Look(), MAX_KEPT)
-    return Glance(tuple(pointers), look, {})
+    return Glance(tuple(pointers), look, requires_grad, {})
 
 
 def _guard_by(
@@ -439,9 +445,20 @@ def is_kind_of_array(kind: type) -> bool:
     return _library_of_type(kind) is not None
 
 
-def check_gradient(name: str, requires_grad: bool) -> None:
-    """Refuse what would lose a gradient silently, while PyTorch records operations."""
-    if requires_grad and sys.modules["torch"].is_grad_enabled():
+def records_gradients() -> bool:
+    """Return whether PyTorch, which has been imported, records operations for gradients."""
+    return _torch_c().is_grad_enabled()  # type: ignore[no-any-return]
+
+
+def wants_gradient(array: Any) -> bool:
+    """Return whether PyTorch wants a gradient of the array, a parameter or another subclass too."""
+    library = _library_of_type(type(array))  # type: ignore[arg-type]
+    return library is not None and library.requires_grad(array) and records_gradients()
+
+
+def check_gradient(name: str, array: Any) -> None:
+    """Refuse an array whose gradient would be lost silently."""
+    if wants_gradient(array):
         raise ValueError(
             f"{name} must not require a gradient, which is not recorded here: use torch.no_grad() "
             "or a detached tensor, got requires_grad=True"
