@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from operator import eq
 from typing import Any, NamedTuple
 
@@ -23,7 +22,9 @@ from .problem import (
     RotaryProblem,
     TableSpec,
     check_inputs,
+    check_options,
     implicit_position,
+    known_options,
     out_names,
     rotary_problem,
 )
@@ -83,10 +84,21 @@ def rotate(
     xs: tuple[Any, ...],
     table: Any,
     positions: Any,
-    options: Options,
+    options: tuple[Any, ...],
     out: tuple[Any, ...] | None,
 ) -> tuple[Any, ...]:
-    """Rotate the xs, which messages call by `names`; return `out`, or new arrays of their kind."""
+    """Rotate the xs, which messages call by `names`; return `out`, or new arrays of their kind.
+
+    `options` are the fields of Options, which are checked here.
+    """
+    if tensor.is_compiling():
+        from .torch import traced
+
+        return traced(names, xs, table, positions, options, out)
+    try:
+        options = known_options(*options)
+    except TypeError:  # one of a wrong type, which may not even be hashable: it is named
+        options = check_options(*options)
     rows: tuple[Any, ...] = ()
     first = None
     if tensor.is_kind_of_array(type(positions)):  # type: ignore[arg-type]
@@ -98,11 +110,7 @@ def rotate(
     parts = () if source.fixed else source.arrays
     seen = tensor.glance((*xs, *parts, *rows, *(() if in_place else out or ())))
     if seen is None or (seen.requires_grad and tensor.records_gradients()):
-        given = Given(names, xs, source, rows, first, options, out)
-        every = *xs, *source.arrays, *(out or ())
-        if any(map(tensor.wants_gradient, every)):
-            return _recorder()(given)
-        return _rotate_unseen(given)[1]
+        return _rotate_with_care(Given(names, xs, source, rows, first, options, out))
     key = source.fixed, first, names, options, source.form, len(rows), in_place, out is None
     ready = seen.kept.get(key)
     if ready is None or out is None:
@@ -112,12 +120,21 @@ def rotate(
     return out
 
 
-@cache
-def _recorder() -> Callable[[Given], tuple[Any, ...]]:
-    """Return what records gradients: from above, for it imports PyTorch, as the caller has."""
-    from .torch import recorded
+def _rotate_with_care(given: Given) -> tuple[Any, ...]:
+    """Rotate what must be described every time, and what PyTorch records or only traces.
 
-    return recorded
+    How it does that is known above, where PyTorch is imported, as the caller has.
+    """
+    if all(map(tensor.is_traced, (*given.xs, *given.table.arrays))):
+        from .torch import traced
+
+        positions = given.positions[0] if given.positions else given.first
+        return traced(given.names, given.xs, given.table, positions, given.options, given.out)
+    if any(map(tensor.wants_gradient, (*given.xs, *given.table.arrays, *(given.out or ())))):
+        from .torch import recorded
+
+        return recorded(given)
+    return _rotate_unseen(given)[1]
 
 
 def _rotate_at(given: Given, key: tuple[Any, ...], seen: tensor.Glance) -> tuple[Any, ...]:

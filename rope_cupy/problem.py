@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .checks import index
 from .memory import FLOATS, ITEMSIZE, ArraySpec, may_overlap_itself
@@ -193,15 +193,7 @@ def out_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return ("out",) if len(names) == 1 else tuple(f"{name}_out" for name in names)
 
 
-def rotary_options(*options: Any) -> Options:
-    """Check what needs no array of the fields of Options, which are given one by one."""
-    try:
-        return _known_options(*options)
-    except TypeError:  # one of a wrong type, which may not even be hashable: it is named
-        return _checked_options(*options)
-
-
-def _checked_options(
+def check_options(
     interleaved: object,
     layout: object,
     head_dim: object,
@@ -209,6 +201,7 @@ def _checked_options(
     conjugate: object,
     out_of_range: object,
 ) -> Options:
+    """Check what needs no array of the fields of Options, which are given one by one."""
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved must be True or False, got {interleaved!r}")
     if not isinstance(conjugate, bool):
@@ -237,7 +230,7 @@ def _checked_options(
     return Options(interleaved, layout, head_dim, offset, conjugate, out_of_range)
 
 
-_known_options = lru_cache(maxsize=256, typed=True)(_checked_options)
+known_options = lru_cache(maxsize=256, typed=True)(check_options)
 
 
 def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) -> int:

@@ -6,7 +6,6 @@ from typing import Any
 
 from .calls import rotate
 from .checks import described
-from .problem import rotary_options
 
 
 def apply_rotary(
@@ -31,7 +30,7 @@ def apply_rotary(
     >>> apply_rotary(np.array([[[3.0, 4.0]]]), quarter_turn)
     array([[[-4.,  3.]]])
     """
-    options = rotary_options(interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range)
+    options = interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range
     (result,) = rotate(("x",), (x,), table, positions, options, None if out is None else (out,))
     return result
 
@@ -94,7 +93,7 @@ def apply_rotary_qk(
     >>> q_out.shape, k_out.shape
     ((1, 6, 8, 64), (1, 6, 2, 64))
     """
-    options = rotary_options(interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range)
+    options = interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range
     if out is not None and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"out must be None or a tuple of two arrays, got {described(out)}")
     q_out, k_out = rotate(("q", "k"), (q, k), table, positions, options, out)

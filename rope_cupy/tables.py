@@ -131,6 +131,9 @@ class RotaryTable:
         return table
 
     def _look(self, form: Callable[..., TableView], *arrays: Any) -> None:
+        if tensor.is_compiling():  # what is compiled checks it when it runs
+            self._source = TableSource(form, arrays)
+            return
         self._source = _lasting(form, arrays)
         cos = self._source.view(None).specs[0].cos
         if not cos.shape[-1]:
@@ -267,6 +270,9 @@ def _matrices(stream: int | None, freqs: Any) -> TableView:
     _check_shape("freqs", matrices.spec, 2)
     cos = matrices.spec._replace(shape=shape[:-2], strides=strides[:-2])
     return _one_array(matrices, cos, strides[-2], step=4 if strides[-2:] == (2, 1) else 1)
+
+
+FORMS = {form.__name__: form for form in (_half_width, _full_width, _cache, _complex, _matrices)}
 
 
 def _one_array(array: tensor.Array, cos: ArraySpec, to_sin: int, step: int) -> TableView:

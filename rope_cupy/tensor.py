@@ -73,8 +73,10 @@ class Library:
         """Return what the caller gets for an array of `empty_like`, once work on it is launched."""
         return array
 
-    def wrote(self, arrays: tuple[Any, ...]) -> None:
-        """Tell the library that the elements of its arrays have been written."""
+    @property
+    def wrote(self) -> Callable[[tuple[Any, ...]], None]:
+        """What tells the library that the elements of some of its arrays have been written."""
+        return _tell_nobody
 
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         """Return a NumPy array as one of this library on the device of `like`."""
@@ -172,9 +174,8 @@ class _CuPy(Library):
 
 class _Torch(Library):
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
-        torch, torch_c = sys.modules["torch"], _torch_c()
-        proxy = torch_c._TorchDispatchModeKey.PROXY
-        if torch.jit.is_tracing() or torch_c._get_dispatch_mode(proxy) is not None:
+        torch = sys.modules["torch"]
+        if torch.jit.is_tracing():
             raise TypeError(
                 f"{name} must not be traced, for the launch is not recorded: got a trace"
             )
@@ -198,6 +199,8 @@ class _Torch(Library):
         return array.requires_grad  # type: ignore[no-any-return]
 
     def glance(self, array: Any) -> tuple[int, Any] | None:
+        if _torch_records():
+            return None
         # The dispatch keys tell a sparse tensor, a lazily negated one, one of inference mode, ...
         keys = _torch_c()._dispatch_keys(array).raw_repr()
         try:
@@ -207,6 +210,8 @@ class _Torch(Library):
         return pointer, (keys, array.dtype, array.shape, array.stride(), array.device)
 
     def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
+        if _torch_records():
+            return None
         try:
             return tuple([array.data_ptr() for array in arrays])
         except (AttributeError, RuntimeError):  # for another library's, and for functorch's tensors
@@ -227,9 +232,9 @@ class _Torch(Library):
     def empty_like(self, array: Any) -> Any:
         return sys.modules["torch"].empty_like(array, requires_grad=False)
 
-    def wrote(self, arrays: tuple[Any, ...]) -> None:
-        # So that a backward pass which saved the old elements finds out.
-        _increment_versions()(arrays)
+    @property
+    def wrote(self) -> Callable[[tuple[Any, ...]], None]:
+        return _increment_versions()  # a backward pass which saved the old elements finds out
 
     def upload(self, array: NDArray[Any], like: Any) -> Any:
         return sys.modules["torch"].from_numpy(array).to(like.device)
@@ -363,8 +368,6 @@ def glance(arrays: tuple[Any, ...]) -> Glance | None:
     None where one of them must be described every time: see `Library.glance`. What has been glanced
     at twice at the same addresses is guarded from then on.
     """
-    if "torch" in sys.modules and _torch_records():
-        return None
     library = _library_of_exact_type(type(arrays[0]))  # type: ignore[arg-type]
     at = library.pointers(arrays) if library else None
     if library is None or at is None:
@@ -445,6 +448,22 @@ def is_kind_of_array(kind: type) -> bool:
     return _library_of_type(kind) is not None
 
 
+def is_compiling() -> bool:
+    """Return whether this is not run, but traced by torch.compile or torch.export."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
+def is_traced(array: Any) -> bool:
+    """Return whether a tensor stands for one of a graph to come: fake, on "meta", or by make_fx."""
+    if _library_of_type(type(array)) is not _LIBRARIES["torch", "Tensor"]:  # type: ignore[arg-type]
+        return False
+    torch_c = _torch_c()
+    if torch_c._get_dispatch_mode(torch_c._TorchDispatchModeKey.PROXY) is not None:
+        return True
+    return array.is_meta or hasattr(array, "fake_mode")
+
+
 def records_gradients() -> bool:
     """Return whether PyTorch, which has been imported, records operations for gradients."""
     return _torch_c().is_grad_enabled()  # type: ignore[no-any-return]
@@ -478,6 +497,10 @@ def _library_of_type(kind: type) -> Library | None:
 def _library_of_exact_type(kind: type) -> Library | None:
     """Return the library whose own type this is: a subclass may do anything."""
     return _LIBRARIES.get((kind.__module__.partition(".")[0], kind.__qualname__))
+
+
+def _tell_nobody(arrays: tuple[Any, ...]) -> None:
+    pass
 
 
 def _torch_records() -> bool:

@@ -1,15 +1,22 @@
-"""What PyTorch adds: gradients. The only file that imports it, once its tensors have come in."""
+"""What PyTorch adds: gradients, and operators for torch.compile. The only file that imports it.
+
+Calls import it once PyTorch's tensors have come in.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import calls
 from .checks import described
-from .problem import out_names
+from .problem import check_options, out_names
+from .tables import FORMS, TableSource, source_of
 from .tensor import check_gradient
+
+# Gradients.
 
 
 def recorded(given: calls.Given) -> tuple[Any, ...]:
@@ -23,12 +30,7 @@ def recorded(given: calls.Given) -> tuple[Any, ...]:
         check_gradient("table", part)
     if out is None:
         return _apply(given, xs)
-    for name, x, y in zip(out_names(given.names), xs, out, strict=True):
-        if y is not x:
-            raise ValueError(
-                f"{name} must be its input itself, or a new array, where a gradient is recorded, "
-                f"got another {described(y)}"
-            )
+    _check_in_place(given.names, xs, out)
     with torch.no_grad():
         ready = calls.checked(given)
     if any(isinstance(x, torch.Tensor) and x._is_view() for x in xs):
@@ -38,6 +40,15 @@ def recorded(given: calls.Given) -> tuple[Any, ...]:
         _apply(given, xs)
     ready.write()
     return out
+
+
+def _check_in_place(names: tuple[str, ...], xs: tuple[Any, ...], out: tuple[Any, ...]) -> None:
+    for name, x, y in zip(out_names(names), xs, out, strict=True):
+        if y is not x:
+            raise ValueError(
+                f"{name} must be its input itself, or a new array, where a gradient is recorded, "
+                f"got another {described(y)}"
+            )
 
 
 def _apply(given: calls.Given, xs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -72,14 +83,13 @@ class _Rotation(torch.autograd.Function):
         """Turn the gradients back, those that are there and are asked for."""
         tuple(ctx.saved_tensors)  # raises where one of them has been written since
         given = ctx.given
-        options = given.options._replace(conjugate=not given.options.conjugate)
+        given = given._replace(options=_conjugate(given.options))
         asked = [
             i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[1 + i]
         ]
         turned: list[Any] = [None] * len(grads)
         if asked:
             names = tuple(f"{given.names[i]}_grad" for i in asked)
-            given = given._replace(options=options)
             results = _rotate(given, names, tuple(grads[i] for i in asked))
             for i, result in zip(asked, results, strict=True):
                 turned[i] = result
@@ -92,3 +102,128 @@ def _rotate(
     """Rotate other tensors as a call was asked to, into new ones."""
     positions = given.positions[0] if given.positions else given.first
     return calls.rotate(names, xs, given.table, positions, given.options, None)
+
+
+def _conjugate(options: Any) -> Any:
+    return options._replace(conjugate=not options.conjugate)
+
+
+# Operators. A graph that PyTorch traces holds them in place of a call, and runs the call by them.
+
+_ARGUMENTS = (
+    "Tensor[] table, str form, Tensor? positions, SymInt? first, bool interleaved, str? layout, "
+    "int? head_dim, int rotary_offset, bool conjugate, str out_of_range"
+)
+_NEW, _INTO = "rope_cupy::rotate", "rope_cupy::rotate_into"
+torch.library.define(_NEW, f"(Tensor[] xs, {_ARGUMENTS}) -> Tensor[]")
+torch.library.define(_INTO, f"(Tensor[] xs, Tensor(a!)[] outs, {_ARGUMENTS}) -> ()")
+
+
+def traced(
+    names: tuple[str, ...],
+    xs: tuple[Any, ...],
+    table: Any,
+    positions: Any,
+    options: tuple[Any, ...],
+    out: tuple[Any, ...] | None,
+) -> tuple[Any, ...]:
+    """Put an operator into the graph that is being traced.
+
+    What is written in place where a gradient is recorded is written from a new result.
+    """
+    source = source_of(table)
+    is_array = isinstance(positions, torch.Tensor)
+    rows, first = (positions, None) if is_array else (None, positions)
+    arguments = list(source.arrays), source.form.__name__, rows, first, *options
+    records = torch.is_grad_enabled() and any([x.requires_grad for x in xs])
+    if torch.is_grad_enabled() and any([part.requires_grad for part in source.arrays]):
+        raise ValueError("table must not require a gradient, which is not recorded here")
+    if out is not None and not records:
+        torch.ops.rope_cupy.rotate_into(list(xs), list(out), *arguments)
+        return out
+    results = tuple(torch.ops.rope_cupy.rotate(list(xs), *arguments))
+    if out is None:
+        return results
+    _check_in_place(names, xs, out)
+    for y, result in zip(out, results, strict=True):
+        y.copy_(result)
+    return out
+
+
+def _run(
+    xs: Sequence[torch.Tensor],
+    outs: tuple[torch.Tensor, ...] | None,
+    table: Sequence[torch.Tensor],
+    form: str,
+    positions: torch.Tensor | None,
+    first: int | None,
+    *options: Any,
+) -> tuple[torch.Tensor, ...]:
+    names = ("x",) if len(xs) == 1 else ("q", "k")
+    source = TableSource(FORMS[form], tuple(table))
+    rows = first if positions is None else positions
+    return calls.rotate(names, tuple(xs), source, rows, options, outs)
+
+
+def _run_new(xs: Sequence[torch.Tensor], *arguments: Any) -> list[torch.Tensor]:
+    return list(_run(xs, None, *arguments))
+
+
+def _run_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], *arguments: Any) -> None:
+    _run(xs, tuple(outs), *arguments)
+
+
+def _fake_new(xs: Sequence[torch.Tensor], *arguments: Any) -> list[torch.Tensor]:
+    """Return tensors like the results, which have no memory yet."""
+    _check_fakes(xs, *arguments)
+    return [torch.empty_like(x) for x in xs]
+
+
+def _fake_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], *arguments: Any) -> None:
+    _check_fakes((*xs, *outs), *arguments)
+
+
+def _check_fakes(
+    arrays: Sequence[torch.Tensor],
+    table: Sequence[torch.Tensor],
+    form: str,
+    positions: torch.Tensor | None,
+    first: int | None,
+    *options: Any,
+) -> None:
+    """Check what a trace will not change; a run checks the rest."""
+    check_options(*options)
+    device = arrays[0].device
+    for name, others in (("k or out", arrays), ("table", table), ("positions", [positions])):
+        for each in others:
+            if each is not None and each.device != device:
+                raise ValueError(f"{name} must be on x's or q's device {device}, got {each.device}")
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what the gradient needs, none of which is an input that it is of."""
+    _, table, form, positions, first, *options = inputs
+    ctx.save_for_backward(*table, *([] if positions is None else [positions]))
+    ctx.has_positions = positions is not None
+    ctx.arguments = form, first, check_options(*options)
+    ctx.set_materialize_grads(False)
+
+
+def _turn_back(ctx: Any, grads: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the gradients of an operator's arguments, of which only xs have any."""
+    form, first, options = ctx.arguments
+    table, positions = ctx.saved_tensors, None
+    if ctx.has_positions:
+        *table, positions = ctx.saved_tensors
+    there = [grad for grad in grads if grad is not None]
+    arguments = list(table), form, positions, first, *_conjugate(options)
+    turned = iter(torch.ops.rope_cupy.rotate(there, *arguments) if there else ())
+    results = [None if grad is None else next(turned) for grad in grads]
+    return results, [None] * len(table), *[None] * 9
+
+
+torch.library.impl(_NEW, "CompositeExplicitAutograd", _run_new)
+torch.library.impl(_INTO, "CompositeExplicitAutograd", _run_into)
+torch.library.register_fake(_NEW, _fake_new)
+torch.library.register_fake(_INTO, _fake_into)
+torch.library.register_autograd(_NEW, _turn_back, setup_context=_keep)

@@ -9,7 +9,7 @@ import pytest
 
 from rope_cupy.memory import array_spec
 from rope_cupy.plan import BLOCK_BYTES, divisor, launch_plan
-from rope_cupy.problem import MAX_ROWS, Options, Pointers, TableSpec, rotary_options, rotary_problem
+from rope_cupy.problem import MAX_ROWS, Options, Pointers, TableSpec, check_options, rotary_problem
 
 # The integers of the argument block, in the order of kernels/rotary.cu (test_kernels.py compares).
 VIEW = ("outer", "middle", "inner", "element", "width")
@@ -73,7 +73,7 @@ def problem(xs, rotary_dim, outs=None, positions=None, table=None, **options):
         outs is None,
         table or TableSpec(part, part, 1, 0),
         positions,
-        rotary_options(*Options(**chosen)),
+        check_options(*Options(**chosen)),
     )
 
 

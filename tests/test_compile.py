@@ -1,0 +1,239 @@
+"""torch.compile, torch.export, fake tensors: one graph, the same bits, compiled once."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PAIRS = 32
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+
+
+def parts(device, positions=64):
+    angles = torch.rand(positions, PAIRS, device=device) * 6
+    return angles.cos(), angles.sin()
+
+
+def q_and_k(device, tokens=16, grad=False):
+    return [
+        torch.randn(2, tokens, heads, 2 * PAIRS, device=device).requires_grad_(grad)
+        for heads in (4, 2)
+    ]
+
+
+def new(q, k, table, positions):
+    q, k = apply_rotary_qk(q, k, table, positions=positions)
+    return 2 * q, k.sin()
+
+
+def in_place(q, k, table, positions):
+    q, k = q + 1, k * 2
+    apply_rotary_qk(q, k, table, positions=positions, out=(q, k))
+    return 2 * q, k.sin()
+
+
+def into_others(q, k, table, positions):
+    outs = torch.empty_like(q), torch.empty_like(k)
+    q, k = apply_rotary_qk(q, k, table, positions=positions, out=outs)
+    return 2 * q, k.sin()
+
+
+def one_of_each(q, k, table, positions):
+    q = apply_rotary(q, table, positions=positions, conjugate=True)
+    k = apply_rotary(k, (table._source.arrays[0], table._source.arrays[1]), interleaved=True)
+    return q, k
+
+
+def table_inside(q, k, table, positions):
+    cos, sin = (part.repeat(1, 2) for part in table._source.arrays)
+    return apply_rotary_qk(q, k, RotaryTable.from_full_width(cos, sin), positions=positions)
+
+
+FUNCTIONS = [new, in_place, into_others, one_of_each, table_inside]
+
+
+def assert_same(results, wanted):
+    for result, exact in zip(results, wanted, strict=True):
+        assert torch.equal(result, exact) and result.stride() == exact.stride()
+
+
+@pytest.mark.parametrize("positions", [None, 3, "array"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_one_graph_gives_the_same_bits(backend, function, positions, device):
+    table, (q, k) = RotaryTable(*parts(device)), q_and_k(device)
+    if positions == "array":
+        positions = torch.arange(16, device=device) * 3
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert_same(compiled(q, k, table, positions), function(q, k, table, positions))
+    assert_same(compiled(q, k, table, positions), function(q, k, table, positions))
+
+
+@pytest.mark.filterwarnings("ignore")  # of distutils' end, and of torch about itself
+@pytest.mark.parametrize("function", [new, in_place])
+def test_inductor_gives_the_same_forward_and_backward(function, device):
+    table, (q, k) = RotaryTable(*parts(device)), q_and_k(device, grad=True)
+    positions = torch.arange(16, device=device)
+    gradients = []
+    for call in (function, torch.compile(function, fullgraph=True, backend="inductor")):
+        results = call(q, k, table, positions)
+        torch.autograd.backward(results, [torch.ones_like(result) for result in results])
+        gradients.append((*results, q.grad, k.grad))
+        q.grad = k.grad = None
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS[:2] + FUNCTIONS[3:])
+def test_a_compiled_backward_pass_gives_the_same_gradients(function, device):
+    table, (q, k) = RotaryTable(*parts(device)), q_and_k(device, grad=True)
+    gradients = []
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        results = call(q, k, table, None)
+        torch.autograd.backward(results, [result.detach().cos() for result in results])
+        gradients.append((q.grad, k.grad))
+        q.grad = k.grad = None
+    assert_same(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("function", [new, in_place])
+@pytest.mark.parametrize("grad", [False, True])
+def test_sequences_of_other_lengths_are_not_compiled_again(function, grad, device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    table = RotaryTable(*parts(device))
+    for tokens in (16, 24, 33, 64):
+        q, k = q_and_k(device, tokens, grad)
+        positions = torch.arange(tokens, device=device)
+        results = compiled(q, k, table, positions)
+        assert_same(results, function(q, k, table, positions))
+        if grad:
+            sum(result.sum() for result in results).backward()
+    assert counter.frame_count == 1
+
+
+def test_starts_of_sequences_are_not_compiled_again(device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(new, fullgraph=True, backend=counter, dynamic=True)
+    table, (q, k) = RotaryTable(*parts(device)), q_and_k(device)
+    for first in (3, 5, 17, 40):
+        assert_same(compiled(q, k, table, first), new(q, k, table, first))
+    assert counter.frame_count == 1
+
+
+SAMPLES = {
+    "halves": (None, None, False, None, None, 0, False, "nan"),
+    "a start": (None, 3, True, "bshd", None, 0, True, "keep"),
+    "positions": ("array", None, False, None, None, 0, False, "nan"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_operator_of_new_results_passes_opcheck(name, grad, device):
+    positions, *rest = SAMPLES[name]
+    positions = None if positions is None else torch.arange(16, device=device)
+    arguments = q_and_k(device, grad=grad), list(parts(device)), "_half_width", positions, *rest
+    torch.library.opcheck(torch.ops.rope_cupy.rotate.default, arguments)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_operator_that_writes_passes_opcheck(name, device):
+    positions, *rest = SAMPLES[name]
+    positions = None if positions is None else torch.arange(16, device=device)
+    outs = [torch.empty_like(x) for x in q_and_k(device)]
+    arguments = q_and_k(device), outs, list(parts(device)), "_half_width", positions, *rest
+    torch.library.opcheck(torch.ops.rope_cupy.rotate_into.default, arguments)
+
+
+class Rotate(torch.nn.Module):
+    def __init__(self, device):
+        super().__init__()
+        cos, sin = parts(device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, q, k):
+        return apply_rotary_qk(q, k, RotaryTable(self.cos, self.sin))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_module_takes_sequences_of_any_length(strict, device):
+    module = Rotate(device)
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    shapes = {"q": {1: tokens}, "k": {1: tokens}}
+    arguments = tuple(q_and_k(device))
+    program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=strict)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any("rope_cupy" in target for target in targets)
+    for length in (16, 7, 64):
+        q, k = q_and_k(device, length)
+        assert_same(program.module()(q, k), module(q, k))
+
+
+def test_a_call_that_is_not_compiled_passes_the_operator_by(device):
+    table, (q, k) = RotaryTable(*parts(device)), q_and_k(device, grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        new(q, k, table, None)
+    assert not [event.key for event in profile.key_averages() if "rope_cupy" in event.key]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_fake_and_meta_tensors_give_shapes_and_strides(layout):
+    def make(device):
+        x = torch.empty(2, 4, 16, 64, device=device)
+        return x.transpose(1, 2) if layout == "transposed" else x.view(2, 16, 4, 64)
+
+    wanted = apply_rotary(make("cpu").zero_(), parts("cpu"))
+    y = apply_rotary(make("meta"), parts("meta"))
+    assert (y.device.type, y.shape, y.stride()) == ("meta", wanted.shape, wanted.stride())
+    with FakeTensorMode():
+        y = apply_rotary(make("cpu"), parts("cpu"))
+    assert (type(y).__name__, y.shape, y.stride()) == ("FakeTensor", wanted.shape, wanted.stride())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "bsdh"}, "layout must name the axes"),
+        ({"out_of_range": "clip"}, "out_of_range must be 'nan' or 'keep'"),
+        ({"rotary_offset": 1}, "rotary_offset must be in"),
+        ({"positions": 60}, "table must hold the positions 60 to 75"),
+    ],
+)
+def test_a_mistake_is_told_when_it_is_compiled_or_when_it_runs(options, message, device):
+    table, (q, k) = RotaryTable(*parts(device)), q_and_k(device)
+    compiled = torch.compile(
+        lambda q, k: apply_rotary_qk(q, k, table, **options), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(Exception, match=message):
+        compiled(q, k)
+
+
+def test_a_table_that_requires_a_gradient_is_refused_by_a_trace(device):
+    (cos, sin), (q, k) = parts(device), q_and_k(device)
+    cos.requires_grad_()
+    compiled = torch.compile(new, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="table must not require a gradient"):
+        compiled(q, k, (cos, sin), None)
+
+
+def test_make_fx_records_the_operator(device):
+    make_fx = torch.fx.experimental.proxy_tensor.make_fx
+    table, (q, k) = RotaryTable(*parts(device)), q_and_k(device)
+    graph = make_fx(lambda q, k: apply_rotary_qk(q, k, table))(q, k)
+    assert "rope_cupy.rotate" in graph.code
+    assert_same(graph(q, k), apply_rotary_qk(q, k, table))
