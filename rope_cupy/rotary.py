@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from .calls import rotate
 from .checks import described
 
+Array = TypeVar("Array")  # of any library, whose kind the results have too
+
 
 def apply_rotary(
-    x: Any,
+    x: Array,
     table: Any,
     *,
     positions: Any = None,
@@ -18,9 +20,9 @@ def apply_rotary(
     head_dim: int | None = None,
     rotary_offset: int = 0,
     conjugate: bool = False,
-    out: Any = None,
+    out: Array | None = None,
     out_of_range: str = "nan",
-) -> Any:
+) -> Array:
     """Rotate the heads of one array x, such as (b, s, h, d), and return an array of its kind.
 
     Shapes, dtypes, options and errors are those of `apply_rotary_qk`; `out` is one array.
@@ -32,12 +34,12 @@ def apply_rotary(
     """
     options = interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range
     (result,) = rotate(("x",), (x,), table, positions, options, None if out is None else (out,))
-    return result
+    return result  # type: ignore[no-any-return]
 
 
 def apply_rotary_qk(
-    q: Any,
-    k: Any,
+    q: Array,
+    k: Array,
     table: Any,
     *,
     positions: Any = None,
@@ -46,9 +48,9 @@ def apply_rotary_qk(
     head_dim: int | None = None,
     rotary_offset: int = 0,
     conjugate: bool = False,
-    out: tuple[Any, Any] | None = None,
+    out: tuple[Array, Array] | None = None,
     out_of_range: str = "nan",
-) -> tuple[Any, Any]:
+) -> tuple[Array, Array]:
     """Rotate the heads of q and k by the angles of their tokens' positions, in one launch.
 
     A pair (a, b) of elements with the angle t becomes (a cos t - b sin t, b cos t + a sin t): Su et

@@ -1,6 +1,6 @@
-"""What PyTorch adds: gradients, and operators for torch.compile. The only file that imports it.
+"""What PyTorch adds: a module, gradients, operators for torch.compile. Alone in importing PyTorch.
 
-Calls import it once PyTorch's tensors have come in.
+Import `rope_cupy.torch` for `RotaryEmbedding`; calls import it by themselves when they need more.
 """
 
 from __future__ import annotations
@@ -11,10 +11,101 @@ from typing import Any
 import torch
 
 from . import calls
-from .checks import described
+from .checks import described, index
+from .frequencies import cos_sin, inverse_frequencies
 from .problem import check_options, out_names
+from .rotary import apply_rotary_qk
 from .tables import FORMS, TableSource, source_of
 from .tensor import check_gradient
+
+__all__ = ["RotaryEmbedding"]
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """Rotate q and k by a table of its own, which is float32 whatever the model's dtype is.
+
+    The cosines and sines of the positions 0 .. max_position - 1 are the buffers ``cos`` and
+    ``sin``, of shape (max_position, head_dim / 2). They follow the module to a device, keep their
+    dtype in ``.half()`` and ``.to(torch.bfloat16)``, are made anew when a module leaves the device
+    "meta", and are not in ``state_dict()``.
+
+    Args:
+        head_dim: elements of a head, all of which turn; even.
+        base: of the inverse frequencies base ** (-2 i / head_dim): Su et al., "RoFormer: Enhanced
+            Transformer with Rotary Position Embedding" (2021), section 3.2.2.
+        interleaved: True pairs elements (2 i, 2 i + 1), False elements (i, i + head_dim / 2).
+        max_position: how many positions the table holds.
+        layout: the names of the axes of q and k, as for `rope_cupy.apply_rotary_qk`.
+        device: of the table.
+
+    Raises TypeError or ValueError when `head_dim` is not a positive even int, `base` not a positive
+    number or `max_position` not an int of 0 or more.
+
+    >>> import torch
+    >>> rotary = RotaryEmbedding(64, base=500000.0, max_position=8192).half()
+    >>> q, k = torch.ones(1, 6, 8, 64).half(), torch.ones(1, 6, 2, 64).half()
+    >>> q_out, k_out = rotary(q, k)
+    >>> q_out.shape, k_out.dtype, rotary.cos.dtype
+    (torch.Size([1, 6, 8, 64]), torch.float16, torch.float32)
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(
+        self,
+        head_dim: int,
+        base: float = 10000.0,
+        *,
+        interleaved: bool = False,
+        max_position: int = 8192,
+        layout: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.base = index("head_dim", head_dim), base
+        self.max_position = index("max_position", max_position)
+        if max_position < 0:
+            raise ValueError(f"max_position must be 0 or more, got {max_position}")
+        check_options(interleaved, layout, None, 0, False, "nan")
+        self.interleaved, self.layout = interleaved, layout
+        for name, part in zip(("cos", "sin"), self._table(), strict=True):
+            self.register_buffer(name, part.to(device), persistent=False)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return q and k rotated: see `rope_cupy.apply_rotary_qk`."""
+        return apply_rotary_qk(
+            q,
+            k,
+            (self.cos, self.sin),
+            positions=positions,
+            interleaved=self.interleaved,
+            layout=self.layout,
+        )
+
+    def extra_repr(self) -> str:
+        """Return what the module's repr shows."""
+        return (
+            f"{self.head_dim}, base={self.base}, interleaved={self.interleaved}, "
+            f"max_position={self.max_position}"
+        )
+
+    def _table(self) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = cos_sin(inverse_frequencies(self.head_dim, self.base), self.max_position)
+        return torch.from_numpy(cos), torch.from_numpy(sin)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:
+        """Move the table as PyTorch asks, but keep its dtype; from "meta" make it anew."""
+        before = self.cos, self.sin
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.cos.device
+        if before[0].is_meta and device.type != "meta":
+            before = self._table()
+        self.cos, self.sin = (part.to(device) for part in before)
+        return self
+
 
 # Gradients.
 
