@@ -83,6 +83,9 @@ def apply_rotary_qk(
     Raises:
         TypeError, ValueError: say what was wanted and what came; nothing has been written then.
 
+    PyTorch records gradients of q and k, first and second, in place too, and compiles a call as one
+    operator; a table has none.
+
     On a GPU the arithmetic is float32, or float64 when q or the table is 64-bit, with one rounding,
     to q's dtype; on the CPU it is float64 throughout. The kernel runs on the current stream of the
     library that owns the output (q's), and nothing waits for it: with `out` given, keep inputs of

@@ -135,10 +135,12 @@ class RotaryTable:
             self._source = TableSource(form, arrays)
             return
         self._source = _lasting(form, arrays)
-        cos = self._source.view(None).specs[0].cos
-        if not cos.shape[-1]:
+        if not self._cos.shape[-1]:
             raise ValueError("table must have a rotary_dim of 2 or more, got 0")
-        self._cos = cos
+
+    @property
+    def _cos(self) -> ArraySpec:
+        return self._source.view(None).specs[0].cos
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy looks at the copies of the arrays, not at the addresses of these.

@@ -174,8 +174,9 @@ class _CuPy(Library):
 
 class _Torch(Library):
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
-        torch = sys.modules["torch"]
-        if torch.jit.is_tracing():
+        torch, torch_c = sys.modules["torch"], _torch_c()
+        proxy = torch_c._TorchDispatchModeKey.PROXY
+        if torch.jit.is_tracing() or torch_c._get_dispatch_mode(proxy) is not None:
             raise TypeError(
                 f"{name} must not be traced, for the launch is not recorded: got a trace"
             )

@@ -111,17 +111,15 @@ class RotaryEmbedding(torch.nn.Module):
 
 
 def recorded(given: calls.Given) -> tuple[Any, ...]:
-    """Rotate tensors of which PyTorch wants gradients, and record how.
-
-    In place, what autograd refuses (a leaf, a view of several) is refused before anything is
-    written.
-    """
+    """Rotate tensors of which PyTorch wants gradients, and record how."""
     xs, out = given.xs, given.out
     for part in given.table.arrays:
         check_gradient("table", part)
     if out is None:
         return _apply(given, xs)
     _check_in_place(given.names, xs, out)
+    for name, x in zip(given.names, xs, strict=True):
+        _check_may_be_written(name, x)
     with torch.no_grad():
         ready = calls.checked(given)
     if any(isinstance(x, torch.Tensor) and x._is_view() for x in xs):
@@ -140,6 +138,25 @@ def _check_in_place(names: tuple[str, ...], xs: tuple[Any, ...], out: tuple[Any,
                 f"{name} must be its input itself, or a new array, where a gradient is recorded, "
                 f"got another {described(y)}"
             )
+
+
+def _check_may_be_written(name: str, x: Any) -> None:
+    """Refuse what autograd lets no one write in place, before its history moves on."""
+    if not isinstance(x, torch.Tensor) or not x.requires_grad:
+        return
+    base = x._base if x._is_view() else x
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise ValueError(
+            f"{name} must not be a leaf that requires a gradient, or a view of one, to be written "
+            "in place: use a copy, or torch.no_grad(), got a leaf"
+        )
+    plain = torch._C._autograd.CreationMeta.DEFAULT
+    if x._is_view() and torch._C._autograd._get_creation_meta(x) != plain:
+        raise ValueError(
+            f"{name} must not be one of several views that one operation returned, or a view that "
+            "was made where gradients are off, to be written in place: take it by an index, got "
+            "such a view"
+        )
 
 
 def _apply(given: calls.Given, xs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -354,6 +354,10 @@ def test_a_trace_which_would_record_an_unwritten_result_is_refused():
     table = torch.ones(5, 4), torch.zeros(5, 4)
     with pytest.raises(TypeError, match=r"^x must not be traced"):
         torch.jit.trace(lambda x: apply_rotary(x, table), torch.ones(5, 2, 8), check_trace=False)
+    numpy_table = np.ones((5, 4)), np.zeros((5, 4))  # which no graph can hold
+    make_fx = torch.fx.experimental.proxy_tensor.make_fx
+    with pytest.raises(TypeError, match=r"^x must not be traced"):
+        make_fx(lambda x: apply_rotary(x, numpy_table))(torch.ones(5, 2, 8))
 
 
 def test_a_masked_array_is_refused_for_its_mask_would_be_lost():
