@@ -101,12 +101,43 @@ def compare_with_inductor(function, device):
 
 @pytest.mark.parametrize("function", [new, in_place])
 def test_inductor_gives_the_same_forward_and_backward(function, device):
-    # In a process of its own, for it needs setuptools' distutils where others have Python's.
-    code = "import test_compile as tests; tests.compare_with_inductor"
-    code += f"(tests.{function.__name__}, {device!r})"
-    command = [sys.executable, "-W", "ignore", "-c", code]
+    in_a_process(f"tests.compare_with_inductor(tests.{function.__name__}, {device!r})")
+
+
+def in_a_process(code):
+    """Run what uses inductor, which needs setuptools' distutils where others have Python's."""
+    command = [sys.executable, "-W", "ignore", "-c", f"import test_compile as tests; {code}"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def rotate_inputs(qkv, table):
+    """Rotate views of a packed input in place, and a part of it again by itself."""
+    q, k = qkv[:, :, 0], qkv[:, :, 1]
+    apply_rotary_qk(q, k, table, out=(q, k))
+    apply_rotary(q[:, 4:], table, out=q[:, 4:], conjugate=True)
+    return q + k
+
+
+def compare_inputs_with(backend, device):
+    table, qkv = RotaryTable(*parts(device)), torch.randn(2, 16, 3, 4, 2 * PAIRS, device=device)
+    others = qkv.clone(), qkv.clone()
+    compiled = torch.compile(rotate_inputs, fullgraph=True, backend=backend)
+    for _ in range(2):  # what has been rotated is rotated on
+        with torch.no_grad():
+            results = rotate_inputs(others[0], table), compiled(others[1], table)
+        assert torch.equal(*results) and torch.equal(*others)
+    assert not torch.equal(others[0][:, :, 0], qkv[:, :, 0])
+    assert torch.equal(others[0][:, :, 2], qkv[:, :, 2])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_views_of_an_input_are_written_in_place(backend, device):
+    compare_inputs_with(backend, device)
+
+
+def test_inductor_writes_views_of_an_input_in_place(device):
+    in_a_process(f"tests.compare_inputs_with('inductor', {device!r})")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS[:2] + FUNCTIONS[3:])
