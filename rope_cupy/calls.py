@@ -125,6 +125,10 @@ def _rotate_with_care(given: Given) -> tuple[Any, ...]:
 
     How it does that is known above, where PyTorch is imported, as the caller has.
     """
+    if any(map(tensor.is_distributed, given.xs)):
+        from .torch import sharded
+
+        return sharded(given)
     if all(map(tensor.is_traced, (*given.xs, *given.table.arrays))):
         from .torch import traced
 

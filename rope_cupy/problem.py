@@ -253,6 +253,13 @@ def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) 
     return first
 
 
+def axis_names(rank: int, options: Options) -> str:
+    """Return the names of an array's axes, "h" for a last one that head_dim splits, t as s."""
+    split = options.head_dim is not None
+    layout = options.layout or DEFAULT_LAYOUTS.get(rank + split, "")
+    return layout.replace("t", "s")[: -1 if split else None]
+
+
 def _axes(layout: str) -> list[str]:
     return sorted(layout[:-1].replace("t", "s"))
 

@@ -322,11 +322,11 @@ class _DLPack(Library):
         return -1 if cupy().cuda.runtime.streamIsCapturing(stream) else stream or 1
 
 
-_CUPY = _CuPy()
+_CUPY, _TORCH = _CuPy(), _Torch()
 _LIBRARIES: dict[tuple[str, str], Library] = {
     ("numpy", "ndarray"): _NumPy(),
     ("cupy", "ndarray"): _CUPY,
-    ("torch", "Tensor"): _Torch(),
+    ("torch", "Tensor"): _TORCH,
     ("rope_cupy", "Bfloat16"): _Bfloat16(),
 }
 _OTHER = _DLPack()
@@ -455,9 +455,14 @@ def is_compiling() -> bool:
     return torch is not None and torch.compiler.is_compiling()
 
 
+def is_distributed(array: Any) -> bool:
+    """Return whether a tensor is PyTorch's DTensor, of which each process has a part."""
+    return _library_of_type(type(array)) is _TORCH and hasattr(array, "device_mesh")  # type: ignore[arg-type]
+
+
 def is_traced(array: Any) -> bool:
     """Return whether a tensor stands for one of a graph to come: fake, on "meta", or by make_fx."""
-    if _library_of_type(type(array)) is not _LIBRARIES["torch", "Tensor"]:  # type: ignore[arg-type]
+    if _library_of_type(type(array)) is not _TORCH:  # type: ignore[arg-type]
         return False
     torch_c = _torch_c()
     if torch_c._get_dispatch_mode(torch_c._TorchDispatchModeKey.PROXY) is not None:

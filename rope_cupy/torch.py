@@ -6,14 +6,14 @@ Import `rope_cupy.torch` for `RotaryEmbedding`; calls import it by themselves wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import calls
 from .checks import described, index
 from .frequencies import cos_sin, inverse_frequencies
-from .problem import check_options, out_names
+from .problem import axis_names, check_options, out_names
 from .rotary import apply_rotary_qk
 from .tables import FORMS, TableSource, source_of
 from .tensor import check_gradient
@@ -216,6 +216,124 @@ def _conjugate(options: Any) -> Any:
     return options._replace(conjugate=not options.conjugate)
 
 
+# DTensor. Each process turns its own part by the positions of its own tokens, and sends nothing.
+
+
+def sharded(given: calls.Given) -> tuple[Any, ...]:
+    """Rotate DTensors, which come back with the placements that they have.
+
+    Positions and tables are those of the whole tensors, in plain tensors or replicated ones.
+    """
+    from torch.distributed.tensor import DTensor
+
+    parts = _parts(given)
+    wants = torch.is_grad_enabled() and any(x.requires_grad for x in given.xs)
+    if given.out is not None:
+        _check_in_place(given.names, given.xs, given.out)
+        if wants:
+            raise ValueError("out must be None where a gradient of a DTensor is recorded, got some")
+    rows, first, table = _of_this_process(given, parts)
+    local = tuple(x.to_local() for x in given.xs)
+    out = None if given.out is None else local
+    positions = rows if rows is not None else first
+    results = calls.rotate(given.names, local, table, positions, given.options, out)
+    if given.out is not None:
+        return given.out
+    return tuple(
+        DTensor.from_local(
+            y, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+        )
+        for y, x in zip(results, given.xs, strict=True)
+    )
+
+
+class Part(NamedTuple):
+    """What a process has of an axis."""
+
+    axis: str
+    start: int
+    stop: int
+    of: int  # the size of the whole
+
+
+def _parts(given: calls.Given) -> dict[str, Part]:
+    """Return which batches, tokens and heads this process has, by the names of axes."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    q = given.xs[0]
+    for name, x in zip(given.names, given.xs, strict=True):
+        if not isinstance(x, DTensor):
+            raise TypeError(f"{name} must be a DTensor, as others are, got {type(x).__name__}")
+        if (x.device_mesh, x.placements) != (q.device_mesh, q.placements):
+            raise ValueError(
+                f"{name} must have {given.names[0]}'s mesh and placements {q.placements}, got "
+                f"{x.placements}"
+            )
+        axes = axis_names(x.ndim, given.options)
+        for placement in x.placements:
+            if not (placement.is_replicate() or placement.is_shard()):
+                raise ValueError(f"{name} must be sharded or replicated, got {placement}")
+            if axes[-1:] == "d" and placement.is_shard(x.ndim - 1):
+                raise ValueError(
+                    f"{name} must not be sharded within a head, whose elements turn in pairs, got "
+                    f"{placement}"
+                )
+    sizes, starts = compute_local_shape_and_global_offset(q.shape, q.device_mesh, q.placements)
+    axes, head_dim = axis_names(q.ndim, given.options), given.options.head_dim
+    parts = {
+        axis: Part(axis, start, start + size, of)
+        for axis, size, start, of in zip(axes, sizes, starts, q.shape, strict=False)
+    }
+    if head_dim is not None and "h" in parts:  # else the axes are refused with the rest
+        _, start, stop, of = parts["h"]
+        if start % head_dim or stop % head_dim:
+            raise ValueError(
+                f"{given.names[0]} must not be sharded within a head of head_dim={head_dim}, got "
+                f"the elements {start} to {stop}"
+            )
+        parts["h"] = Part("h", start // head_dim, stop // head_dim, of // head_dim)
+    return parts
+
+
+def _of_this_process(
+    given: calls.Given, parts: dict[str, Part]
+) -> tuple[Any, int | None, TableSource]:
+    """Return the positions and the table that the tokens of this process have."""
+    batch, tokens, heads = parts.get("b"), parts.get("s"), parts.get("h")
+    arrays = [_replicated("table", array) for array in given.table.arrays]
+    trailing = 3 if given.table.form is FORMS["_matrices"] else 1
+    by_position = arrays[0].ndim - trailing == 1
+    if not by_position:
+        arrays = [_cut(part, (batch, tokens, heads)[: part.ndim - trailing]) for part in arrays]
+    table = TableSource(given.table.form, tuple(arrays))
+    if given.positions:
+        rows = _replicated("positions", given.positions[0])
+        return _cut(rows, (batch, tokens)[-rows.ndim :]), None, table
+    if not by_position:
+        return None, given.first, table
+    return None, (given.first or 0) + (tokens.start if tokens else 0), table
+
+
+def _cut(array: Any, parts: tuple[Part | None, ...]) -> Any:
+    """Return these parts of an array's axes; a batch or a head that serves all stays whole."""
+    for axis, part in enumerate(parts):
+        if part and array.shape[axis] == part.of and (part.of > 1 or part.axis == "s"):
+            array = array.narrow(axis, part.start, part.stop - part.start)
+    return array
+
+
+def _replicated(name: str, array: Any) -> Any:
+    """Return a plain tensor, or what every process has of a DTensor."""
+    if not hasattr(array, "device_mesh"):
+        return array
+    if not all(placement.is_replicate() for placement in array.placements):
+        raise ValueError(
+            f"{name} must be a plain tensor or replicated, got the placements {array.placements}"
+        )
+    return array.to_local()
+
+
 # Operators. A graph that PyTorch traces holds them in place of a call, and runs the call by them.
 
 _ARGUMENTS = (
@@ -242,6 +360,9 @@ def traced(
     source = source_of(table)
     is_array = isinstance(positions, torch.Tensor)
     rows, first = (positions, None) if is_array else (None, positions)
+    if any([hasattr(x, "device_mesh") for x in xs]):
+        every = (positions,) if is_array else ()
+        return sharded(calls.Given(names, xs, source, every, first, check_options(*options), out))
     arguments = list(source.arrays), source.form.__name__, rows, first, *options
     records = torch.is_grad_enabled() and any([x.requires_grad for x in xs])
     if torch.is_grad_enabled() and any([part.requires_grad for part in source.arrays]):

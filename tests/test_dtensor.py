@@ -1,0 +1,163 @@
+"""DTensors in two processes: sharded q and k turn where they are, by their tokens' positions."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
+
+WORLD = 2
+PLACES = {"b": 0, "s": 1, "h": 2, "": None}  # axes of (b, s, h, d)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("check", ["check_axes", "check_tables", "check_others", "check_compiled"])
+def test_two_processes(check, device, tmp_path):
+    if device == "cuda" and torch.cuda.device_count() < WORLD:
+        pytest.skip(f"wants {WORLD} GPUs")
+    code = f"import test_dtensor as tests; tests.run(tests.{check}, {device!r}, "
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{code}{rank}, {str(tmp_path / 'store')!r})"],
+            cwd=Path(__file__).parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(outputs)
+
+
+def run(check, device, rank, store):
+    backend = "gloo" if device == "cpu" else "nccl"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=WORLD
+    )
+    torch.manual_seed(0)  # every process has the whole tensors
+    check(torch.distributed.init_device_mesh(device, (WORLD,)), device)
+    torch.distributed.destroy_process_group()
+
+
+def parts(device, *shape):
+    angles = torch.rand(*shape, 32, device=device) * 6
+    return angles.cos(), angles.sin()
+
+
+def distribute(x, mesh, axis, axes="bshd"):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placement = Replicate() if not axis else Shard(axes.index(axis))
+    return distribute_tensor(x, mesh, [placement])
+
+
+def compare(mesh, axis, q, k, table, axes="bshd", **options):
+    """Rotate sharded tensors, forward and backward, without a word to the other process."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    wholes = [x.detach().requires_grad_() for x in (q, k)]
+    wanted = apply_rotary_qk(*wholes, table, **options)
+    weights = [torch.randn_like(x) for x in wholes]
+    torch.autograd.backward(wanted, weights)
+    shards = [distribute(x.detach(), mesh, axis, axes).requires_grad_() for x in (q, k)]
+    shard_weights = [distribute(x, mesh, axis, axes) for x in weights]
+    with CommDebugMode() as messages:
+        results = apply_rotary_qk(*shards, table, **options)
+        torch.autograd.backward(results, shard_weights)
+    assert messages.get_total_counts() == 0
+    for result, exact, shard, whole in zip(results, wanted, shards, wholes, strict=True):
+        assert result.placements == shard.placements == shard.grad.placements
+        assert result.shape == exact.shape and result.stride() == exact.stride()
+        assert torch.equal(result.full_tensor(), exact)
+        assert torch.equal(shard.grad.full_tensor(), whole.grad)
+
+
+def check_axes(mesh, device):
+    table = parts(device, 64)
+    q, k = (torch.randn(2, 7, heads, 64, device=device) for heads in (4, 2))  # 7: uneven shards
+    by_batch = torch.randint(64, (2, 7), device=device)
+    for axis, positions in itertools.product("bsh", (None, 9, by_batch[0], by_batch, by_batch[:1])):
+        compare(mesh, axis, q, k, table, positions=positions)
+        compare(mesh, axis, q, k, table, positions=positions, conjugate=True, interleaved=True)
+    compare(mesh, "", q, k, table)
+    q, k = (x.transpose(1, 2).contiguous() for x in (q, k))
+    for axis in "bsh":
+        compare(mesh, axis, q, k, table, "bhsd", layout="bhsd", positions=by_batch)
+    one = torch.randn(1, 1, 1, 64, device=device)  # which one process has, and the other not
+    for axis in "bsh":
+        compare(mesh, axis, one, one + 1, table, positions=by_batch[:1, :1])
+        compare(mesh, axis, one, one.repeat(1, 1, 2, 1), parts(device, 1, 1, 1))
+    # Zigzag: of four pieces the first process has the outer ones.
+    order = torch.arange(8, device=device).view(4, 2)[[0, 3, 1, 2]].flatten()
+    q, k = (torch.randn(2, 8, heads, 64, device=device)[:, order] for heads in (4, 2))
+    compare(mesh, "s", q, k, table, positions=order)
+
+
+def check_tables(mesh, device):
+    q, k = (torch.randn(2, 6, 4, 64, device=device) for _ in "qk")
+    for shape in ((2, 6), (1, 6), (2, 6, 4), (2, 6, 1)):
+        cos, sin = parts(device, *shape)
+        matrices = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
+        full = RotaryTable.from_full_width(*(part.repeat_interleave(2, -1) for part in (cos, sin)))
+        for axis in "bsh":
+            compare(mesh, axis, q, k, (cos, sin))
+            compare(mesh, axis, q, k, full, interleaved=True)
+            compare(mesh, axis, q, k, RotaryTable.from_matrices(matrices), interleaved=True)
+
+
+def check_others(mesh, device):
+    table = parts(device, 64)
+    x = torch.randn(2, 6, 4 * 64, device=device)
+    wanted = apply_rotary(x, table, head_dim=64)
+    for axis in "bsh":
+        shard = distribute(x, mesh, axis, "bsh")
+        assert torch.equal(apply_rotary(shard, table, head_dim=64).full_tensor(), wanted)
+        assert apply_rotary(shard, table, head_dim=64, out=shard) is shard
+        assert torch.equal(shard.full_tensor(), wanted)
+    q = torch.randn(2, 6, 4, 64, device=device)
+    replicated = tuple(distribute(part, mesh, "") for part in table)
+    result = apply_rotary(distribute(q, mesh, "s"), replicated)
+    assert torch.equal(result.full_tensor(), apply_rotary(q, table))
+
+    def refused(error, message, function, *arguments, **options):
+        with pytest.raises(error, match=message):
+            function(*arguments, **options)
+
+    from torch.distributed.tensor import DTensor, Partial
+
+    refused(ValueError, "sharded within a head", apply_rotary, distribute(q, mesh, "d"), table)
+    odd = distribute(torch.randn(2, 6, 3 * 64, device=device), mesh, "h", "bsh")
+    refused(ValueError, "sharded within a head", apply_rotary, odd, table, head_dim=64)
+    partial = DTensor.from_local(q, mesh, [Partial()])
+    refused(ValueError, "must be sharded or replicated", apply_rotary, partial, table)
+    pair = distribute(q, mesh, "s"), distribute(q, mesh, "h")
+    refused(ValueError, "q's mesh and placements", apply_rotary_qk, *pair, table)
+    refused(TypeError, "k must be a DTensor", apply_rotary_qk, pair[0], q, table)
+    shards = tuple(distribute(part, mesh, "b") for part in table)
+    refused(ValueError, "plain tensor or replicated", apply_rotary, pair[0], shards)
+    leaf = distribute(q, mesh, "s").requires_grad_()
+    refused(ValueError, "out must be None", apply_rotary, leaf, table, out=leaf)
+
+
+def check_compiled(mesh, device):
+    table = RotaryTable(*parts(device, 64))
+    q, k = (torch.randn(2, 6, heads, 64, device=device) for heads in (4, 2))
+    compiled = torch.compile(
+        lambda q, k: apply_rotary_qk(q, k, table), fullgraph=True, backend="aot_eager"
+    )
+    for axis in "bsh":
+        shards = [distribute(x, mesh, axis).requires_grad_() for x in (q, k)]
+        results = compiled(*shards)
+        for result, wanted in zip(results, apply_rotary_qk(q, k, table), strict=True):
+            assert torch.equal(result.full_tensor(), wanted)
+            assert result.placements == shards[0].placements
+        sum(result.to_local().sum() for result in results).backward()
+        wanted = apply_rotary(torch.ones_like(q), table, conjugate=True)
+        assert torch.equal(shards[0].grad.full_tensor(), wanted)
