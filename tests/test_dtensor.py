@@ -1,8 +1,10 @@
 """DTensors in two processes: sharded q and k turn where they are, by their tokens' positions."""
 
 import itertools
+import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -38,12 +40,12 @@ def run(check, device, rank, store):
     backend = "gloo" if device == "cpu" else "nccl"
     if device == "cuda":
         torch.cuda.set_device(rank)
-    torch.distributed.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=WORLD
-    )
+    options = {"rank": rank, "world_size": WORLD, "timeout": timedelta(seconds=60)}
+    torch.distributed.init_process_group(backend, init_method=f"file://{store}", **options)
     torch.manual_seed(0)  # every process has the whole tensors
     check(torch.distributed.init_device_mesh(device, (WORLD,)), device)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # past gloo's threads, whose end may abort a process that has done its work
 
 
 def parts(device, *shape):
