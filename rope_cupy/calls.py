@@ -91,10 +91,6 @@ def rotate(
 
     `options` are the fields of Options, which are checked here.
     """
-    if tensor.is_compiling():
-        from .torch import traced
-
-        return traced(names, xs, table, positions, options, out)
     try:
         options = known_options(*options)
     except TypeError:  # one of a wrong type, which may not even be hashable: it is named

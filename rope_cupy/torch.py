@@ -209,7 +209,11 @@ def _rotate(
 ) -> tuple[Any, ...]:
     """Rotate other tensors as a call was asked to, into new ones."""
     positions = given.positions[0] if given.positions else given.first
-    return calls.rotate(names, xs, given.table, positions, given.options, None)
+    return _turned(names, xs, given.table, positions, given.options, None)
+
+
+def _turned(*call: Any) -> tuple[Any, ...]:
+    return traced(*call) if torch.compiler.is_compiling() else calls.rotate(*call)
 
 
 def _conjugate(options: Any) -> Any:
@@ -236,7 +240,7 @@ def sharded(given: calls.Given) -> tuple[Any, ...]:
     local = tuple(x.to_local() for x in given.xs)
     out = None if given.out is None else local
     positions = rows if rows is not None else first
-    results = calls.rotate(given.names, local, table, positions, given.options, out)
+    results = _turned(given.names, local, table, positions, given.options, out)
     if given.out is not None:
         return given.out
     return tuple(

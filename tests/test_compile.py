@@ -227,6 +227,15 @@ def test_an_exported_module_takes_sequences_of_any_length(strict, device):
         assert_same(program.module()(q, k), module(q, k))
 
 
+def test_another_thread_that_exports_changes_no_result(device, monkeypatch):
+    table, (q, k) = RotaryTable(*parts(device)), q_and_k(device, grad=True)
+    wanted = new(q, k, table, None)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # which is of all threads
+    results = new(q, k, RotaryTable(*table._source.arrays), None)
+    assert_same(results, wanted)
+    (results[0].sum() + results[1].sum()).backward()
+
+
 def test_a_call_that_is_not_compiled_passes_the_operator_by(device):
     table, (q, k) = RotaryTable(*parts(device)), q_and_k(device, grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
