@@ -176,25 +176,25 @@ def _rotate_at(given: Given, key: tuple[Any, ...], seen: tensor.Glance) -> tuple
 
 def _rotate_unseen(given: Given) -> tuple[_Call, tuple[Any, ...]]:
     """Check everything, rotate, and return the call that has been checked and the outputs."""
-    call, ready, inputs, outs = _unseen(given)
+    call, ready, outs, owners = _unseen(given)
     ready.write()
+    del owners  # which have kept it till here
     if given.out is not None:
         ready.wrote(given.out)
         return call, outs
     return call, tuple(
-        array.library.result(y, x) for array, y, x in zip(inputs, outs, given.xs, strict=True)
+        library.result(y, x) for library, y, x in zip(call.inputs, outs, given.xs, strict=True)
     )
 
 
-def checked(given: Given) -> Ready:
-    """Check everything of a call, and write nothing yet."""
-    return _unseen(given)[1]
+def checked(given: Given) -> tuple[Ready, tuple[tensor.Array, ...]]:
+    """Check everything of a call and write nothing yet; what owns the memory is kept till then."""
+    _, ready, _, owners = _unseen(given)
+    return ready, owners
 
 
-def _unseen(
-    given: Given,
-) -> tuple[_Call, Ready, tuple[tensor.Array, ...], tuple[Any, ...]]:
-    """Check everything, and return that with the inputs as they lie and what is to be written."""
+def _unseen(given: Given) -> tuple[_Call, Ready, tuple[Any, ...], tuple[tensor.Array, ...]]:
+    """Check everything; return that, what will have been written, and what owns the memory."""
     # A given output says on which stream the inputs must be ready.
     outputs = _describe(out_names(given.names), given.out or ())
     stream = tensor.stream_of(outputs[0]) if outputs else None
@@ -214,7 +214,8 @@ def _unseen(
         sin=table.pointers[1],
         positions=positions[0].pointer if positions else 0,
     )
-    return call, _made_ready(call, pointers, given.first), inputs, outs
+    owners = (*inputs, *outputs, *table.arrays, *positions)
+    return call, _made_ready(call, pointers, given.first), outs, owners
 
 
 def _describe(

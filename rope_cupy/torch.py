@@ -121,13 +121,14 @@ def recorded(given: calls.Given) -> tuple[Any, ...]:
     for name, x in zip(given.names, xs, strict=True):
         _check_may_be_written(name, x)
     with torch.no_grad():
-        ready = calls.checked(given)
+        ready, owners = calls.checked(given)
     if any(isinstance(x, torch.Tensor) and x._is_view() for x in xs):
         for x, name in zip(xs, given.names, strict=True):  # of which autograd takes one at a time
             _apply(given._replace(names=(name,), xs=(x,), out=(x,)), (x,))
     else:
         _apply(given, xs)
     ready.write()
+    del owners  # which have kept the memory till here
     return out
 
 
