@@ -43,6 +43,11 @@ class Given(NamedTuple):
     options: Options
     out: tuple[Any, ...] | None
 
+    @property
+    def given_positions(self) -> Any:
+        """The option `positions` as the caller gave it."""
+        return self.positions[0] if self.positions else self.first
+
 
 class _Place(NamedTuple):
     """An array of a call."""
@@ -128,8 +133,8 @@ def _rotate_with_care(given: Given) -> tuple[Any, ...]:
     if all(map(tensor.is_traced, (*given.xs, *given.table.arrays))):
         from .torch import traced
 
-        positions = given.positions[0] if given.positions else given.first
-        return traced(given.names, given.xs, given.table, positions, given.options, given.out)
+        names, xs, positions = given.names, given.xs, given.given_positions
+        return traced(names, xs, given.table, positions, given.options, given.out)
     if any(map(tensor.wants_gradient, (*given.xs, *given.table.arrays, *(given.out or ())))):
         from .torch import recorded
 

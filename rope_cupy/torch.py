@@ -209,8 +209,7 @@ def _rotate(
     given: calls.Given, names: tuple[str, ...], xs: tuple[torch.Tensor, ...]
 ) -> tuple[Any, ...]:
     """Rotate other tensors as a call was asked to, into new ones."""
-    positions = given.positions[0] if given.positions else given.first
-    return _turned(names, xs, given.table, positions, given.options, None)
+    return _turned(names, xs, given.table, given.given_positions, given.options, None)
 
 
 def _turned(*call: Any) -> tuple[Any, ...]:
@@ -237,10 +236,9 @@ def sharded(given: calls.Given) -> tuple[Any, ...]:
         _check_in_place(given.names, given.xs, given.out)
         if wants:
             raise ValueError("out must be None where a gradient of a DTensor is recorded, got some")
-    rows, first, table = _of_this_process(given, parts)
+    positions, table = _of_this_process(given, parts)
     local = tuple(x.to_local() for x in given.xs)
     out = None if given.out is None else local
-    positions = rows if rows is not None else first
     results = _turned(given.names, local, table, positions, given.options, out)
     if given.out is not None:
         return given.out
@@ -301,9 +299,7 @@ def _parts(given: calls.Given) -> dict[str, Part]:
     return parts
 
 
-def _of_this_process(
-    given: calls.Given, parts: dict[str, Part]
-) -> tuple[Any, int | None, TableSource]:
+def _of_this_process(given: calls.Given, parts: dict[str, Part]) -> tuple[Any, TableSource]:
     """Return the positions and the table that the tokens of this process have."""
     batch, tokens, heads = parts.get("b"), parts.get("s"), parts.get("h")
     arrays = [_replicated("table", array) for array in given.table.arrays]
@@ -314,10 +310,10 @@ def _of_this_process(
     table = TableSource(given.table.form, tuple(arrays))
     if given.positions:
         rows = _replicated("positions", given.positions[0])
-        return _cut(rows, (batch, tokens)[-rows.ndim :]), None, table
+        return _cut(rows, (batch, tokens)[-rows.ndim :]), table
     if not by_position:
-        return None, given.first, table
-    return None, (given.first or 0) + (tokens.start if tokens else 0), table
+        return given.first, table
+    return (given.first or 0) + (tokens.start if tokens else 0), table
 
 
 def _cut(array: Any, parts: tuple[Part | None, ...]) -> Any:
