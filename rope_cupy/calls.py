@@ -110,8 +110,10 @@ def rotate(
     in_place = out is not None and xs[0] is out[0] and xs[-1] is out[-1]
     parts = () if source.fixed else source.arrays
     seen = tensor.glance((*xs, *parts, *rows, *(() if in_place else out or ())))
-    if seen is None or (seen.requires_grad and tensor.records_gradients()):
+    if seen is None:
         return _rotate_with_care(Given(names, xs, source, rows, first, options, out))
+    if seen.requires_grad and tensor.records_gradients():
+        return _recorded(Given(names, xs, source, rows, first, options, out))
     key = source.fixed, first, names, options, source.form, len(rows), in_place, out is None
     ready = seen.kept.get(key)
     if ready is None or out is None:
@@ -122,10 +124,7 @@ def rotate(
 
 
 def _rotate_with_care(given: Given) -> tuple[Any, ...]:
-    """Rotate what must be described every time, and what PyTorch records or only traces.
-
-    How it does that is known above, where PyTorch is imported, as the caller has.
-    """
+    """Rotate what must be described every time, such as what PyTorch only traces."""
     if any(map(tensor.is_distributed, given.xs)):
         from .torch import sharded
 
@@ -136,10 +135,15 @@ def _rotate_with_care(given: Given) -> tuple[Any, ...]:
         names, xs, positions = given.names, given.xs, given.given_positions
         return traced(names, xs, given.table, positions, given.options, given.out)
     if any(map(tensor.wants_gradient, (*given.xs, *given.table.arrays, *(given.out or ())))):
-        from .torch import recorded
-
-        return recorded(given)
+        return _recorded(given)
     return _rotate_unseen(given)[1]
+
+
+def _recorded(given: Given) -> tuple[Any, ...]:
+    """Rotate what PyTorch records: how is known above, where it is imported, as the caller has."""
+    from .torch import recorded
+
+    return recorded(given)
 
 
 def _rotate_at(given: Given, key: tuple[Any, ...], seen: tensor.Glance) -> tuple[Any, ...]:

@@ -119,6 +119,8 @@ class Launcher:
 
     def prepared(self, stream: int) -> tuple[_Config, int, int]:
         """Return the launch's configuration, its address, and that of the kernel."""
+        if (self.plan.kernel, self.device) not in _kernels:
+            _check_not_captured(stream)
         function = kernel(self.plan.kernel, self.device)
         sizes = (ctypes.c_uint * 6)(*self.plan.grid, 1, *self.plan.block, 1)
         early = ctypes.pointer(_MAY_START_EARLY)
@@ -155,6 +157,15 @@ class Launch:
         status = self._launch(config, function, self._address, None)
         if status:
             cupy().cuda.driver.check_status(status)
+
+
+def _check_not_captured(stream: int) -> None:
+    """Refuse to load a kernel where CUDA would give up the capture for it."""
+    if cupy().cuda.runtime.streamIsCapturing(stream):
+        raise RuntimeError(
+            "a kernel cannot be loaded while a stream is captured, and this call is the first that "
+            "needs this one: make the call once before the capture"
+        )
 
 
 @cache

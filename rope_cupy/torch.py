@@ -6,6 +6,7 @@ Import `rope_cupy.torch` for `RotaryEmbedding`; calls import it by themselves wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from . import calls
 from .checks import described, index
 from .frequencies import cos_sin, inverse_frequencies
-from .problem import axis_names, check_options, out_names
+from .problem import Options, axis_names, check_options, out_names
 from .rotary import apply_rotary_qk
 from .tables import FORMS, TableSource, source_of
 from .tensor import check_gradient
@@ -36,7 +37,7 @@ class RotaryEmbedding(torch.nn.Module):
         interleaved: True pairs elements (2 i, 2 i + 1), False elements (i, i + head_dim / 2).
         max_position: how many positions the table holds.
         layout: the names of the axes of q and k, as for `rope_cupy.apply_rotary_qk`.
-        device: of the table.
+        device: of the table; by default PyTorch's default device, "meta" where a model is made there.
 
     Raises TypeError or ValueError when `head_dim` is not a positive even int, `base` not a positive
     number or `max_position` not an int of 0 or more.
@@ -69,6 +70,7 @@ class RotaryEmbedding(torch.nn.Module):
             raise ValueError(f"max_position must be 0 or more, got {max_position}")
         check_options(interleaved, layout, None, 0, False, "nan")
         self.interleaved, self.layout = interleaved, layout
+        device = torch.get_default_device() if device is None else device
         for name, part in zip(("cos", "sin"), self._table(), strict=True):
             self.register_buffer(name, part.to(device), persistent=False)
 
@@ -174,49 +176,44 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: calls.Given, *xs: Any) -> tuple[Any, ...]:
         """Rotate into new tensors; of inputs to be written later, note that they will be."""
-        kept = *given.table.arrays, *given.positions
-        ctx.save_for_backward(*(each for each in kept if isinstance(each, torch.Tensor)))
-        ctx.given = given._replace(xs=(), out=None)
+        names, _, table, positions, _, options, out = given
+        kept = [each for each in (*table.arrays, *positions) if isinstance(each, torch.Tensor)]
+        ctx.save_for_backward(*kept)
+        ctx.call = names, table, given.given_positions, options
         ctx.set_materialize_grads(False)
-        if given.out is None:
-            outs = _rotate(given, given.names, xs)
+        if out is None:
+            outs = _turned(names, xs, *ctx.call[1:], None)
         else:
             ctx.mark_dirty(*xs)
             outs = xs
-        constant = (y for x, y in zip(xs, outs, strict=True) if not x.requires_grad)
-        ctx.mark_non_differentiable(*constant)
+        constant = [y for x, y in zip(xs, outs, strict=True) if not x.requires_grad]
+        if constant:
+            ctx.mark_non_differentiable(*constant)
         return outs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """Turn the gradients back, those that are there and are asked for."""
-        tuple(ctx.saved_tensors)  # raises where one of them has been written since
-        given = ctx.given
-        given = given._replace(options=_conjugate(given.options))
-        asked = [
-            i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[1 + i]
-        ]
-        turned: list[Any] = [None] * len(grads)
-        if asked:
-            names = tuple(f"{given.names[i]}_grad" for i in asked)
-            results = _rotate(given, names, tuple(grads[i] for i in asked))
-            for i, result in zip(asked, results, strict=True):
-                turned[i] = result
-        return None, *turned
-
-
-def _rotate(
-    given: calls.Given, names: tuple[str, ...], xs: tuple[torch.Tensor, ...]
-) -> tuple[Any, ...]:
-    """Rotate other tensors as a call was asked to, into new ones."""
-    return _turned(names, xs, given.table, given.given_positions, given.options, None)
+        _ = ctx.saved_tensors  # raises where one of them has been written since
+        names, table, positions, options = ctx.call
+        asked = {
+            f"{name}_grad": grad
+            for name, grad, is_asked in zip(names, grads, ctx.needs_input_grad[1:], strict=True)
+            if is_asked and grad is not None
+        }
+        if not asked:
+            return None, *(None for _ in names)
+        how = table, positions, _conjugate(options), None
+        turned = dict(zip(asked, _turned((*asked,), (*asked.values(),), *how), strict=True))
+        return None, *(turned.get(f"{name}_grad") for name in names)
 
 
 def _turned(*call: Any) -> tuple[Any, ...]:
     return traced(*call) if torch.compiler.is_compiling() else calls.rotate(*call)
 
 
-def _conjugate(options: Any) -> Any:
+@cache
+def _conjugate(options: Options) -> Options:
     return options._replace(conjugate=not options.conjugate)
 
 

@@ -1,5 +1,6 @@
 """DTensors in two processes: sharded q and k turn where they are, by their tokens' positions."""
 
+import copy
 import itertools
 import os
 import subprocess
@@ -11,13 +12,16 @@ import pytest
 import torch
 
 from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
+from rope_cupy.torch import RotaryEmbedding
 
 WORLD = 2
 PLACES = {"b": 0, "s": 1, "h": 2, "": None}  # axes of (b, s, h, d)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("check", ["check_axes", "check_tables", "check_others", "check_compiled"])
+@pytest.mark.parametrize(
+    "check", ["check_axes", "check_tables", "check_others", "check_compiled", "check_fsdp"]
+)
 def test_two_processes(check, device, tmp_path):
     if device == "cuda" and torch.cuda.device_count() < WORLD:
         pytest.skip(f"wants {WORLD} GPUs")
@@ -163,3 +167,43 @@ def check_compiled(mesh, device):
         sum(result.to_local().sum() for result in results).backward()
         wanted = apply_rotary(torch.ones_like(q), table, conjugate=True)
         assert torch.equal(shards[0].grad.full_tensor(), wanted)
+
+
+class Scores(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = (torch.nn.Linear(64, 4 * 64, bias=False) for _ in "qk")
+        self.rotary = RotaryEmbedding(64, max_position=16)
+
+    def forward(self, x):
+        heads = (part(x).unflatten(-1, (4, 64)) for part in (self.q, self.k))
+        q, k = self.rotary(*heads)
+        return torch.einsum("bqhd, bkhd -> bhqk", q, k).tanh()
+
+
+def check_fsdp(mesh, device):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    whole, x = Scores().to(device), torch.randn(WORLD, 9, 64, device=device)
+    table = whole.rotary.cos, whole.rotary.sin
+    whole(x).square().mean().backward()
+    mine = x[mesh.get_local_rank() :][:1]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = copy.deepcopy(whole)
+        model.zero_grad()
+        policy = MixedPrecisionPolicy(param_dtype=dtype)
+        for module in (model.rotary, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        scores = model(mine)
+        assert scores.dtype == dtype
+        scores.float().square().mean().backward()
+        tolerance = {} if dtype == torch.float32 else {"rtol": 0.1, "atol": 1e-2}
+        for part, exact in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(part.grad.full_tensor(), exact.grad, **tolerance)
+        assert all(map(torch.equal, (model.rotary.cos, model.rotary.sin), table))
+    with torch.device("meta"):
+        model = Scores()
+    fully_shard(model, mesh=mesh)
+    assert model.rotary.cos.is_meta
+    model.to_empty(device=device)
+    assert all(map(torch.equal, (model.rotary.cos, model.rotary.sin), table))

@@ -8,7 +8,7 @@ from arrays import OPTIONS, OTHER, Case, Producer, hold, possible, sample, verif
 from reference import FORMATS, check, rotate, rounded, to_bits, to_float64
 from test_host_cuda import COLLECTIVES, collectives
 
-from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, frequencies
+from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, frequencies, jit
 from rope_cupy.problem import MAX_ROWS
 
 pytestmark = pytest.mark.gpu
@@ -170,6 +170,29 @@ def test_a_graph_repeats_the_launch_on_new_numbers(library, write):
             replay()
         stream.stream.synchronize()
         work.assert_rotated(y, numbers)
+
+
+@pytest.mark.undisturbed
+@in_both_libraries
+def test_the_first_call_in_a_capture_says_to_make_it_once_before(library, monkeypatch):
+    work = Work(library, library)
+    monkeypatch.setattr(jit, "_kernels", {})  # as in a new process
+    before = to_bits(work.out)
+
+    def first():
+        with pytest.raises(RuntimeError, match="make the call once before the capture"):
+            work.call(work.out)
+
+    Stream(library).capture(first)  # which goes on
+    assert np.array_equal(to_bits(work.out), before)
+    work.call(work.out)
+    stream = Stream(library)
+    replay, _ = stream.capture(lambda: work.call(work.out))
+    with stream.current():
+        work.x[...] = work.new
+        replay()
+    stream.stream.synchronize()
+    work.assert_rotated(work.out, work.new)
 
 
 @pytest.mark.undisturbed

@@ -26,6 +26,7 @@ class StandIn:
         self.compile = self.run = lambda name: None
         self.device, self.functions, self.contexts = 0, [], threading.local()
         self.capability, self.cuda_of_driver, self.status = "90", 12030, 0
+        self.captured = False
         self.cuda = SimpleNamespace(
             Device=self.entered,
             driver=SimpleNamespace(check_status=self.check_status),
@@ -36,6 +37,7 @@ class StandIn:
                 setDevice=self.set_device,
                 getDeviceCount=lambda: 1,
                 runtimeGetVersion=lambda: 12090,
+                streamIsCapturing=lambda stream: self.captured and stream == 7,
             ),
         )
 
@@ -179,6 +181,16 @@ def test_what_is_prepared_is_launched_on_the_stream_that_is_current(cupy):
     for _ in streams:
         launch()
     assert [stream or 0 for _, _, _, stream in cupy.launched] == streams
+
+
+def test_the_first_call_in_a_capture_says_to_make_it_once_before(cupy):
+    cupy.captured = True
+    with pytest.raises(RuntimeError, match="make the call once before the capture"):
+        launch("a")
+    assert not cupy.compiled and not cupy.launched
+    prepared("a", stream_of=lambda device: 9)()  # on a stream that is not captured
+    launch("a")
+    assert [stream for *_, stream in cupy.launched] == [9, 7]
 
 
 def test_streams_that_come_and_go_are_forgotten(cupy, monkeypatch):

@@ -46,6 +46,13 @@ def test_it_rotates_by_its_table(interleaved, positions, device):
         np.testing.assert_allclose(after.cpu().numpy(), exact, rtol=1e-6, atol=1e-6)
 
 
+def made_on(device):
+    with torch.device(device):
+        module = make()
+    assert module.cos.device.type == module.sin.device.type == device
+    return module
+
+
 CHANGES = {
     "half": lambda module: module.half(),
     "bfloat16": lambda module: module.to(torch.bfloat16),
@@ -54,6 +61,7 @@ CHANGES = {
     "deepcopy": lambda module: copy.deepcopy(module),
     "from meta": lambda module: make(device="meta").to_empty(device="cpu"),
     "to meta and back": lambda module: module.to("meta").to_empty(device="cpu"),
+    "made on meta": lambda module: made_on("meta").to_empty(device="cpu"),
     "in a model": lambda module: torch.nn.Sequential(module).to(torch.float16)[0],
 }
 
@@ -71,6 +79,7 @@ def test_its_table_survives(change):
 def test_its_table_follows_it_to_a_gpu_and_back():
     module = make().half().cuda()
     assert_table(module, "cuda")
+    assert_table(made_on("cuda"), "cuda")
     assert_table(module.cpu())
 
 
