@@ -162,7 +162,7 @@ def limit_same_places(case: Case, inputs: Inputs, threads: int = 256) -> Call:
 def _limit_launch(
     name: str, num_blocks: int, block: tuple[int, ...], arguments: tuple[int, ...]
 ) -> Call:
-    cupy = _imported("cupy")
+    cupy = imported("cupy")
     launch = functools.partial(_limit_kernel(name), (num_blocks,), block)
     arguments = *arguments, cupy.uint32(0)
     return lambda: launch(arguments, stream=_CurrentStream())
@@ -171,7 +171,7 @@ def _limit_launch(
 @functools.cache
 def _limit_kernel(name: str) -> Any:
     code = (Path(__file__).parent / "limit.cu").read_text(encoding="utf-8")
-    module = _imported("cupy").RawModule(code=code, options=("-std=c++17",))
+    module = imported("cupy").RawModule(code=code, options=("-std=c++17",))
     return module.get_function(name)
 
 
@@ -195,7 +195,7 @@ def rope_cupy(case: Case, inputs: Inputs) -> Call:
     q, k = inputs.q, inputs.k
     table = inputs.table.form(_rope_cupy_table, case.table)
     return functools.partial(
-        _imported("rope_cupy").apply_rotary_qk,
+        imported("rope_cupy").apply_rotary_qk,
         q,
         k,
         table,
@@ -207,7 +207,7 @@ def rope_cupy(case: Case, inputs: Inputs) -> Call:
 
 
 def _rope_cupy_table(table: Table, form: str) -> Any:
-    view = _imported("rope_cupy").RotaryTable
+    view = imported("rope_cupy").RotaryTable
     if form == "full":
         return view.from_full_width(*table.form(full_width, torch.float32))
     if form == "cache":
@@ -280,7 +280,7 @@ def liger(case: Case, inputs: Inputs) -> Call:
     """
     _gpu_only(case)
     shape = case.shape
-    rotate = _imported("liger_kernel.transformers.rope").liger_rotary_pos_emb
+    rotate = imported("liger_kernel.transformers.rope").liger_rotary_pos_emb
     if shape.interleaved:
         raise UnsupportedError("pairs of halves only")
     if shape.rotary_offset:
@@ -301,7 +301,7 @@ def liger(case: Case, inputs: Inputs) -> Call:
 def flash_attn(case: Case, inputs: Inputs) -> Call:
     """flash_attn.layers.rotary: apply_rotary_emb, a Triton kernel."""
     _gpu_only(case)
-    return _rotated_one_by_one(case, inputs, _imported("flash_attn.layers.rotary"), 256)
+    return _rotated_one_by_one(case, inputs, imported("flash_attn.layers.rotary"), 256)
 
 
 def quack(case: Case, inputs: Inputs) -> Call:
@@ -309,7 +309,7 @@ def quack(case: Case, inputs: Inputs) -> Call:
     _gpu_only(case)
     if case.shape.head_dim % 8 or case.shape.rotary_dim % 8:
         raise UnsupportedError("multiples of 8 only")
-    return _rotated_one_by_one(case, inputs, _imported("quack.rotary"), 512)
+    return _rotated_one_by_one(case, inputs, imported("quack.rotary"), 512)
 
 
 def _rotated_one_by_one(case: Case, inputs: Inputs, library: Any, most: int) -> Call:
@@ -342,7 +342,7 @@ def flashinfer(case: Case, inputs: Inputs) -> Call:
     """flashinfer.rope.apply_rope_with_cos_sin_cache, and its form in place."""
     _gpu_only(case)
     shape = case.shape
-    library = _imported("flashinfer.rope")
+    library = imported("flashinfer.rope")
     if shape.rotary_dim not in (64, 128, 256, 512):
         raise UnsupportedError("head_dim of 64, 128, 256 or 512")
     _sixteen_bits(case)
@@ -400,7 +400,7 @@ def sglang(case: Case, inputs: Inputs) -> Call:
 
 @functools.cache
 def _sglang_kernel(is_neox: bool, rotary_dim: int, dtype: str) -> Any:
-    build = _imported("tvm_ffi.cpp").load_inline
+    build = imported("tvm_ffi.cpp").load_inline
     package = importlib.util.find_spec("sglang")
     if package is None or package.origin is None:
         raise AbsentError("sglang is not installed")
@@ -437,7 +437,7 @@ def vllm(case: Case, inputs: Inputs) -> Call:
     """
     _gpu_only(case)
     shape = case.shape
-    rotate = _imported("vllm._custom_ops").rotary_embedding
+    rotate = imported("vllm._custom_ops").rotary_embedding
     _in_place_only(case)
     q, k = (_by_token(x) for x in _slices(case, inputs))
     table, positions = inputs.table.form(cache, q.dtype), _every_position(case, inputs)
@@ -449,7 +449,7 @@ def comfy_kitchen(case: Case, inputs: Inputs) -> Call:
     """comfy_kitchen.apply_rope and its kin for halves and in place, on its fastest backend."""
     _gpu_only(case)
     shape = case.shape
-    library = _imported("comfy_kitchen")
+    library = imported("comfy_kitchen")
     _whole_heads_only(case)
     _no_positions(inputs)
     name = "apply_rope" if shape.interleaved else "apply_rope_split_half"
@@ -460,7 +460,7 @@ def comfy_kitchen(case: Case, inputs: Inputs) -> Call:
 
 def transformers(case: Case, inputs: Inputs) -> Call:
     """apply_rotary_pos_emb of transformers' Llama, with tables in the dtype of q; new arrays."""
-    rotate = _imported("transformers.models.llama.modeling_llama").apply_rotary_pos_emb
+    rotate = imported("transformers.models.llama.modeling_llama").apply_rotary_pos_emb
     if case.shape.interleaved:
         raise UnsupportedError("pairs of halves only")
     _whole_heads_only(case)
@@ -476,7 +476,7 @@ def diffusers(case: Case, inputs: Inputs) -> Call:
     Neighbours turn by complex numbers, which is its shorter way, and halves by cosines and sines.
     """
     shape, table = case.shape, inputs.table
-    function = _imported("diffusers.models.embeddings").apply_rotary_emb
+    function = imported("diffusers.models.embeddings").apply_rotary_emb
     _whole_heads_only(case)
     _no_positions(inputs)
     if case.itemsize > 4:
@@ -557,13 +557,13 @@ def build_ahead(cases: list[Case], providers: list[str]) -> None:
 
 
 def _call_flashinfer() -> None:
-    rotate = _imported("flashinfer.rope").apply_rope_with_cos_sin_cache_inplace
+    rotate = imported("flashinfer.rope").apply_rope_with_cos_sin_cache_inplace
     positions = torch.zeros(1, dtype=torch.int64, device="cuda")
     q, k = torch.zeros(2, 1, 64, dtype=torch.bfloat16, device="cuda")
     rotate(positions, q, k, 64, torch.zeros(1, 64, device="cuda"))
 
 
-def _imported(name: str) -> Any:
+def imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -37,7 +37,7 @@ class RotaryEmbedding(torch.nn.Module):
         interleaved: True pairs elements (2 i, 2 i + 1), False elements (i, i + head_dim / 2).
         max_position: how many positions the table holds.
         layout: the names of the axes of q and k, as for `rope_cupy.apply_rotary_qk`.
-        device: of the table; by default PyTorch's default device, "meta" where a model is made there.
+        device: of the table; by default PyTorch's, which is "meta" where a model is made there.
 
     Raises TypeError or ValueError when `head_dim` is not a positive even int, `base` not a positive
     number or `max_position` not an int of 0 or more.

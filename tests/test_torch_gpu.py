@@ -55,7 +55,10 @@ def test_a_graph_repeats_a_forward_and_a_backward_pass_on_new_numbers():
 
 @pytest.mark.undisturbed
 def test_a_module_is_made_a_graph_with_gradients():
-    module, q, k = RotaryEmbedding(2 * PAIRS, max_position=TOKENS, device="cuda"), *map(randn, (4, 2))
+    module, q, k = (
+        RotaryEmbedding(2 * PAIRS, max_position=TOKENS, device="cuda"),
+        *map(randn, (4, 2)),
+    )
     samples = tuple(x.clone().requires_grad_() for x in (q, k))
     graphed = torch.cuda.make_graphed_callables(module, samples)
     leaves = q.requires_grad_(), k.requires_grad_()
