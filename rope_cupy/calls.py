@@ -112,12 +112,12 @@ def rotate(
     seen = tensor.glance((*xs, *parts, *rows, *(() if in_place else out or ())))
     if seen is None:
         return _rotate_with_care(Given(names, xs, source, rows, first, options, out))
-    if seen.requires_grad and tensor.records_gradients():
-        return _recorded(Given(names, xs, source, rows, first, options, out))
     key = source.fixed, first, names, options, source.form, len(rows), in_place, out is None
+    if seen.requires_grad and tensor.records_gradients():
+        return _recorded(Given(names, xs, source, rows, first, options, out), key, seen)
     ready = seen.kept.get(key)
     if ready is None or out is None:
-        return _rotate_at(Given(names, xs, source, rows, first, options, out), key, seen)
+        return rotate_seen(Given(names, xs, source, rows, first, options, out), key, seen)
     ready.write()
     ready.wrote(out)
     return out
@@ -135,37 +135,75 @@ def _rotate_with_care(given: Given) -> tuple[Any, ...]:
         names, xs, positions = given.names, given.xs, given.given_positions
         return traced(names, xs, given.table, positions, given.options, given.out)
     if any(map(tensor.wants_gradient, (*given.xs, *given.table.arrays, *(given.out or ())))):
-        return _recorded(given)
-    return _rotate_unseen(given)[1]
+        return _recorded(given, None, None)
+    return rotate_unseen(given)
 
 
-def _recorded(given: Given) -> tuple[Any, ...]:
+def _recorded(given: Given, key: Any, seen: tensor.Glance | None) -> tuple[Any, ...]:
     """Rotate what PyTorch records: how is known above, where it is imported, as the caller has."""
     from .torch import recorded
 
-    return recorded(given)
+    return recorded(given, key, seen)
 
 
-def _rotate_at(given: Given, key: tuple[Any, ...], seen: tensor.Glance) -> tuple[Any, ...]:
-    """Rotate arrays of a look where none have been rotated yet, or into new ones."""
+def rotate_seen(given: Given, key: Any, seen: tensor.Glance) -> tuple[Any, ...]:
+    """Rotate arrays that have been glanced at: the key is all that the glance does not hold."""
+    ready, outs, owners = _ready_at(given, key, seen)
+    ready.write()
+    del owners  # which have kept it till here
+    if given.out is not None:
+        ready.wrote(outs)
+    return outs
+
+
+def rotate_unseen(given: Given) -> tuple[Any, ...]:
+    """Check everything and rotate."""
+    call, ready, outs, owners = _unseen(given)
+    ready.write()
+    del owners
+    if given.out is not None:
+        ready.wrote(outs)
+        return outs
+    return tuple(
+        library.result(y, x) for library, y, x in zip(call.inputs, outs, given.xs, strict=True)
+    )
+
+
+def checked(
+    given: Given, key: Any, seen: tensor.Glance | None
+) -> tuple[Ready, tuple[tensor.Array, ...]]:
+    """Check everything of a call and write nothing yet; what owns the memory is kept till then."""
+    _, ready, _, owners = _unseen(given) if seen is None else (None, *_ready_at(given, key, seen))
+    return ready, owners
+
+
+def _ready_at(
+    given: Given, key: Any, seen: tensor.Glance
+) -> tuple[Ready, tuple[Any, ...], tuple[tensor.Array, ...]]:
+    """Return what will write arrays that have been glanced at, those, and what owns the memory.
+
+    The caller's arrays own it, and new ones, where these have been rotated before.
+    """
     num, at, outs = len(given.xs), seen.at, given.out
     in_place = outs is not None and given.xs[0] is outs[0] and given.xs[-1] is outs[-1]
+    ready = seen.kept.get(key)
+    if ready is not None and outs is not None:
+        return ready, outs, ()
     out_at = () if outs is None else at[:num] if in_place else at[-num:]
     fixed = given.table.fixed
     call_key = key[2:], fixed and fixed.look, seen.look, tuple(map(eq, at, out_at))
     call = _calls.get(call_key)
     if call is None:
-        call, outs = _rotate_unseen(given)
+        call, ready, outs, owners = _unseen(given)
         keep(_calls, call_key, call, MAX_CALLS)
-        return outs
+        return ready, outs, owners
     if outs is None:
-        pairs = zip(call.inputs, given.xs, strict=True)
-        outs = tuple(library.empty_like(x) for library, x in pairs)
+        outs = tuple([lib.empty_like(x) for lib, x in zip(call.inputs, given.xs, strict=True)])
         out_at = call.outputs[0].pointers(outs) or ()
-        if not out_at or any(address % ACCESS_BYTES for address in out_at):
-            return _rotate_unseen(given)[1]
+        if not out_at or any([address % ACCESS_BYTES for address in out_at]):
+            return _unseen(given)[1:]
         key = key, out_at
-    ready = seen.kept.get(key)
+        ready = seen.kept.get(key)
     if ready is None:
         behind = num if fixed else num + len(given.table.arrays)
         table = fixed.at if fixed else at[num:behind]
@@ -177,29 +215,7 @@ def _rotate_at(given: Given, key: tuple[Any, ...], seen: tensor.Glance) -> tuple
             positions=at[behind] if given.positions else 0,
         )
         ready = keep(seen.kept, key, _made_ready(call, pointers, given.first), MAX_KEPT)
-    ready.write()
-    if given.out is not None:
-        ready.wrote(given.out)
-    return outs
-
-
-def _rotate_unseen(given: Given) -> tuple[_Call, tuple[Any, ...]]:
-    """Check everything, rotate, and return the call that has been checked and the outputs."""
-    call, ready, outs, owners = _unseen(given)
-    ready.write()
-    del owners  # which have kept it till here
-    if given.out is not None:
-        ready.wrote(given.out)
-        return call, outs
-    return call, tuple(
-        library.result(y, x) for library, y, x in zip(call.inputs, outs, given.xs, strict=True)
-    )
-
-
-def checked(given: Given) -> tuple[Ready, tuple[tensor.Array, ...]]:
-    """Check everything of a call and write nothing yet; what owns the memory is kept till then."""
-    _, ready, _, owners = _unseen(given)
-    return ready, owners
+    return ready, outs, ()
 
 
 def _unseen(given: Given) -> tuple[_Call, Ready, tuple[Any, ...], tuple[tensor.Array, ...]]:

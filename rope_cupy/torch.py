@@ -17,7 +17,7 @@ from .frequencies import cos_sin, inverse_frequencies
 from .problem import Options, axis_names, check_options, out_names
 from .rotary import apply_rotary_qk
 from .tables import FORMS, TableSource, source_of
-from .tensor import check_gradient
+from .tensor import Glance, check_gradient
 
 __all__ = ["RotaryEmbedding"]
 
@@ -112,23 +112,25 @@ class RotaryEmbedding(torch.nn.Module):
 # Gradients.
 
 
-def recorded(given: calls.Given) -> tuple[Any, ...]:
-    """Rotate tensors of which PyTorch wants gradients, and record how."""
+def recorded(given: calls.Given, key: Any, seen: Glance | None) -> tuple[Any, ...]:
+    """Rotate tensors of which PyTorch wants gradients, and record how.
+
+    `seen` is what has been glanced at of them, if they could be: see `calls.rotate_seen`.
+    """
     xs, out = given.xs, given.out
     for part in given.table.arrays:
         check_gradient("table", part)
     if out is None:
-        return _apply(given, xs)
+        return _record(given, key, seen)
     _check_in_place(given.names, xs, out)
     for name, x in zip(given.names, xs, strict=True):
         _check_may_be_written(name, x)
-    with torch.no_grad():
-        ready, owners = calls.checked(given)
-    if any(isinstance(x, torch.Tensor) and x._is_view() for x in xs):
+    ready, owners = calls.checked(given, key, seen)
+    if any([isinstance(x, torch.Tensor) and x._is_view() for x in xs]):
         for x, name in zip(xs, given.names, strict=True):  # of which autograd takes one at a time
-            _apply(given._replace(names=(name,), xs=(x,), out=(x,)), (x,))
+            _record(given._replace(names=(name,), xs=(x,), out=(x,)))
     else:
-        _apply(given, xs)
+        _record(given)
     ready.write()
     del owners  # which have kept the memory till here
     return out
@@ -162,8 +164,10 @@ def _check_may_be_written(name: str, x: Any) -> None:
         )
 
 
-def _apply(given: calls.Given, xs: tuple[Any, ...]) -> tuple[Any, ...]:
-    outs: tuple[Any, ...] = _Rotation.apply(given, *xs)  # type: ignore[no-untyped-call]
+def _record(given: calls.Given, key: Any = None, seen: Glance | None = None) -> tuple[Any, ...]:
+    outs: tuple[Any, ...] = _Rotation.apply(  # type: ignore[no-untyped-call]
+        given, key, seen, *given.xs
+    )
     return outs
 
 
@@ -174,18 +178,22 @@ class _Rotation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, given: calls.Given, *xs: Any) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, given: calls.Given, key: Any, seen: Glance | None, *xs: Any
+    ) -> tuple[Any, ...]:
         """Rotate into new tensors; of inputs to be written later, note that they will be."""
         names, _, table, positions, _, options, out = given
         kept = [each for each in (*table.arrays, *positions) if isinstance(each, torch.Tensor)]
         ctx.save_for_backward(*kept)
         ctx.call = names, table, given.given_positions, options
         ctx.set_materialize_grads(False)
-        if out is None:
-            outs = _turned(names, xs, *ctx.call[1:], None)
-        else:
+        if out is not None:
             ctx.mark_dirty(*xs)
             outs = xs
+        elif seen is not None:
+            outs = calls.rotate_seen(given, key, seen)
+        else:
+            outs = calls.rotate_unseen(given)
         constant = [y for x, y in zip(xs, outs, strict=True) if not x.requires_grad]
         if constant:
             ctx.mark_non_differentiable(*constant)
@@ -198,14 +206,14 @@ class _Rotation(torch.autograd.Function):
         names, table, positions, options = ctx.call
         asked = {
             f"{name}_grad": grad
-            for name, grad, is_asked in zip(names, grads, ctx.needs_input_grad[1:], strict=True)
+            for name, grad, is_asked in zip(names, grads, ctx.needs_input_grad[3:], strict=True)
             if is_asked and grad is not None
         }
         if not asked:
-            return None, *(None for _ in names)
+            return (None,) * (3 + len(names))
         how = table, positions, _conjugate(options), None
         turned = dict(zip(asked, _turned((*asked,), (*asked.values(),), *how), strict=True))
-        return None, *(turned.get(f"{name}_grad") for name in names)
+        return None, None, None, *[turned.get(f"{name}_grad") for name in names]
 
 
 def _turned(*call: Any) -> tuple[Any, ...]:
@@ -338,8 +346,9 @@ _ARGUMENTS = (
     "Tensor[] table, str form, Tensor? positions, SymInt? first, bool interleaved, str? layout, "
     "int? head_dim, int rotary_offset, bool conjugate, str out_of_range"
 )
-_NEW, _INTO = "rope_cupy::rotate", "rope_cupy::rotate_into"
-torch.library.define(_NEW, f"(Tensor[] xs, {_ARGUMENTS}) -> Tensor[]")
+_ROTATE, _NEW, _INTO = "rope_cupy::rotate", "rope_cupy::rotate_new", "rope_cupy::rotate_into"
+for _name in (_ROTATE, _NEW):
+    torch.library.define(_name, f"(Tensor[] xs, {_ARGUMENTS}) -> Tensor[]")
 torch.library.define(_INTO, f"(Tensor[] xs, Tensor(a!)[] outs, {_ARGUMENTS}) -> ()")
 
 
@@ -427,30 +436,45 @@ def _check_fakes(
                 raise ValueError(f"{name} must be on x's or q's device {device}, got {each.device}")
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep what the gradient needs, none of which is an input that it is of."""
-    _, table, form, positions, first, *options = inputs
-    ctx.save_for_backward(*table, *([] if positions is None else [positions]))
-    ctx.has_positions = positions is not None
-    ctx.arguments = form, first, check_options(*options)
-    ctx.set_materialize_grads(False)
+def _rotate(xs: Sequence[torch.Tensor], *arguments: Any) -> Sequence[torch.Tensor]:
+    """Be made of an operator that has no gradient, and of the gradient where one is wanted.
+
+    A graph that is compiled holds that operator alone, which costs it one dispatch.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in xs):
+        return _TracedRotation.apply(arguments, *xs)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.ops.rope_cupy.rotate_new(xs, *arguments)  # type: ignore[no-any-return]
 
 
-def _turn_back(ctx: Any, grads: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the gradients of an operator's arguments, of which only xs have any."""
-    form, first, options = ctx.arguments
-    table, positions = ctx.saved_tensors, None
-    if ctx.has_positions:
-        *table, positions = ctx.saved_tensors
-    there = [grad for grad in grads if grad is not None]
-    arguments = list(table), form, positions, first, *_conjugate(options)
-    turned = iter(torch.ops.rope_cupy.rotate(there, *arguments) if there else ())
-    results = [None if grad is None else next(turned) for grad in grads]
-    return results, [None] * len(table), *[None] * 9
+class _TracedRotation(torch.autograd.Function):
+    """A rotation in a graph, whose tensors may have no memory yet: see `_Rotation`."""
+
+    @staticmethod
+    def forward(ctx: Any, arguments: tuple[Any, ...], *xs: Any) -> tuple[Any, ...]:
+        """Rotate into new tensors."""
+        table, form, positions, first, *options = arguments
+        ctx.save_for_backward(*table, *([] if positions is None else [positions]))
+        ctx.arguments = len(table), form, first, check_options(*options)
+        ctx.set_materialize_grads(False)
+        outs = tuple(torch.ops.rope_cupy.rotate_new(xs, *arguments))
+        ctx.mark_non_differentiable(
+            *(y for x, y in zip(xs, outs, strict=True) if not x.requires_grad)
+        )
+        return outs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        """Turn the gradients back, those that are there."""
+        num_parts, form, first, options = ctx.arguments
+        table, rows = ctx.saved_tensors[:num_parts], (*ctx.saved_tensors[num_parts:], None)
+        arguments = list(table), form, rows[0], first, *_conjugate(options)
+        there = [grad for grad in grads if grad is not None]
+        turned = iter(torch.ops.rope_cupy.rotate(there, *arguments) if there else ())
+        return None, *[None if grad is None else next(turned) for grad in grads]
 
 
+torch.library.impl(_ROTATE, "CompositeImplicitAutograd", _rotate)
 torch.library.impl(_NEW, "CompositeExplicitAutograd", _run_new)
 torch.library.impl(_INTO, "CompositeExplicitAutograd", _run_into)
 torch.library.register_fake(_NEW, _fake_new)
 torch.library.register_fake(_INTO, _fake_into)
-torch.library.register_autograd(_NEW, _turn_back, setup_context=_keep)

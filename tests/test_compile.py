@@ -1,5 +1,6 @@
 """torch.compile, torch.export, fake tensors: one graph, the same bits, compiled once."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PAIRS = 32
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(params=DEVICES)
@@ -104,10 +106,16 @@ def test_inductor_gives_the_same_forward_and_backward(function, device):
     in_a_process(f"tests.compare_with_inductor(tests.{function.__name__}, {device!r})")
 
 
+def environment():
+    """That of a process which imports this checkout."""
+    paths = str(HERE.parent), os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def in_a_process(code):
     """Run what uses inductor, which needs setuptools' distutils where others have Python's."""
     command = [sys.executable, "-W", "ignore", "-c", f"import test_compile as tests; {code}"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=HERE, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -191,6 +199,8 @@ def test_the_operator_of_new_results_passes_opcheck(name, grad, device):
     positions = None if positions is None else torch.arange(16, device=device)
     arguments = q_and_k(device, grad=grad), list(parts(device)), "_half_width", positions, *rest
     torch.library.opcheck(torch.ops.rope_cupy.rotate.default, arguments)
+    if not grad:
+        torch.library.opcheck(torch.ops.rope_cupy.rotate_new.default, arguments)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -287,5 +297,5 @@ def test_make_fx_records_the_operator(device):
     make_fx = torch.fx.experimental.proxy_tensor.make_fx
     table, (q, k) = RotaryTable(*parts(device)), q_and_k(device)
     graph = make_fx(lambda q, k: apply_rotary_qk(q, k, table))(q, k)
-    assert "rope_cupy.rotate" in graph.code
+    assert "rope_cupy.rotate_new" in graph.code
     assert_same(graph(q, k), apply_rotary_qk(q, k, table))

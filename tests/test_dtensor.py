@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_compile import environment
 
 from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
 from rope_cupy.torch import RotaryEmbedding
@@ -30,6 +31,7 @@ def test_two_processes(check, device, tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", f"{code}{rank}, {str(tmp_path / 'store')!r})"],
             cwd=Path(__file__).parent,
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
