@@ -5,7 +5,7 @@ Import `rope_cupy.torch` for `RotaryEmbedding`; calls import it by themselves wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ class RotaryEmbedding(torch.nn.Module):
 
     cos: torch.Tensor
     sin: torch.Tensor
+    __call__: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
     def __init__(
         self,
