@@ -268,7 +268,6 @@ class Part(NamedTuple):
 def _parts(given: calls.Given) -> dict[str, Part]:
     """Return which batches, tokens and heads this process has, by the names of axes."""
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     q = given.xs[0]
     for name, x in zip(given.names, given.xs, strict=True):
@@ -288,12 +287,8 @@ def _parts(given: calls.Given) -> dict[str, Part]:
                     f"{name} must not be sharded within a head, whose elements turn in pairs, got "
                     f"{placement}"
                 )
-    sizes, starts = compute_local_shape_and_global_offset(q.shape, q.device_mesh, q.placements)
     axes, head_dim = axis_names(q.ndim, given.options), given.options.head_dim
-    parts = {
-        axis: Part(axis, start, start + size, of)
-        for axis, size, start, of in zip(axes, sizes, starts, q.shape, strict=False)
-    }
+    parts = {axis: _part(axis, q, i) for i, axis in enumerate(axes)}
     if head_dim is not None and "h" in parts:  # else the axes are refused with the rest
         _, start, stop, of = parts["h"]
         if start % head_dim or stop % head_dim:
@@ -303,6 +298,20 @@ def _parts(given: calls.Given) -> dict[str, Part]:
             )
         parts["h"] = Part("h", start // head_dim, stop // head_dim, of // head_dim)
     return parts
+
+
+def _part(name: str, x: Any, axis: int) -> Part:
+    """Return what this process has of an axis, which is cut into equal chunks, the last less.
+
+    PyTorch's own function for it cannot be traced by torch.compile before PyTorch 2.13.
+    """
+    mesh, start, size = x.device_mesh, 0, x.shape[axis]
+    for i, placement in enumerate(x.placements):
+        if placement.is_shard(axis):
+            chunk = -(-size // mesh.size(i))
+            begin = min(chunk * mesh.get_local_rank(i), size)
+            start, size = start + begin, min(chunk, size - begin)
+    return Part(name, start, start + size, x.shape[axis])
 
 
 def _of_this_process(given: calls.Given, parts: dict[str, Part]) -> tuple[Any, TableSource]:

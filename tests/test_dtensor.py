@@ -7,13 +7,15 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_compile import environment
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
-from rope_cupy.torch import RotaryEmbedding
+from rope_cupy.torch import RotaryEmbedding, _part
 
 WORLD = 2
 PLACES = {"b": 0, "s": 1, "h": 2, "": None}  # axes of (b, s, h, d)
@@ -42,6 +44,27 @@ def test_two_processes(check, device, tmp_path):
     assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(outputs)
 
 
+@pytest.mark.parametrize("mesh", [(2,), (3,), (4, 2), (2, 3)])
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 12, 13])
+def test_a_process_has_the_chunks_that_torch_makes(mesh, size):
+    for place in itertools.product(*map(range, mesh)):
+        for sharded in itertools.product((True, False), repeat=len(mesh)):
+            tokens = torch.arange(size)
+            for number, rank, is_sharded in zip(mesh, place, sharded, strict=True):
+                if is_sharded:
+                    chunks = tokens.chunk(number)
+                    tokens = chunks[rank] if rank < len(chunks) else tokens[:0]
+            x = SimpleNamespace(
+                shape=(3, size),
+                device_mesh=SimpleNamespace(
+                    size=mesh.__getitem__, get_local_rank=place.__getitem__
+                ),
+                placements=[Shard(1) if is_sharded else Replicate() for is_sharded in sharded],
+            )
+            part = _part("s", x, 1)
+            assert [*range(part.start, part.stop)] == tokens.tolist() and part.of == size
+
+
 def run(check, device, rank, store):
     backend = "gloo" if device == "cpu" else "nccl"
     if device == "cuda":
@@ -60,8 +83,6 @@ def parts(device, *shape):
 
 
 def distribute(x, mesh, axis, axes="bshd"):
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
     placement = Replicate() if not axis else Shard(axes.index(axis))
     return distribute_tensor(x, mesh, [placement])
 
@@ -73,18 +94,19 @@ def compare(mesh, axis, q, k, table, axes="bshd", **options):
     wholes = [x.detach().requires_grad_() for x in (q, k)]
     wanted = apply_rotary_qk(*wholes, table, **options)
     weights = [torch.randn_like(x) for x in wholes]
-    torch.autograd.backward(wanted, weights)
+    exact_grads = torch.autograd.grad(wanted, wholes, weights)
     shards = [distribute(x.detach(), mesh, axis, axes).requires_grad_() for x in (q, k)]
     shard_weights = [distribute(x, mesh, axis, axes) for x in weights]
     with CommDebugMode() as messages:
         results = apply_rotary_qk(*shards, table, **options)
-        torch.autograd.backward(results, shard_weights)
+        grads = torch.autograd.grad(results, shards, shard_weights)
     assert messages.get_total_counts() == 0
-    for result, exact, shard, whole in zip(results, wanted, shards, wholes, strict=True):
-        assert result.placements == shard.placements == shard.grad.placements
-        assert result.shape == exact.shape and result.stride() == exact.stride()
+    parts = zip((*results, *grads), (*wanted, *exact_grads), 2 * shards, strict=True)
+    for result, exact, shard in parts:
+        assert result.placements == shard.placements
         assert torch.equal(result.full_tensor(), exact)
-        assert torch.equal(shard.grad.full_tensor(), whole.grad)
+    for result, exact in zip(results, wanted, strict=True):
+        assert result.shape == exact.shape and result.stride() == exact.stride()
 
 
 def check_axes(mesh, device):
@@ -134,11 +156,17 @@ def check_others(mesh, device):
     result = apply_rotary(distribute(q, mesh, "s"), replicated)
     assert torch.equal(result.full_tensor(), apply_rotary(q, table))
 
+    for sizes in ((2, 1), (1, 2)):  # a mesh of two axes, and tokens that both of them cut
+        plane = torch.distributed.init_device_mesh(device, sizes)
+        for placements in ((Shard(0), Shard(1)), (Shard(1), Shard(1)), (Shard(2), Shard(1))):
+            shard = distribute_tensor(q, plane, placements)
+            result = apply_rotary(shard, table)
+            assert result.placements == placements
+            assert torch.equal(result.full_tensor(), apply_rotary(q, table))
+
     def refused(error, message, function, *arguments, **options):
         with pytest.raises(error, match=message):
             function(*arguments, **options)
-
-    from torch.distributed.tensor import DTensor, Partial
 
     refused(ValueError, "sharded within a head", apply_rotary, distribute(q, mesh, "d"), table)
     odd = distribute(torch.randn(2, 6, 3 * 64, device=device), mesh, "h", "bsh")

@@ -180,13 +180,16 @@ def test_the_first_call_in_a_capture_says_to_make_it_once_before(library, monkey
     before = to_bits(work.out)
 
     def first():
+        work.x[...] = work.new
         with pytest.raises(RuntimeError, match="make the call once before the capture"):
             work.call(work.out)
 
     Stream(library).capture(first)  # which goes on
     assert np.array_equal(to_bits(work.out), before)
-    work.call(work.out)
     stream = Stream(library)
+    with stream.current():
+        work.call(work.out)
+    stream.stream.synchronize()
     replay, _ = stream.capture(lambda: work.call(work.out))
     with stream.current():
         work.x[...] = work.new
