@@ -5,11 +5,11 @@
 
 q and k have 16 tokens, 32 and 8 heads, head_dim 128 and, but for CuPy's, bfloat16. Every result is
 compared with the float64 reference before it is timed. A time is the median over repeats of 500
-calls in a row that wait for nothing, under torch.inference_mode. RawKernel is the yardstick: CuPy's
-launch, on a stream, of an empty kernel whose one argument is the struct that rope_cupy's kernels
-take. Of a peer the first call that it can do is timed: in place, positions; in place; new arrays,
-positions; new arrays. "slicing alone" is what "addresses never seen" spends on making q and k. With
---device cpu a time is that of the whole rotation.
+calls in a row that wait for nothing, under torch.inference_mode; all are repeated in turn.
+RawKernel is the yardstick: CuPy's launch, on a stream, of an empty kernel whose one argument is the
+struct that rope_cupy's kernels take. Of a peer the first call that it can do is timed: in place,
+positions; in place; new arrays, positions; new arrays. "slicing alone" is what "addresses never
+seen" spends on making q and k. With --device cpu a time is that of the whole rotation.
 """
 
 from __future__ import annotations
@@ -167,19 +167,50 @@ CALLS_OF_OURS = [
 ]
 
 
-def measured_calls(provider: str, device: str) -> Iterator[tuple[Task, Result]]:
-    """Measure every call of ours, and the first that a peer can do."""
+def measured(providers: list[str], device: str) -> list[tuple[Task, Result]]:
+    """Measure every call of ours, and of a peer the first that it can do, all in turn."""
+    every = [*itertools.chain.from_iterable(ready_calls(name, device) for name in providers)]
+    calls = {task: call for task, _, call in every if call}
+    with torch.inference_mode():
+        if device == "cpu":
+            times = [timing.cpu_time([call], CPU_CALLS) for call in calls.values()]
+        else:
+            times = timing.host_times([*calls.values()], CALLS, REPEATS)
+    microseconds = dict(zip(calls, times, strict=True))
+    return [
+        (task, result._replace(microseconds=microseconds.get(task))) for task, result, _ in every
+    ]
+
+
+def ready_calls(provider: str, device: str) -> Iterator[tuple[Task, Result, Call | None]]:
+    """Check calls, and return those that are right, to be timed."""
     if provider == RAW_KERNEL:
-        task = Task("empty", provider, raw_kernel, rotates=False)
-        yield task, measured(task, device)
-    elif provider == OURS:
-        yield from ((task, measured(task, device)) for task in CALLS_OF_OURS)
+        tasks = [Task("empty", provider, raw_kernel, rotates=False)]
     else:
-        for task in calls_of_all(provider):
-            result = measured(task, device)
-            if result.status != "unsupported":
-                break
-        yield task, result
+        tasks = CALLS_OF_OURS if provider == OURS else calls_of_all(provider)
+    for i, task in enumerate(tasks, 1):
+        result, call = checked(task, device)
+        is_peer = provider not in (RAW_KERNEL, OURS)
+        if is_peer and result.status == "unsupported" and i < len(tasks):
+            continue
+        yield task, result, call
+        if is_peer:
+            return
+
+
+def checked(task: Task, device: str) -> tuple[Result, Call | None]:
+    """Check a call's result, and make it some more times."""
+    say(str(task))
+    case, inputs = _asked(task, device)
+    try:
+        with torch.inference_mode():
+            call = task.make(case, inputs)
+            error = Exact(case, inputs).error_of(call) if task.rotates else None
+            for _ in range(WARM_UP if device == "cuda" else 0):
+                call()
+        return Result("ok", error=error), call
+    except Exception as failure:
+        return result_of(failure), None
 
 
 def main() -> None:
@@ -191,50 +222,25 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     common = machine(options.device)
     versions = {RAW_KERNEL: common["cupy"], "torch": common["torch"]}
-    done: list[tuple[Task, Result]] = []
+    done = measured(options.providers, options.device)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        try:
-            every = (measured_calls(name, options.device) for name in options.providers)
-            for task, result in itertools.chain.from_iterable(every):
-                done.append((task, result))
-                time = result.microseconds
-                row = {
-                    "call": task.call,
-                    "provider": task.provider,
-                    "version": versions.get(task.provider) or peers.version(task.provider),
-                    "status": result.status,
-                    "reason": result.reason,
-                    "microseconds": "" if time is None else f"{time:.5g}",
-                }
-                writer.writerow(common | row)
-                file.flush()
-        except KeyboardInterrupt:
-            say("interrupted")
+        for task, result in done:
+            time = result.microseconds
+            row = {
+                "call": task.call,
+                "provider": task.provider,
+                "version": versions.get(task.provider) or peers.version(task.provider),
+                "status": result.status,
+                "reason": result.reason,
+                "microseconds": "" if time is None else f"{time:.5g}",
+            }
+            writer.writerow(common | row)
     _print_table(done)
     if options.profile:
         _print_profile(options.device)
     print(f"\nwritten to {path}")
-
-
-def measured(task: Task, device: str) -> Result:
-    """Check a call's result, then time it."""
-    say(str(task))
-    case, inputs = _asked(task, device)
-    try:
-        with torch.inference_mode():
-            call = task.make(case, inputs)
-            error = Exact(case, inputs).error_of(call) if task.rotates else None
-            if device == "cpu":
-                time = timing.cpu_time([call], CPU_CALLS)
-            else:
-                for _ in range(WARM_UP):
-                    call()
-                time = timing.host_time(call, CALLS, REPEATS)
-        return Result("ok", microseconds=time, error=error)
-    except Exception as failure:
-        return result_of(failure)
 
 
 def _asked(task: Task, device: str) -> tuple[Case, Inputs]:

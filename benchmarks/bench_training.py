@@ -4,11 +4,11 @@
     python benchmarks/bench_training.py --shapes llama-3-8b-prefill --providers rope_cupy,Liger
 
 The GPU's time is that of a CUDA graph of forward and backward passes over sets of buffers, of three
-times the L2 in all; the host's is the median over repeats of 500 passes in a row, forward and
-backward, of 16 tokens. Results and gradients are compared with the float64 reference before they
-are timed. q and k are no leaves, as behind a projection, so that they may be rotated in place; what
-stands for the projection launches nothing. limit_share is twice the limit kernel's time for q and k
-over the provider's time: no table is counted.
+times the L2 in all; the host's is the median over repeats of 500 passes in a row, of 16 tokens. All
+are repeated in turn. Results and gradients are compared with the float64 reference before they are
+timed. q and k are no leaves, as behind a projection, so that they may be rotated in place; what
+stands for the projection launches nothing. limit_share is the time of the limit kernel, for q and k
+and for their gradients, over the provider's: no table is counted.
 """
 
 from __future__ import annotations
@@ -178,10 +178,10 @@ def measured(task: Task, names: list[str], device: str) -> Iterator[tuple[str, s
     torch.compiler.reset()  # else the shapes before count against the limit of recompilations
     case, by_graph = Case(task.shape, "bfloat16", device=device), task.measure == GPU
     sets = list(zip(inputs_of(case), inputs_of(case), strict=True))
-    pool, timed = None, {}
+    pool = torch.cuda.graph_pool_handle() if device == "cuda" and by_graph else None
     done: dict[tuple[str, str], Result] = {}
-    if device == "cuda" and by_graph:
-        pool = torch.cuda.graph_pool_handle()
+    timed: dict[tuple[str, str], Any] = {}
+    if pool:
         limits = [_both(*(peers.limit(case, each) for each in pair)) for pair in sets]
         timed[LIMIT, ""], done[LIMIT, ""] = timing.captured(limits, pool), Result("ok")
     for name in names:
@@ -194,11 +194,19 @@ def measured(task: Task, names: list[str], device: str) -> Iterator[tuple[str, s
             try:
                 passes = [Pass(rotate, *each) for each in sets]
                 error = _error_of(passes[0], case, *sets[0])
-                timed[name, call] = _timed(passes, pool, device)
+                timed[name, call] = timing.captured(passes, pool) if pool else passes[0]
+                for _ in range(WARM_UP if device == "cuda" and not pool else 0):
+                    passes[0]()
                 done[name, call] = Result("ok", error=error)
             except Exception as failure:
                 done[name, call] = result_of(failure)
-    times = timing.replayed([*timed.values()]) if pool else timed.values()
+                timed.pop((name, call), None)
+    if device == "cpu":
+        times = [timing.cpu_time([each], CPU_CALLS) for each in timed.values()]
+    elif pool:
+        times = timing.replayed([*timed.values()])
+    else:
+        times = timing.host_times([*timed.values()], CALLS, REPEATS)
     for key, time in zip(timed, times, strict=True):
         done[key] = done[key]._replace(microseconds=time)
     yield from ((*key, result) for key, result in done.items())
@@ -218,18 +226,6 @@ def _error_of(each: Pass, case: Case, inputs: Inputs, grads: Inputs) -> float:
     back = Exact(case, grads._replace(table=Table(cos, sin, case.shape.interleaved)))
     forward = Exact(case, inputs)
     return max(forward.error_of(each.forward), back.error_of(each))
-
-
-def _timed(passes: list[Pass], pool: Any, device: str) -> Any:
-    """Return a graph of the passes where it has a pool, else the time of the first."""
-    if pool:
-        return timing.captured(passes, pool)
-    each = passes[0]
-    if device == "cpu":
-        return timing.cpu_time([each], CPU_CALLS)
-    for _ in range(WARM_UP):
-        each()
-    return timing.host_time(each, CALLS, REPEATS)
 
 
 def main() -> None:

@@ -73,20 +73,23 @@ def replayed(
     ]
 
 
-def host_time(call: Call, calls: int = 500, repeats: int = 9) -> float:
-    """Return the median, over repeats, of the host's time for one of `calls` calls in a row.
+def host_times(calls: Sequence[Call], number: int = 500, repeats: int = 9) -> list[float]:
+    """Return the median, over repeats, of the host's time for one of `number` calls in a row.
 
+    All calls are repeated in a new order every time: a host is slower at one time than at another.
     Nothing waits for the GPU between them, and its queue, of about 1,000 launches, never fills.
     """
-    times = []
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) * 1e6 / calls)
+        for i in random.sample(range(len(calls)), len(calls)):
+            call = calls[i]
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(number):
+                call()
+            times[i].append((time.perf_counter() - start) * 1e6 / number)
     torch.cuda.synchronize()
-    return statistics.median(times)
+    return [*map(statistics.median, times)]
 
 
 def cpu_time(calls: Sequence[Call], repeats: int = 5) -> float:

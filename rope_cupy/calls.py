@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from operator import eq
 from typing import Any, NamedTuple
 
@@ -114,7 +115,8 @@ def rotate(
         return _rotate_with_care(Given(names, xs, source, rows, first, options, out))
     key = source.fixed, first, names, options, source.form, len(rows), in_place, out is None
     if seen.requires_grad and tensor.records_gradients():
-        return _recorded(Given(names, xs, source, rows, first, options, out), key, seen)
+        given = Given(names, xs, source, rows, first, options, out)
+        return _of_torch().recorded(given, key, seen)  # type: ignore[no-any-return]
     ready = seen.kept.get(key)
     if ready is None or out is None:
         return rotate_seen(Given(names, xs, source, rows, first, options, out), key, seen)
@@ -126,24 +128,22 @@ def rotate(
 def _rotate_with_care(given: Given) -> tuple[Any, ...]:
     """Rotate what must be described every time, such as what PyTorch only traces."""
     if any(map(tensor.is_distributed, given.xs)):
-        from .torch import sharded
-
-        return sharded(given)
+        return _of_torch().sharded(given)  # type: ignore[no-any-return]
     if all(map(tensor.is_traced, (*given.xs, *given.table.arrays))):
-        from .torch import traced
-
         names, xs, positions = given.names, given.xs, given.given_positions
-        return traced(names, xs, given.table, positions, given.options, given.out)
+        traced = _of_torch().traced
+        return traced(names, xs, given.table, positions, given.options, given.out)  # type: ignore[no-any-return]
     if any(map(tensor.wants_gradient, (*given.xs, *given.table.arrays, *(given.out or ())))):
-        return _recorded(given, None, None)
+        return _of_torch().recorded(given, None, None)  # type: ignore[no-any-return]
     return rotate_unseen(given)
 
 
-def _recorded(given: Given, key: Any, seen: tensor.Glance | None) -> tuple[Any, ...]:
-    """Rotate what PyTorch records: how is known above, where it is imported, as the caller has."""
-    from .torch import recorded
+@cache
+def _of_torch() -> Any:
+    """Return the module above this one, which imports PyTorch, as the caller has."""
+    from . import torch
 
-    return recorded(given, key, seen)
+    return torch
 
 
 def rotate_seen(given: Given, key: Any, seen: tensor.Glance) -> tuple[Any, ...]:

@@ -231,7 +231,7 @@ class _Torch(Library):
             return None
 
     def empty_like(self, array: Any) -> Any:
-        return sys.modules["torch"].empty_like(array, requires_grad=False)
+        return sys.modules["torch"].empty_like(array)
 
     @property
     def wrote(self) -> Callable[[tuple[Any, ...]], None]:

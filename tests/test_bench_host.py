@@ -85,7 +85,7 @@ def test_what_is_wrong_or_absent_is_not_timed_and_nothing_else_is_tried(monkeypa
     expected = {unmoved: "wrong", missing: "absent", broken: "failed"}
     for provider, status in expected.items():
         monkeypatch.setitem(providers.PROVIDERS, "peer", provider)
-        ((task, result),) = bench_host.measured_calls("peer", "cpu")
+        ((task, result),) = bench_host.measured(["peer"], "cpu")
         assert (task.call, result.status) == ("in place, positions", status)
         assert result.microseconds is None
     assert result.reason == "RuntimeError: no memory"
@@ -97,7 +97,7 @@ def test_a_peer_is_timed_by_the_first_call_that_it_can_do(monkeypatch):
         return providers.torch_eager(case, inputs)
 
     monkeypatch.setitem(providers.PROVIDERS, "peer", new_arrays_without_positions)
-    ((task, result),) = bench_host.measured_calls("peer", "cpu")
+    ((task, result),) = bench_host.measured(["peer"], "cpu")
     assert (task.call, result.status) == ("new arrays", "ok")
 
 
