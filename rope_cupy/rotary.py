@@ -34,7 +34,7 @@ def apply_rotary(
     array([[[-4.,  3.]]])
     """
     options = interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range
-    turn = _tracer() if is_compiling() else rotate
+    turn = _tracer() if is_compiling(x) else rotate
     (result,) = turn(("x",), (x,), table, positions, options, None if out is None else (out,))
     return result  # type: ignore[no-any-return]
 
@@ -103,7 +103,7 @@ def apply_rotary_qk(
     options = interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range
     if out is not None and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"out must be None or a tuple of two arrays, got {described(out)}")
-    turn = _tracer() if is_compiling() else rotate
+    turn = _tracer() if is_compiling(q) else rotate
     q_out, k_out = turn(("q", "k"), (q, k), table, positions, options, out)
     return q_out, k_out
 

@@ -131,7 +131,7 @@ class RotaryTable:
         return table
 
     def _look(self, form: Callable[..., TableView], *arrays: Any) -> None:
-        if tensor.is_compiling():  # what is compiled checks it when it runs
+        if tensor.is_compiling(arrays[0]):  # what is compiled checks it when it runs
             self._source = TableSource(form, arrays)
             return
         self._source = _lasting(form, arrays)

@@ -449,10 +449,18 @@ def is_kind_of_array(kind: type) -> bool:
     return _library_of_type(kind) is not None
 
 
-def is_compiling() -> bool:
-    """Return whether this is not run, but traced by torch.compile or torch.export."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.compiler.is_compiling()
+def is_compiling(array: Any) -> bool:
+    """Return whether this is not run, but traced by torch.compile or torch.export.
+
+    It is traced itself, and so asks not for sys.modules: PyTorch 2.11 would walk through them all.
+    """
+    if not hasattr(array, "requires_grad"):  # no tensor of PyTorch, which may not be there
+        return False
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.compiler.is_compiling()
 
 
 def is_distributed(array: Any) -> bool:
