@@ -2,6 +2,14 @@
 // before it in the stream ends. Where a launch does not ask for it, both verbs do nothing.
 #pragma once
 
+// Whether an address is odd, which that of no element is. The compiler does not know this: where it
+// is asked before the wait, addresses are computed before it, while earlier grids still run. Left
+// alone they are computed behind it.
+template <typename... Elements>
+__device__ __forceinline__ bool any_is_odd(const Elements*... addresses) {
+  return ((reinterpret_cast<unsigned long long>(addresses) | ...) & 1) != 0;
+}
+
 // Wait until the grids before this one have ended and what they wrote can be read. Every thread
 // calls it before it touches memory, so that a grid has never ended before those it depends on.
 __device__ __forceinline__ void wait_for_earlier_grids() {

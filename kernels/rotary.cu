@@ -104,18 +104,15 @@ struct Arguments {
 };
 
 template <typename Real, int kPairs, int kTableStep, int kSinOffset, typename Table>
-__device__ __forceinline__ Angles<Real, kPairs> load_angles(const Table* cos_row, Access cos_access,
-                                                            const Table* sin_row, Access sin_access,
-                                                            int pair) {
+__device__ __forceinline__ Angles<Real, kPairs> load_angles(const Table* cos_address,
+                                                            Access cos_access,
+                                                            const Table* sin_address,
+                                                            Access sin_access) {
   static_assert(kSinOffset == 0 || kSinOffset < kTableStep,
                 "sin must lie in the run that holds cos");
-  const auto cos_run =
-      load<kPairs * kTableStep>(cos_row + pair * kTableStep * cos_access.stride, cos_access);
+  const auto cos_run = load<kPairs * kTableStep>(cos_address, cos_access);
   auto sin_run = cos_run;
-  if constexpr (kSinOffset == 0) {
-    sin_run =
-        load<kPairs * kTableStep>(sin_row + pair * kTableStep * sin_access.stride, sin_access);
-  }
+  if constexpr (kSinOffset == 0) sin_run = load<kPairs * kTableStep>(sin_address, sin_access);
   const auto cos = widen<Real>(cos_run), sin = widen<Real>(sin_run);
   Angles<Real, kPairs> angles;
 #pragma unroll
@@ -188,6 +185,25 @@ __global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position
   const long long out_step = kInPlace ? tensor.x_step : tensor.out_step;
   const int num_pairs = static_cast<int>(args.num_pairs);
 
+  const int pair = lane * kPairs;
+  const T* x_run = x_slice + run_of<kInterleaved>(pair) * x_access.stride;
+  T* out_run = out_slice + run_of<kInterleaved>(pair) * out_access.stride;
+
+  const Access cos_access = args.cos.template access<Table, kCommon>();
+  const Access sin_access = args.sin.template access<Table, kCommon>();
+  const Table* cos_run = args.cos_data + pair * kTableStep * cos_access.stride;
+  const Table* sin_run = args.sin_data + pair * kTableStep * sin_access.stride;
+  [[maybe_unused]] const Position* position_of_row = nullptr;
+  if constexpr (kIsVoid<Position>) {
+    const long long cos_offset = args.cos.template offset<kCommon>(at);
+    cos_run += cos_offset;
+    sin_run += kCommon ? cos_offset : args.sin.template offset<kCommon>(at);
+  } else {
+    position_of_row =
+        static_cast<const Position*>(args.positions) + args.position.template offset<kCommon>(at);
+  }
+
+  if (any_is_odd(x_run, cos_run, sin_run, position_of_row)) return;
   wait_for_earlier_grids();
   let_later_grids_start();
 
@@ -208,25 +224,19 @@ __global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position
   }
 
   if (!passes) {
-    const int pair = lane * kPairs;
     Vec<T, 2 * kPairs> pairs[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      pairs[i] = load_pairs<kInterleaved, kPairs, kPastL1>(x_slice + i * tensor.x_step, x_access,
-                                                           pair, num_pairs);
+      pairs[i] =
+          load_pairs<kInterleaved, kPairs, kPastL1>(x_run + i * tensor.x_step, x_access, num_pairs);
     }
     const auto store_row = [&](int i, const Vec<T, 2 * kPairs>& run) {
-      store_pairs<kInterleaved, kPairs, kPastL1>(out_slice + i * out_step, out_access, pair,
-                                                 num_pairs, run);
+      store_pairs<kInterleaved, kPairs, kPastL1>(out_run + i * out_step, out_access, num_pairs,
+                                                 run);
     };
 
-    long long cos_offset, sin_offset;
-    if constexpr (kIsVoid<Position>) {
-      cos_offset = args.cos.template offset<kCommon>(at);
-      sin_offset = kCommon ? cos_offset : args.sin.template offset<kCommon>(at);
-    } else {
-      const auto* positions = static_cast<const Position*>(args.positions);
-      const long long position = positions[args.position.template offset<kCommon>(at)];
+    if constexpr (!kIsVoid<Position>) {
+      const long long position = *position_of_row;
       if (static_cast<unsigned long long>(position) >=
           static_cast<unsigned long long>(args.num_positions)) {
 #pragma unroll
@@ -234,16 +244,17 @@ __global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position
         return;
       }
       if constexpr (kCommon) {
-        cos_offset = multiply_add(static_cast<int>(position), static_cast<int>(args.cos_row), 0);
-        sin_offset = cos_offset;
+        const long long offset =
+            multiply_add(static_cast<int>(position), static_cast<int>(args.cos_row), 0);
+        cos_run += offset;
+        sin_run += offset;
       } else {
-        cos_offset = position * args.cos_row;
-        sin_offset = position * args.sin_row;
+        cos_run += position * args.cos_row;
+        sin_run += position * args.sin_row;
       }
     }
-    const auto angles = load_angles<Real, kPairs, kTableStep, kSinOffset>(
-        args.cos_data + cos_offset, args.cos.template access<Table, kCommon>(),
-        args.sin_data + sin_offset, args.sin.template access<Table, kCommon>(), pair);
+    const auto angles =
+        load_angles<Real, kPairs, kTableStep, kSinOffset>(cos_run, cos_access, sin_run, sin_access);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       store_row(i, rotate<kInterleaved, kConjugate, kPairs>(pairs[i], angles));

@@ -125,6 +125,16 @@ def rotate(
     return out
 
 
+def _traced(*call: Any) -> tuple[Any, ...]:
+    from .torch import traced
+
+    return traced(*call)
+
+
+# torch.compile traces this in place of `rotate`, which so need not ask whether it is traced.
+rotate._torchdynamo_inline = _traced  # type: ignore[attr-defined]
+
+
 def _rotate_with_care(given: Given) -> tuple[Any, ...]:
     """Rotate what must be described every time, such as what PyTorch only traces."""
     if any(map(tensor.is_distributed, given.xs)):

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 from .calls import rotate
 from .checks import described
-from .tensor import is_compiling
 
 Array = TypeVar("Array")  # of any library, whose kind the results have too
 
@@ -34,8 +33,7 @@ def apply_rotary(
     array([[[-4.,  3.]]])
     """
     options = interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range
-    turn = _tracer() if is_compiling(x) else rotate
-    (result,) = turn(("x",), (x,), table, positions, options, None if out is None else (out,))
+    (result,) = rotate(("x",), (x,), table, positions, options, None if out is None else (out,))
     return result  # type: ignore[no-any-return]
 
 
@@ -103,13 +101,5 @@ def apply_rotary_qk(
     options = interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range
     if out is not None and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"out must be None or a tuple of two arrays, got {described(out)}")
-    turn = _tracer() if is_compiling(q) else rotate
-    q_out, k_out = turn(("q", "k"), (q, k), table, positions, options, out)
+    q_out, k_out = rotate(("q", "k"), (q, k), table, positions, options, out)
     return q_out, k_out
-
-
-def _tracer() -> Any:
-    """Return what puts a call into the graph that PyTorch traces."""
-    from .torch import traced
-
-    return traced

@@ -213,12 +213,8 @@ class _Rotation(torch.autograd.Function):
         if not asked:
             return (None,) * (3 + len(names))
         how = table, positions, _conjugate(options), None
-        turned = dict(zip(asked, _turned((*asked,), (*asked.values(),), *how), strict=True))
+        turned = dict(zip(asked, calls.rotate((*asked,), (*asked.values(),), *how), strict=True))
         return None, None, None, *[turned.get(f"{name}_grad") for name in names]
-
-
-def _turned(*call: Any) -> tuple[Any, ...]:
-    return traced(*call) if torch.compiler.is_compiling() else calls.rotate(*call)
 
 
 @cache
@@ -245,7 +241,7 @@ def sharded(given: calls.Given) -> tuple[Any, ...]:
     positions, table = _of_this_process(given, parts)
     local = tuple(x.to_local() for x in given.xs)
     out = None if given.out is None else local
-    results = _turned(given.names, local, table, positions, given.options, out)
+    results = calls.rotate(given.names, local, table, positions, given.options, out)
     if given.out is not None:
         return given.out
     return tuple(

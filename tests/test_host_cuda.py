@@ -139,8 +139,8 @@ CHANGED = "what is not rotated must keep its bits"
 MUTANTS = {
     "an index off by one": Mutant(
         "rotary.cu",
-        "cos_row + pair *",
-        "cos_row + (pair + 1) *",
+        "args.cos_data + pair *",
+        "args.cos_data + (pair + 1) *",
         OUT_OF_BOUNDS,
         PLAIN._replace(table_style="offset1"),
     ),
@@ -196,8 +196,8 @@ MUTANTS = {
     ),
     "int32 positions for int64": Mutant(
         "rotary.cu",
-        "static_cast<const Position*>",
-        "static_cast<const int*>",
+        "= *position_of_row",
+        "= *static_cast<const int*>(static_cast<const void*>(position_of_row))",
         WRONG,
         GATHERED,
     ),
@@ -222,14 +222,14 @@ MUTANTS = {
     ),
     "sines by the rows of cosines": OfTheirOwn(
         "rotary.cu",
-        "sin_offset = position * args.sin_row",
-        "sin_offset = position * args.cos_row",
+        "sin_run += position * args.sin_row",
+        "sin_run += position * args.cos_row",
         f"{OUT_OF_BOUNDS}|{WRONG}",
     ),
     "the second row of a set beside the first": Mutant(
         "rotary.cu",
-        "x_slice + i * tensor.x_step,",
-        "x_slice + i * tensor.x.inner,",
+        "x_run + i * tensor.x_step,",
+        "x_run + i * tensor.x.inner,",
         WRONG,
         TWO_ROWS,
     ),
