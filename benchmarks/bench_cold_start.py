@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from report import MACHINE, default_path, machine, say
+from report import MACHINE, destination, say
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (*MACHINE, "step", "milliseconds", "runs")
@@ -75,9 +75,7 @@ class Step(NamedTuple):
 def main() -> None:
     """Run everything that the machine can, write the CSV and print a table."""
     options = _parsed()
-    path = options.csv or default_path("cold-start", options.device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    common = machine(options.device)
+    path, common = destination("cold-start", options)
     print(f"{'milliseconds':30}{'median':>9}{'least':>9}{'most':>9}")
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)

@@ -35,7 +35,7 @@ import torch
 from inputs import Exact, inputs_of
 from outcome import AbsentError, Result, UnsupportedError, result_of
 from providers import Call, Case, Inputs, Pair
-from report import MACHINE, default_path, machine, say, several
+from report import MACHINE, destination, say, several
 from shapes import Shape
 
 import rope_cupy
@@ -185,17 +185,16 @@ def measured(providers: list[str], device: str) -> list[tuple[Task, Result]]:
 def ready_calls(provider: str, device: str) -> Iterator[tuple[Task, Result, Call | None]]:
     """Check calls, and return those that are right, to be timed."""
     if provider == RAW_KERNEL:
-        tasks = [Task("empty", provider, raw_kernel, rotates=False)]
+        task = Task("empty", provider, raw_kernel, rotates=False)
+        yield task, *checked(task, device)
+    elif provider == OURS:
+        yield from ((task, *checked(task, device)) for task in CALLS_OF_OURS)
     else:
-        tasks = CALLS_OF_OURS if provider == OURS else calls_of_all(provider)
-    for i, task in enumerate(tasks, 1):
-        result, call = checked(task, device)
-        is_peer = provider not in (RAW_KERNEL, OURS)
-        if is_peer and result.status == "unsupported" and i < len(tasks):
-            continue
+        for task in calls_of_all(provider):
+            result, call = checked(task, device)
+            if result.status != "unsupported":
+                break
         yield task, result, call
-        if is_peer:
-            return
 
 
 def checked(task: Task, device: str) -> tuple[Result, Call | None]:
@@ -216,11 +215,7 @@ def checked(task: Task, device: str) -> tuple[Result, Call | None]:
 def main() -> None:
     """Run what the command line asks for, write the CSV and print a table."""
     options = _parsed()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("PyTorch finds no GPU; --device cpu measures on the CPU")
-    path = options.csv or default_path("host", options.device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    common = machine(options.device)
+    path, common = destination("host", options)
     versions = {RAW_KERNEL: common["cupy"], "torch": common["torch"]}
     done = measured(options.providers, options.device)
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -31,7 +31,7 @@ import torch
 from inputs import TOLERANCE, Exact, inputs_of
 from outcome import Result, result_of
 from providers import TABLES, VARIANTS, Call, Case, Inputs
-from report import MACHINE, default_path, machine, say, several
+from report import MACHINE, destination, say, several
 from shapes import GROUPS, SHAPES, Shape, chosen, is_causal
 
 COLUMNS = (
@@ -61,12 +61,8 @@ class Task(NamedTuple):
 def main() -> None:
     """Run what the command line asks for, write the CSV and print a table."""
     options = _parsed()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("PyTorch finds no GPU; --device cpu measures on the CPU")
+    path, common = destination("rotary", options)
     tasks = _goals(options.device) if options.goals else _asked(options)
-    path = options.csv or default_path("rotary", options.device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    common = machine(options.device)
     if options.device == "cuda":
         say("building the kernels of FlashInfer and SGLang")
         peers.build_ahead([task.case for task in tasks], options.providers)

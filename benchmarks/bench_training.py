@@ -31,7 +31,7 @@ from bench_host import CALLS, CPU_CALLS, REPEATS, SHAPE, WARM_UP
 from inputs import Exact, inputs_of
 from outcome import Result, UnsupportedError, result_of
 from providers import Call, Case, Inputs, Pair, Table
-from report import MACHINE, default_path, machine, say, several
+from report import MACHINE, destination, say, several
 from shapes import GROUPS, SHAPES, Shape, chosen
 
 COLUMNS = (*MACHINE, "shape", "measure", "provider", "call", "version", "status", "reason")
@@ -67,8 +67,7 @@ def rope_cupy(case: Case, table: Table) -> dict[str, Rotate]:
 
 def compiled_rope_cupy(case: Case, table: Table) -> dict[str, Rotate]:
     """The same inside a function that torch.compile compiles."""
-    if case.device == "cpu":
-        raise UnsupportedError("measured on a GPU only")
+    peers.gpu_only(case)
     rotate = rope_cupy(case, table)[NEW]
     return {NEW: torch.compile(lambda q, k: rotate(q, k), dynamic=False, fullgraph=True)}
 
@@ -81,8 +80,7 @@ def torch_eager(case: Case, table: Table) -> dict[str, Rotate]:
 
 def torch_compile(case: Case, table: Table) -> dict[str, Rotate]:
     """The same function compiled by torch.compile for the case's shape."""
-    if case.device == "cpu":
-        raise UnsupportedError("measured on a GPU only")
+    peers.gpu_only(case)
     arguments = table.cos, table.sin, None, case.shape.interleaved, 0
     rotate = torch.compile(peers.rotated_qk_by_torch, dynamic=False)
     return {NEW: lambda q, k: rotate(q, k, *arguments)}
@@ -90,7 +88,8 @@ def torch_compile(case: Case, table: Table) -> dict[str, Rotate]:
 
 def liger(case: Case, table: Table) -> dict[str, Rotate]:
     """liger_rotary_pos_emb, which rotates q, k and their gradients in place."""
-    rotate = _importable(case, "liger_kernel.transformers.rope").liger_rotary_pos_emb
+    peers.gpu_only(case)
+    rotate = peers.imported("liger_kernel.transformers.rope").liger_rotary_pos_emb
     if case.shape.interleaved:
         raise UnsupportedError("pairs of halves only")
     cos, sin = (part[None] for part in table.form(peers.full_width, torch.float32))
@@ -113,8 +112,9 @@ def quack(case: Case, table: Table) -> dict[str, Rotate]:
 
 
 def _one_by_one(case: Case, table: Table, module: str) -> dict[str, Rotate]:
+    peers.gpu_only(case)
     rotate = functools.partial(
-        _importable(case, module).apply_rotary_emb,
+        peers.imported(module).apply_rotary_emb,
         cos=table.cos,
         sin=table.sin,
         interleaved=case.shape.interleaved,
@@ -123,12 +123,6 @@ def _one_by_one(case: Case, table: Table, module: str) -> dict[str, Rotate]:
         NEW: lambda q, k: (rotate(q), rotate(k)),
         IN_PLACE: lambda q, k: (rotate(q, inplace=True), rotate(k, inplace=True)),
     }
-
-
-def _importable(case: Case, module: str) -> Any:
-    if case.device == "cpu":
-        raise UnsupportedError("runs on a GPU only")
-    return peers.imported(module)
 
 
 PROVIDERS: dict[str, Callable[[Case, Table], dict[str, Rotate]]] = {
@@ -173,7 +167,7 @@ class Pass:
         return gradients
 
 
-def measured(task: Task, names: list[str], device: str) -> Iterator[tuple[str, str, Result]]:
+def measured(task: Task, names: list[str], device: str) -> list[tuple[str, str, Result]]:
     """Check results and gradients, then time them: (provider, call, result)."""
     torch.compiler.reset()  # else the shapes before count against the limit of recompilations
     case, by_graph = Case(task.shape, "bfloat16", device=device), task.measure == GPU
@@ -194,13 +188,12 @@ def measured(task: Task, names: list[str], device: str) -> Iterator[tuple[str, s
             try:
                 passes = [Pass(rotate, *each) for each in sets]
                 error = _error_of(passes[0], case, *sets[0])
-                timed[name, call] = timing.captured(passes, pool) if pool else passes[0]
+                ready = timing.captured(passes, pool) if pool else passes[0]
                 for _ in range(WARM_UP if device == "cuda" and not pool else 0):
                     passes[0]()
-                done[name, call] = Result("ok", error=error)
+                timed[name, call], done[name, call] = ready, Result("ok", error=error)
             except Exception as failure:
                 done[name, call] = result_of(failure)
-                timed.pop((name, call), None)
     if device == "cpu":
         times = [timing.cpu_time([each], CPU_CALLS) for each in timed.values()]
     elif pool:
@@ -209,7 +202,7 @@ def measured(task: Task, names: list[str], device: str) -> Iterator[tuple[str, s
         times = timing.host_times([*timed.values()], CALLS, REPEATS)
     for key, time in zip(timed, times, strict=True):
         done[key] = done[key]._replace(microseconds=time)
-    yield from ((*key, result) for key, result in done.items())
+    return [(*key, result) for key, result in done.items()]
 
 
 def _both(first: Call, second: Call) -> Call:
@@ -231,11 +224,7 @@ def _error_of(each: Pass, case: Case, inputs: Inputs, grads: Inputs) -> float:
 def main() -> None:
     """Run what the command line asks for, write the CSV and print a table."""
     options = _parsed()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("PyTorch finds no GPU; --device cpu measures on the CPU")
-    path = options.csv or default_path("training", options.device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    common = machine(options.device)
+    path, common = destination("training", options)
     tasks = [*(Task(shape, GPU) for shape in options.shapes), Task(SHAPE, HOST)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -250,7 +239,7 @@ def main() -> None:
     print(f"\nwritten to {path}")
 
 
-def _rows(task: Task, results: Iterator[tuple[str, str, Result]]) -> Iterator[dict[str, str]]:
+def _rows(task: Task, results: list[tuple[str, str, Result]]) -> Iterator[dict[str, str]]:
     limit = None
     for name, call, result in results:
         time = result.microseconds

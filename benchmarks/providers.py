@@ -278,7 +278,7 @@ def liger(case: Case, inputs: Inputs) -> Call:
 
     It copies what is not dense as (b, s, h, d), and returns the rotated copies.
     """
-    _gpu_only(case)
+    gpu_only(case)
     shape = case.shape
     rotate = imported("liger_kernel.transformers.rope").liger_rotary_pos_emb
     if shape.interleaved:
@@ -300,13 +300,13 @@ def liger(case: Case, inputs: Inputs) -> Call:
 
 def flash_attn(case: Case, inputs: Inputs) -> Call:
     """flash_attn.layers.rotary: apply_rotary_emb, a Triton kernel."""
-    _gpu_only(case)
+    gpu_only(case)
     return _rotated_one_by_one(case, inputs, imported("flash_attn.layers.rotary"), 256)
 
 
 def quack(case: Case, inputs: Inputs) -> Call:
     """quack.rotary: apply_rotary_emb, a kernel of CuTe's DSL."""
-    _gpu_only(case)
+    gpu_only(case)
     if case.shape.head_dim % 8 or case.shape.rotary_dim % 8:
         raise UnsupportedError("multiples of 8 only")
     return _rotated_one_by_one(case, inputs, imported("quack.rotary"), 512)
@@ -340,7 +340,7 @@ def _rotated_one_by_one(case: Case, inputs: Inputs, library: Any, most: int) -> 
 
 def flashinfer(case: Case, inputs: Inputs) -> Call:
     """flashinfer.rope.apply_rope_with_cos_sin_cache, and its form in place."""
-    _gpu_only(case)
+    gpu_only(case)
     shape = case.shape
     library = imported("flashinfer.rope")
     if shape.rotary_dim not in (64, 128, 256, 512):
@@ -386,7 +386,7 @@ def sglang(case: Case, inputs: Inputs) -> Call:
     and its public header is built as its own sglang.jit_kernel.rope builds it; what is called is
     the FusedRopeKernel that apply_rope_inplace calls, without the custom op around it.
     """
-    _gpu_only(case)
+    gpu_only(case)
     shape = case.shape
     _in_place_only(case)
     _sixteen_bits(case)
@@ -435,7 +435,7 @@ def vllm(case: Case, inputs: Inputs) -> Call:
 
     The layer makes its table itself; this function takes one, in the dtype of q.
     """
-    _gpu_only(case)
+    gpu_only(case)
     shape = case.shape
     rotate = imported("vllm._custom_ops").rotary_embedding
     _in_place_only(case)
@@ -447,7 +447,7 @@ def vllm(case: Case, inputs: Inputs) -> Call:
 
 def comfy_kitchen(case: Case, inputs: Inputs) -> Call:
     """comfy_kitchen.apply_rope and its kin for halves and in place, on its fastest backend."""
-    _gpu_only(case)
+    gpu_only(case)
     shape = case.shape
     library = imported("comfy_kitchen")
     _whole_heads_only(case)
@@ -572,7 +572,7 @@ def imported(name: str) -> Any:
         raise AbsentError(f"{package} is not installed" if missing else str(error)) from error
 
 
-def _gpu_only(case: Case) -> None:
+def gpu_only(case: Case) -> None:
     if case.device == "cpu":
         raise UnsupportedError("runs on a GPU only")
 

@@ -53,6 +53,18 @@ def default_path(kind: str, device: str) -> Path:
     return RESULTS / f"{datetime.date.today().isoformat()}-{short}-{kind}.csv"
 
 
+def destination(kind: str, options: argparse.Namespace) -> tuple[Path, dict[str, str]]:
+    """Return where the CSV goes, in a folder that is there, and the columns of `machine`.
+
+    The process ends where a GPU is asked for and none is there.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("PyTorch finds no GPU; --device cpu measures on the CPU")
+    path = options.csv or default_path(kind, options.device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path, machine(options.device)
+
+
 def several(known: Sequence[str]) -> Callable[[str], list[str]]:
     """Return what reads an option of known names with commas, or "all"."""
 

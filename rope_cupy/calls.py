@@ -117,7 +117,7 @@ def rotate(
     if seen.requires_grad and tensor.records_gradients():
         given = Given(names, xs, source, rows, first, options, out)
         return _of_torch().recorded(given, key, seen)  # type: ignore[no-any-return]
-    ready = seen.kept.get(key)
+    ready = None if out is None else seen.kept.get(key)  # new arrays are kept by where they lie
     if ready is None or out is None:
         return rotate_seen(Given(names, xs, source, rows, first, options, out), key, seen)
     ready.write()
@@ -196,7 +196,7 @@ def _ready_at(
     """
     num, at, outs = len(given.xs), seen.at, given.out
     in_place = outs is not None and given.xs[0] is outs[0] and given.xs[-1] is outs[-1]
-    ready = seen.kept.get(key)
+    ready = None if outs is None else seen.kept.get(key)
     if ready is not None and outs is not None:
         return ready, outs, ()
     out_at = () if outs is None else at[:num] if in_place else at[-num:]

@@ -82,6 +82,7 @@ def apply_rotary_qk(
 
     Raises:
         TypeError, ValueError: say what was wanted and what came; nothing has been written then.
+        RuntimeError: the first call that needs a kernel is made while its stream is captured.
 
     PyTorch records gradients of q and k, first and second, in place too, and compiles a call as one
     operator; a table has none.
