@@ -71,13 +71,14 @@ class _Call:
     apart: tuple[tuple[_Place, _Place], ...]  # pairs that must share no memory
     inputs: tuple[tensor.Library, ...]
     outputs: tuple[tensor.Library, ...]
+    wrote: Callable[[tuple[Any, ...]], None]  # tells the libraries of outputs that were given
 
 
 class Ready(NamedTuple):
     """A call at addresses that have been checked."""
 
     write: Callable[[], None]
-    wrote: Callable[[tuple[Any, ...]], None]  # tells the libraries of outputs that were given
+    wrote: Callable[[tuple[Any, ...]], None]  # of the call
 
 
 _calls: dict[Any, _Call] = {}  # by what is seen of a call at a glance
@@ -217,13 +218,8 @@ def _ready_at(
     if ready is None:
         behind = num if fixed else num + len(given.table.arrays)
         table = fixed.at if fixed else at[num:behind]
-        pointers = Pointers(
-            x=at[:num],
-            out=out_at,
-            cos=table[0],
-            sin=table[-1] + call.to_sin,
-            positions=at[behind] if given.positions else 0,
-        )
+        rows = at[behind] if given.positions else 0
+        pointers = Pointers(at[:num], out_at, table[0], table[-1] + call.to_sin, rows)
         ready = keep(seen.kept, key, _made_ready(call, pointers, given.first), MAX_KEPT)
     return ready, outs, ()
 
@@ -293,6 +289,7 @@ def _checked(
         apart=_must_be_apart(names, inputs, outputs, same, spec, positions) if given.out else (),
         inputs=tuple(array.library for array in inputs),
         outputs=tuple(array.library for array in outputs),
+        wrote=_teller(tuple(array.library for array in outputs)),
     )
 
 
@@ -332,6 +329,15 @@ def _made_ready(call: _Call, pointers: Pointers, first: int | None) -> Ready:
     row = 0
     if call.problem.position_dtype is None:
         row = implicit_position(first, call.table, call.problem.num_tokens)
+    if call.apart:
+        _check_apart(call, pointers)
+    if row:
+        to_cos, to_sin = (row * part.strides[0] * ITEMSIZE[part.dtype] for part in call.table[:2])
+        pointers = pointers._replace(cos=pointers.cos + to_cos, sin=pointers.sin + to_sin)
+    return Ready(_writer(call, pointers), call.wrote)
+
+
+def _check_apart(call: _Call, pointers: Pointers) -> None:
     at = (*pointers.x, *pointers.out, pointers.cos, pointers.sin, pointers.positions)
     for y, other in call.apart:
         here, there = at[y.number], at[other.number]
@@ -341,9 +347,6 @@ def _made_ready(call: _Call, pointers: Pointers, first: int | None) -> Ready:
                 f"{y.name} must be its input or share no memory with {other.name}, got two arrays "
                 "that overlap"
             )
-    to_cos, to_sin = (row * part.strides[0] * ITEMSIZE[part.dtype] for part in call.table[:2])
-    pointers = pointers._replace(cos=pointers.cos + to_cos, sin=pointers.sin + to_sin)
-    return Ready(_writer(call, pointers), _teller(call.outputs))
 
 
 def _writer(call: _Call, pointers: Pointers) -> Callable[[], None]:

@@ -115,6 +115,8 @@ class Launcher:
 
     def __init__(self, plan: LaunchPlan, device: int, stream_of: Callable[[int], int]) -> None:
         self.plan, self.device, self.stream_of = plan, device, stream_of
+        self.current_device = cupy().cuda.runtime.getDevice
+        self.launch = _cu_launch_kernel_ex()
         self.ready: dict[int, tuple[_Config, int, int]] = {}  # by stream; with two addresses
 
     def prepared(self, stream: int) -> tuple[_Config, int, int]:
@@ -133,10 +135,7 @@ class Launch:
     """A launch with its arguments, to be made as often as wanted, by any thread."""
 
     def __init__(self, launcher: Launcher, argument_block: bytes) -> None:
-        self._launcher, self._ready = launcher, launcher.ready
-        self._device, self._stream_of = launcher.device, launcher.stream_of
-        self._current_device = cupy().cuda.runtime.getDevice
-        self._launch = _cu_launch_kernel_ex()
+        self._launcher = launcher
         # The driver is given the address of the address of the block, which lies behind it.
         self._parameters = ctypes.create_string_buffer(bytes(8) + argument_block)
         self._address = ctypes.addressof(self._parameters)
@@ -144,17 +143,18 @@ class Launch:
 
     def __call__(self) -> None:
         """Launch. The arguments are read before this returns."""
-        device = self._current_device()
+        launcher = self._launcher
+        device = launcher.current_device()
         if not _thread.has_context:
             # Which the driver needs, and the runtime does by itself.
             cupy().cuda.runtime.setDevice(device)
             _thread.has_context = True
-        if device != self._device:
-            with cupy().cuda.Device(self._device):
+        if device != launcher.device:
+            with cupy().cuda.Device(launcher.device):
                 return self()
-        stream = self._stream_of(device)
-        _, config, function = self._ready.get(stream) or self._launcher.prepared(stream)
-        status = self._launch(config, function, self._address, None)
+        stream = launcher.stream_of(device)
+        _, config, function = launcher.ready.get(stream) or launcher.prepared(stream)
+        status = launcher.launch(config, function, self._address, None)
         if status:
             cupy().cuda.driver.check_status(status)
 

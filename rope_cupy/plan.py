@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import struct
 from functools import lru_cache
-from operator import add
 from typing import NamedTuple
 
 from .memory import ACCESS_BYTES, ITEMSIZE
@@ -42,10 +41,10 @@ class LaunchPlan(NamedTuple):
 
     def argument_block(self, pointers: Pointers) -> bytes:
         """Return the kernel's one argument; a launch of one tensor repeats it as the second."""
-        x, out = (pointers.x * 2)[:2], (pointers.out * 2)[:2]
-        slices = map(add, (*x, *out), self.to_slice)
-        addresses = (*slices, pointers.cos, pointers.sin, pointers.positions)
-        return struct.pack("<7Q", *addresses) + self.arguments
+        x, out, *others = pointers
+        to_x, to_second_x, to_out, to_second_out = self.to_slice
+        slices = x[0] + to_x, x[-1] + to_second_x, out[0] + to_out, out[-1] + to_second_out
+        return struct.pack("<7Q", *slices, *others) + self.arguments
 
 
 class Order(NamedTuple):
