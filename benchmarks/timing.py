@@ -73,7 +73,7 @@ def replayed(
     ]
 
 
-def host_times(calls: Sequence[Call], number: int = 500, repeats: int = 9) -> list[float]:
+def host_times(calls: Sequence[Call], number: int, repeats: int) -> list[float]:
     """Return the median, over repeats, of the host's time for one of `number` calls in a row.
 
     All calls are repeated in a new order every time: a host is slower at one time than at another.
