@@ -21,7 +21,10 @@ WORLD = 2
 PLACES = {"b": 0, "s": 1, "h": 2, "": None}  # axes of (b, s, h, d)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.undisturbed])
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize(
     "check", ["check_axes", "check_tables", "check_others", "check_compiled", "check_fsdp"]
 )

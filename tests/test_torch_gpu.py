@@ -198,7 +198,8 @@ def test_compiled_code_runs_on_another_gpu(capture):
     compiled(q, k)
     with torch.cuda.device(1):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # By default all captures use one stream, which lies on the device of the first.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
             results = compiled(q, k)
         graph.replay()
     assert all(map(torch.equal, results, wanted))
