@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import tensor
 from .checks import described, index
-from .frequencies import cos_sin
 from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
 from .problem import TableSpec, check_dtype
 
@@ -120,9 +121,39 @@ class RotaryTable:
         num_positions = index("num_positions", num_positions)
         if num_positions < 0:
             raise ValueError(f"num_positions must be 0 or more, got {num_positions}")
+        positions = np.arange(num_positions, dtype=np.float64)[:, None]
+        return cls._computed(like, positions, _radians(inv_freq))
+
+    @classmethod
+    def from_angles(cls, angles: Any, *, like: Any) -> RotaryTable:
+        """Compute the table of the angles, in radians, that every pair turns by at every row.
+
+        `angles` is a NumPy array of float64 of a shape as for `RotaryTable`: of grids of images and
+        video, say, by `rope_cupy.frequencies.axial`. Cosines and sines are computed in float64 and
+        stored as float32, in the library and on the device of the array `like`.
+
+        Raises TypeError or ValueError when `angles` is no such array.
+
+        >>> import numpy as np
+        >>> x = np.zeros((4, 1, 8), np.float32)
+        >>> RotaryTable.from_angles(np.outer(np.arange(4), [1.0, 0.1]), like=x)
+        RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float32', device='cpu')
+        """
+        if not isinstance(angles, np.ndarray) or angles.dtype != np.float64:
+            raise TypeError(f"angles must be a NumPy array of float64, got {described(angles)}")
+        return cls._computed(like, angles)
+
+    @classmethod
+    def _computed(cls, like: Any, *factors: NDArray[np.float64]) -> RotaryTable:
+        """Compute the table of a product of angles where `like` lies."""
+
+        def cos_and_sin(module: Any, *factors: Any) -> tuple[Any, Any]:
+            angles, single = math.prod(factors[1:], start=factors[0]), module.float32
+            cos = module.asarray(module.cos(angles), dtype=single)
+            return cos, module.asarray(module.sin(angles), dtype=single)
+
         library = tensor.describe("like", like).library
-        parts = cos_sin(_radians(inv_freq), num_positions)
-        return cls(*(library.upload(part, like) for part in parts))
+        return cls(*library.computed(cos_and_sin, factors, like))
 
     @classmethod
     def _of(cls, form: Callable[..., TableView], *sources: Any) -> RotaryTable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -78,8 +78,14 @@ class Library:
         """What tells the library that the elements of some of its arrays have been written."""
         return _tell_nobody
 
-    def upload(self, array: NDArray[Any], like: Any) -> Any:
-        """Return a NumPy array as one of this library on the device of `like`."""
+    def computed(
+        self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
+    ) -> tuple[Any, ...]:
+        """Return what function(module, *arrays) makes of NumPy arrays, computed where `like` lies.
+
+        The module is NumPy, CuPy or PyTorch, the arrays are its own on the device of `like`, and
+        the results are returned as arrays of this library.
+        """
         raise NotImplementedError
 
     def download(self, array: Any) -> NDArray[Any]:
@@ -123,8 +129,10 @@ class _NumPy(Library):
     def empty_like(self, array: Any) -> Any:
         return np.empty_like(array)
 
-    def upload(self, array: NDArray[Any], like: Any) -> Any:
-        return array
+    def computed(
+        self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
+    ) -> tuple[Any, ...]:
+        return function(np, *arrays)
 
     def download(self, array: Any) -> NDArray[Any]:
         return np.asarray(array)
@@ -160,9 +168,12 @@ class _CuPy(Library):
         with array.device:
             return sys.modules["cupy"].empty_like(array)
 
-    def upload(self, array: NDArray[Any], like: Any) -> Any:
+    def computed(
+        self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
+    ) -> tuple[Any, ...]:
+        module = sys.modules["cupy"]
         with like.device:
-            return sys.modules["cupy"].asarray(array)
+            return function(module, *map(module.asarray, arrays))
 
     def download(self, array: Any) -> NDArray[Any]:
         return array.get()  # type: ignore[no-any-return]
@@ -237,8 +248,14 @@ class _Torch(Library):
     def wrote(self) -> Callable[[tuple[Any, ...]], None]:
         return _increment_versions()  # a backward pass which saved the old elements finds out
 
-    def upload(self, array: NDArray[Any], like: Any) -> Any:
-        return sys.modules["torch"].from_numpy(array).to(like.device)
+    def computed(
+        self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
+    ) -> tuple[Any, ...]:
+        module = sys.modules["torch"]
+        copies = (
+            module.from_numpy(np.array(array)) for array in arrays
+        )  # of any strides and flags
+        return function(module, *(copy.to(like.device) for copy in copies))
 
     def download(self, array: Any) -> NDArray[Any]:
         return array.detach().cpu().double().numpy()  # type: ignore[no-any-return]
@@ -269,6 +286,11 @@ class _Bfloat16(Library):
 
     def empty_like(self, array: Any) -> Any:
         return Bfloat16(library_of("x", array.words).empty_like(array.words))
+
+    def computed(
+        self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
+    ) -> tuple[Any, ...]:
+        return library_of("like", like.words).computed(function, arrays, like.words)
 
     def streams(self) -> Callable[[int], int]:
         return _CUPY.streams()
@@ -302,9 +324,12 @@ class _DLPack(Library):
     def result(self, array: Any, like: Any) -> Any:
         return like.__array_namespace__().from_dlpack(array)
 
-    def upload(self, array: NDArray[Any], like: Any) -> Any:
+    def computed(
+        self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
+    ) -> tuple[Any, ...]:
         with _module_of(dlpack.device_of(like)) as module:
-            return like.__array_namespace__().from_dlpack(module.asarray(array))
+            results = function(module, *map(module.asarray, arrays))
+            return tuple(map(like.__array_namespace__().from_dlpack, results))
 
     def download(self, array: Any) -> NDArray[Any]:
         device = dlpack.device_of(array)

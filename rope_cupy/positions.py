@@ -1,0 +1,70 @@
+"""Positions of the tokens that one process of several has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import tensor
+from .checks import described, index
+
+
+def context_parallel(
+    seq_len: int, rank: int, world_size: int, *, scheme: str = "contiguous", like: Any = None
+) -> Any:
+    """Return the positions of the tokens that a process has of a sequence that several share.
+
+    - ``"contiguous"``: the sequence is cut into `world_size` pieces, and process i has piece i. The
+      int ``rank * seq_len // world_size`` says the same as `positions` of `apply_rotary_qk`, and
+      nothing is read for it.
+    - ``"zigzag"``: it is cut into 2 `world_size` pieces, and process i has the pieces i and
+      2 world_size - 1 - i, one behind the other: under a causal mask all then have the same work
+      (Ring attention as Megatron-LM, TransformerEngine and Llama 3's training arrange it).
+
+    Where processes share the heads during attention instead (Ulysses), rotate before the exchange,
+    by the contiguous positions, or after it, when each has all tokens, by none.
+
+    Args:
+        seq_len: tokens of the whole sequence; `world_size`, for zigzag twice that, divides it.
+        rank: of this process, in [0, world_size).
+        world_size: how many processes share the sequence.
+        scheme: "contiguous" or "zigzag".
+        like: an array of the library and on the device that the positions are wanted for; None for
+            NumPy.
+
+    Returns:
+        An int64 array of shape (seq_len / world_size,), for the `positions` of `apply_rotary_qk`.
+
+    Raises TypeError or ValueError when a number does not fit the others, or `scheme` is no name.
+
+    Source of zigzag: Llama Team, "The Llama 3 Herd of Models" (2024), section 3.3.2.
+
+    >>> context_parallel(8, 1, 2)
+    array([4, 5, 6, 7])
+    >>> context_parallel(8, 1, 2, scheme="zigzag")
+    array([2, 3, 4, 5])
+    """
+    seq_len, rank = index("seq_len", seq_len), index("rank", rank)
+    world_size = index("world_size", world_size)
+    if world_size <= 0:
+        raise ValueError(f"world_size must be positive, got {world_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}")
+    pieces = {"contiguous": (rank,), "zigzag": (rank, 2 * world_size - 1 - rank)}
+    if not isinstance(scheme, str):
+        raise TypeError(f"scheme must be 'contiguous' or 'zigzag', got {described(scheme)}")
+    if scheme not in pieces:
+        raise ValueError(f"scheme must be 'contiguous' or 'zigzag', got {scheme!r}")
+    size, rest = divmod(seq_len, world_size * len(pieces[scheme]))
+    if seq_len < 0 or rest:
+        raise ValueError(
+            f"seq_len must be a multiple of {world_size * len(pieces[scheme])}, the pieces that "
+            f"{world_size} processes have, got {seq_len}"
+        )
+    mine = np.concatenate([np.arange(i * size, (i + 1) * size) for i in pieces[scheme]])
+    mine = mine.astype(np.int64)
+    if like is None:
+        return mine
+    library = tensor.describe("like", like).library
+    return library.computed(lambda module, array: (array,), (mine,), like)[0]
