@@ -5,8 +5,8 @@
 //                                                         and its cos is the first; its sin is
 //                                                         kSinOffset behind or, if that is 0, the
 //                                                         first of another array
-//   positions   (outer, middle, inner)             Position  int or long long, strided; void
-//                                                         where there are none
+//   positions   (outer, middle, inner)             Position  see positions.cuh; void where tokens
+//                                                         are at their own rows
 //
 // outer, middle and inner are the batch, token and head axes in the order that the host found best.
 // A row is one head of one token. A set is kRows rows of one token, whose angles are loaded once:
@@ -19,6 +19,7 @@
 //        from outside the slice
 #include "pairs.cuh"
 #include "pdl.cuh"
+#include "positions.cuh"
 
 struct Coordinates {
   int outer;
@@ -101,6 +102,8 @@ struct Arguments {
   long long keep;  // a token out of range stays as it is, else it becomes NaN
   long long rotary_offset;
   long long num_pair_lanes;
+  View token;  // of an array that holds the numbers of tokens
+  PositionArguments position_arguments;
 };
 
 template <typename Real, int kPairs, int kTableStep, int kSinOffset, typename Table>
@@ -156,6 +159,7 @@ template <typename T, typename Table, typename Position, bool kInterleaved, bool
 __global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position, kPairs, kCommon>)
     rotary_kernel(const __grid_constant__ Arguments<T, Table> args) {
   using Real = Compute<T, Table>;
+  using Positions = PositionsOf<Position>;
 
   const unsigned period = args.period.divide(blockIdx.x);
   const int block = blockIdx.x - period * static_cast<unsigned>(args.period.value);
@@ -193,14 +197,16 @@ __global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position
   const Access sin_access = args.sin.template access<Table, kCommon>();
   const Table* cos_run = args.cos_data + pair * kTableStep * cos_access.stride;
   const Table* sin_run = args.sin_data + pair * kTableStep * sin_access.stride;
-  [[maybe_unused]] const Position* position_of_row = nullptr;
-  if constexpr (kIsVoid<Position>) {
+  [[maybe_unused]] const typename Positions::Index* position_of_row = nullptr;
+  [[maybe_unused]] long long token = 0;
+  if constexpr (Positions::kAxes == 0) {
     const long long cos_offset = args.cos.template offset<kCommon>(at);
     cos_run += cos_offset;
     sin_run += kCommon ? cos_offset : args.sin.template offset<kCommon>(at);
   } else {
-    position_of_row =
-        static_cast<const Position*>(args.positions) + args.position.template offset<kCommon>(at);
+    position_of_row = static_cast<const typename Positions::Index*>(args.positions) +
+                      args.position.template offset<kCommon>(at);
+    if constexpr (Positions::kCountsTokens) token = args.token.template offset<kCommon>(at);
   }
 
   if (any_is_odd(x_run, cos_run, sin_run, position_of_row)) return;
@@ -235,26 +241,56 @@ __global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position
                                                  run);
     };
 
-    if constexpr (!kIsVoid<Position>) {
-      const long long position = *position_of_row;
-      if (static_cast<unsigned long long>(position) >=
-          static_cast<unsigned long long>(args.num_positions)) {
+    Angles<Real, kPairs> angles;
+    if constexpr (Positions::kAxes == 0) {
+      angles = load_angles<Real, kPairs, kTableStep, kSinOffset>(cos_run, cos_access, sin_run,
+                                                                 sin_access);
+    } else {
+      constexpr int kAxes = Positions::kAxes;
+      long long position[kAxes];
+      bool is_inside = true;
+#pragma unroll
+      for (int axis = 0; axis < kAxes; ++axis) {
+        position[axis] = Positions::read(args.position_arguments, position_of_row, axis, token);
+        is_inside &= static_cast<unsigned long long>(position[axis]) <
+                     static_cast<unsigned long long>(args.num_positions);
+      }
+      if (!is_inside) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) store_row(i, args.keep ? pairs[i] : nans<T, 2 * kPairs>());
         return;
       }
-      if constexpr (kCommon) {
-        const long long offset =
-            multiply_add(static_cast<int>(position), static_cast<int>(args.cos_row), 0);
-        cos_run += offset;
-        sin_run += offset;
+      const auto angles_at = [&](long long row) {
+        long long cos_offset, sin_offset;
+        if constexpr (kCommon) {
+          cos_offset = multiply_add(static_cast<int>(row), static_cast<int>(args.cos_row), 0);
+          sin_offset = cos_offset;
+        } else {
+          cos_offset = row * args.cos_row;
+          sin_offset = row * args.sin_row;
+        }
+        return load_angles<Real, kPairs, kTableStep, kSinOffset>(cos_run + cos_offset, cos_access,
+                                                                 sin_run + sin_offset, sin_access);
+      };
+      if constexpr (kIsMixed<Position>) {
+        angles = angles_at(position[0]);
+#pragma unroll
+        for (int axis = 1; axis < kAxes; ++axis) {
+          const auto others = angles_at(position[axis]);
+#pragma unroll
+          for (int i = 0; i < kPairs; ++i) {
+            const bool is_of_axis = Positions::axis_of(args.position_arguments, pair + i) == axis;
+            angles.cos[i] = is_of_axis ? others.cos[i] : angles.cos[i];
+            angles.sin[i] = is_of_axis ? others.sin[i] : angles.sin[i];
+          }
+        }
+      } else if constexpr (kAxes > 1) {
+        const int axis = Positions::axis_of(args.position_arguments, pair);
+        angles = angles_at(axis == 0 ? position[0] : axis == 1 ? position[1] : position[2]);
       } else {
-        cos_run += position * args.cos_row;
-        sin_run += position * args.sin_row;
+        angles = angles_at(position[0]);
       }
     }
-    const auto angles =
-        load_angles<Real, kPairs, kTableStep, kSinOffset>(cos_run, cos_access, sin_run, sin_access);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       store_row(i, rotate<kInterleaved, kConjugate, kPairs>(pairs[i], angles));

@@ -10,7 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .memory import ndarray_at
-from .problem import Pointers, RotaryProblem, View
+from .problem import (
+    GIVEN,
+    IMPLICIT,
+    MIXED,
+    NUM_AXES,
+    OFFSET,
+    PACKED,
+    Pointers,
+    RotaryProblem,
+    View,
+)
 
 BLOCK_ELEMENTS = 1 << 17  # of x at a time, so that the intermediate arrays stay in the cache
 
@@ -31,7 +41,7 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
     """Solve the problem on arrays at these addresses, which the caller keeps alive."""
     sizes = problem.batch, problem.num_tokens
     storage = _STORAGE[problem.dtype]
-    positions = _positions(problem, pointers.positions)
+    positions = _positions(problem, pointers)
     for tensor, x_at, out_at in zip(problem.tensors, pointers.x, pointers.out, strict=True):
         shape = (*sizes, tensor.num_heads, problem.head_dim)
         x = ndarray_at(x_at, storage, shape, tensor.x.strides)
@@ -42,8 +52,9 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
             rows: Any = block
             in_range = None
             if positions is not None:
-                in_range = (positions[block] >= 0) & (positions[block] < problem.num_positions)
-                rows = np.where(in_range, positions[block], 0)
+                of_block = positions[(slice(None), *block)]
+                in_range = ((of_block >= 0) & (of_block < problem.num_positions)).all(0)
+                rows = _rows(problem, np.where(in_range, of_block, 0))
             block_cos = _widen(cos[rows], problem.table_dtype)
             block_sin = _widen(sin[rows], problem.table_dtype)
             _rotate_block(problem, x[block], out[block], block_cos, block_sin, in_range)
@@ -57,12 +68,51 @@ def _blocks(batch: int, num_tokens: int, token_size: int) -> Iterator[tuple[slic
         yield slice(b, b + batches), slice(start, start + tokens)
 
 
-def _positions(problem: RotaryProblem, pointer: int) -> Array | None:
-    """View the explicit positions as (batch, tokens)."""
-    if problem.position_dtype is None:
+def _positions(problem: RotaryProblem, pointers: Pointers) -> Array | None:
+    """Return the explicit positions as (axes, batch, tokens)."""
+    kind, dtype = problem.position_kind, problem.position_dtype
+    if kind == IMPLICIT or dtype is None:
         return None
-    shape = (problem.batch, problem.num_tokens)
-    return ndarray_at(pointer, _STORAGE[problem.position_dtype], shape, problem.position_strides)
+    storage, sizes = _STORAGE[dtype], (problem.batch, problem.num_tokens)
+    if kind == PACKED:
+        return _packed_positions(problem, pointers, storage)
+    if kind in (GIVEN, OFFSET):
+        given = ndarray_at(pointers.positions, storage, sizes, problem.position_strides)[None]
+        return given if kind == GIVEN else given + np.arange(problem.num_tokens) + pointers.first
+    strides = problem.position_axis, *problem.position_strides
+    return ndarray_at(pointers.positions, storage, (NUM_AXES, *sizes), strides)
+
+
+def _packed_positions(problem: RotaryProblem, pointers: Pointers, storage: str) -> Array:
+    """Return the place of every token in its sequence: -1 in none."""
+    num_sequences = problem.num_sequences
+    begins = ndarray_at(pointers.cu_seqlens, storage, (num_sequences + 1,), (problem.cu_stride,))
+    tokens = np.arange(problem.num_tokens)
+    sequences = np.searchsorted(begins, tokens, side="right") - 1
+    found = (sequences >= 0) & (sequences < num_sequences)
+    sequences = np.where(found, sequences, 0)
+    places = tokens - begins[sequences] + pointers.first
+    if pointers.positions and num_sequences:
+        offsets = ndarray_at(
+            pointers.positions, storage, (num_sequences,), (problem.position_axis,)
+        )
+        places = places + offsets[sequences]
+    return np.where(found, places, -1)[None, None]
+
+
+def _rows(problem: RotaryProblem, positions: Array) -> Any:
+    """Return the index of a table by position that gives (batch, tokens, 1, pairs)."""
+    if len(positions) == 1:
+        return positions[0]
+    pair = np.arange(problem.rotary_dim // 2)
+    if problem.position_kind == MIXED:
+        axis = pair % NUM_AXES
+        ends = np.array([problem.rotary_dim, *problem.section_ends])
+        axis = np.where(pair < ends[axis], axis, 0)
+    else:
+        axis = np.searchsorted(problem.section_ends, pair, side="right")
+    of_pair = np.moveaxis(positions[axis], 0, -1)[:, :, None]
+    return of_pair, 0, pair
 
 
 def _table(problem: RotaryProblem, num_heads: int, pointer: int, view: View, row: int) -> Array:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .memory import ACCESS_BYTES, ITEMSIZE
-from .problem import Pointers, RotaryProblem, View
+from .problem import GIVEN, IMPLICIT, SECTIONS, Pointers, RotaryProblem, View
 
 WARP = 32
 BLOCK_BYTES = 4096  # of x: with less, GPUs cannot start blocks as fast as the memory serves them
@@ -37,14 +37,15 @@ class LaunchPlan(NamedTuple):
     grid: tuple[int, int]
     block: tuple[int, int]
     to_slice: tuple[int, ...]  # bytes from a tensor to its rotated slice: of the two x and outs
-    arguments: bytes  # what follows the pointers in the argument block
+    arguments: bytes  # what lies between the pointers and the last two words of the argument block
 
     def argument_block(self, pointers: Pointers) -> bytes:
         """Return the kernel's one argument; a launch of one tensor repeats it as the second."""
-        x, out, *others = pointers
+        x, out, *data, cu_seqlens, first = pointers
         to_x, to_second_x, to_out, to_second_out = self.to_slice
         slices = x[0] + to_x, x[-1] + to_second_x, out[0] + to_out, out[-1] + to_second_out
-        return struct.pack("<7Q", *slices, *others) + self.arguments
+        heads = struct.pack("<7Q", *slices, *data)
+        return heads + self.arguments + struct.pack("<Qq", cu_seqlens, first)
 
 
 class Order(NamedTuple):
@@ -136,7 +137,8 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, pass_run: int) -> 
     table_bytes = problem.table_step * ITEMSIZE[problem.table_dtype]
     one_access = problem.interleaved or pass_run or table_bytes >= ACCESS_BYTES
     pairs = widest // 2 if one_access else widest
-    return math.gcd(max(1, pairs), problem.rotary_dim // 2)
+    ends = problem.section_ends if problem.position_kind == SECTIONS else ()
+    return math.gcd(max(1, pairs), problem.rotary_dim // 2, *ends)  # all pairs are of one section
 
 
 def _rows_per_thread(problem: RotaryProblem, pairs: int, num_lanes: int, order: Order) -> int:
@@ -198,7 +200,7 @@ def _kernel_name(problem: RotaryProblem, widths: Widths, share: Share, order: Or
     arguments = (
         C_TYPES[problem.dtype],
         C_TYPES[problem.table_dtype],
-        C_TYPES[problem.position_dtype],
+        _position_type(problem),
         _cpp(problem.interleaved),
         _cpp(problem.conjugate),
         share.rows,
@@ -211,6 +213,13 @@ def _kernel_name(problem: RotaryProblem, widths: Widths, share: Share, order: Or
         _cpp(is_common),
     )
     return f"rotary_kernel<{', '.join(map(str, arguments))}>"
+
+
+def _position_type(problem: RotaryProblem) -> str:
+    index = C_TYPES[problem.position_dtype]
+    if problem.position_kind in (IMPLICIT, GIVEN):
+        return index
+    return f"{problem.position_kind.capitalize()}<{index}>"
 
 
 def _is_common(
@@ -322,4 +331,7 @@ def _pack(
             words += [*view(y.strides, y.strides[3], width), num_sets * y.strides[HEAD]]
     words += table(problem.sin, widths.sin)
     words += [problem.sin_row, problem.keep, problem.rotary_offset, num_pair_lanes]
+    words += view((0, 1, 0), 0, 0)  # the numbers of tokens
+    words += [problem.position_axis, *problem.section_ends]
+    words += [problem.num_sequences, problem.cu_stride]
     return struct.pack(f"<{len(words)}q", *words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from .checks import index
+from .checks import described, index
 from .memory import FLOATS, ITEMSIZE, ArraySpec, may_overlap_itself
 
 MAX_ROWS = 2**31 - 2**10  # the last block may reach beyond them, and counts in 32 bits too
@@ -35,6 +35,8 @@ class Options(NamedTuple):
     rotary_offset: int
     conjugate: bool
     out_of_range: str
+    mrope_section: tuple[int, int, int] | None
+    mrope_interleaved: bool
 
 
 class Canonical(NamedTuple):
@@ -76,8 +78,13 @@ class RotaryProblem(NamedTuple):
     num_positions: int
     cos_row: int  # elements from one position to the next, with explicit positions
     sin_row: int
+    position_kind: str
     position_dtype: str | None
-    position_strides: tuple[int, int]
+    position_strides: tuple[int, int]  # over batch and token
+    position_axis: int  # elements from one of three axes, or of sequences, to the next
+    section_ends: tuple[int, int]  # pairs: see kernels/positions.cuh
+    num_sequences: int
+    cu_stride: int  # of cu_seqlens
     interleaved: bool
     conjugate: bool
     keep: bool
@@ -91,13 +98,24 @@ class RotaryProblem(NamedTuple):
 
 
 class Pointers(NamedTuple):
-    """The addresses of a problem's arrays: x and out of each tensor, first cos, first sin."""
+    """The addresses of a problem's arrays: x and out of each tensor, first cos, first sin.
+
+    And the first token's number, which is added to positions that are counted.
+    """
 
     x: tuple[int, ...]
     out: tuple[int, ...]
     cos: int
     sin: int
-    positions: int
+    positions: int  # or of seqlen_offsets
+    cu_seqlens: int = 0
+    first: int = 0
+
+
+# What tells the positions of tokens, by the names of the arrays that are given.
+IMPLICIT, GIVEN, OFFSET, PACKED = "implicit", "given", "offset", "packed"
+SECTIONS, MIXED = "sections", "mixed"  # given for three axes
+NUM_AXES = 3
 
 
 def check_inputs(names: tuple[str, ...], xs: tuple[ArraySpec, ...]) -> None:
@@ -129,12 +147,13 @@ def rotary_problem(
     outs: tuple[ArraySpec, ...],
     in_place: bool,
     table: TableSpec,
-    positions: ArraySpec | None,
+    rows: tuple[tuple[str, ArraySpec], ...],
     options: Options,
 ) -> RotaryProblem:
     """Check that arrays which pass `check_inputs` fit the rest; return the problem they pose.
 
-    `names` are what the caller calls the xs. `positions` is None when they are implicit.
+    `names` are what the caller calls the xs, `rows` are the arrays that tell which rows of the
+    table tokens have, by their names.
     """
     first = xs[0]
     views = _canonical_inputs(names, xs, options)
@@ -155,14 +174,20 @@ def rotary_problem(
         raise ValueError(
             f"table must be on {names[0]}'s device {first.device}, got {table.cos.device}"
         )
-    _check_table(table.cos.shape, batch, num_tokens, num_heads, positions)
+    _check_table(table.cos.shape, batch, num_tokens, num_heads, rows)
     named = [*zip(names, xs, strict=True), *zip(out_names(names), outs, strict=True)]
-    named += [("table", table.cos), ("table", table.sin)]
-    if positions:
-        _check_positions(positions, batch, num_tokens, first.device, names[0])
-        named.append(("positions", positions))
+    named += [("table", table.cos), ("table", table.sin), *rows]
+    kind = _position_kind(rows, batch, num_tokens, rotary_dim // 2, options)
+    for name, array in rows:
+        if array.device != first.device:
+            raise ValueError(
+                f"{name} must be on {names[0]}'s device {first.device}, got {array.device}"
+            )
     for name, array in named:
         _check_alignment(name, array)
+    given = dict(rows)
+    positions = given.get("positions", given.get("seqlen_offsets"))
+    cu_seqlens = given.get("cu_seqlens")
     return RotaryProblem(
         dtype=first.dtype,
         batch=batch,
@@ -173,15 +198,20 @@ def rotary_problem(
         tensors=tensors,
         in_place=in_place,
         table_dtype=table.cos.dtype,
-        cos=_table_view(table.cos, positions),
-        sin=_table_view(table.sin, positions),
+        cos=_table_view(table.cos, rows),
+        sin=_table_view(table.sin, rows),
         table_step=table.step,
         sin_offset=table.sin_offset,
-        num_positions=table.cos.shape[0] if positions else 1,
-        cos_row=table.cos.strides[0] if positions else 0,
-        sin_row=table.sin.strides[0] if positions else 0,
-        position_dtype=positions.dtype if positions else None,
-        position_strides=_position_strides(positions),
+        num_positions=table.cos.shape[0] if rows else 1,
+        cos_row=table.cos.strides[0] if rows else 0,
+        sin_row=table.sin.strides[0] if rows else 0,
+        position_kind=kind,
+        position_dtype=rows[0][1].dtype if rows else None,
+        position_strides=_position_strides(kind, positions),
+        position_axis=positions.strides[0] if positions and kind not in (GIVEN, OFFSET) else 0,
+        section_ends=_section_ends(options),
+        num_sequences=cu_seqlens.shape[0] - 1 if cu_seqlens else 0,
+        cu_stride=cu_seqlens.strides[0] if cu_seqlens else 0,
         interleaved=options.interleaved,
         conjugate=options.conjugate,
         keep=options.out_of_range == "keep",
@@ -200,6 +230,8 @@ def check_options(
     rotary_offset: object,
     conjugate: object,
     out_of_range: object,
+    mrope_section: object,
+    mrope_interleaved: object,
 ) -> Options:
     """Check what needs no array of the fields of Options, which are given one by one."""
     if not isinstance(interleaved, bool):
@@ -227,7 +259,32 @@ def check_options(
     if out_of_range not in ("nan", "keep"):
         raise ValueError(f"out_of_range must be 'nan' or 'keep', got {out_of_range!r}")
     offset = index("rotary_offset", rotary_offset)
-    return Options(interleaved, layout, head_dim, offset, conjugate, out_of_range)
+    if not isinstance(mrope_interleaved, bool):
+        raise TypeError(f"mrope_interleaved must be True or False, got {mrope_interleaved!r}")
+    sections = _checked_sections(mrope_section)
+    if mrope_interleaved and sections is None:
+        raise ValueError("mrope_section must be given with mrope_interleaved=True, got None")
+    return Options(
+        interleaved,
+        layout,
+        head_dim,
+        offset,
+        conjugate,
+        out_of_range,
+        sections,
+        mrope_interleaved,
+    )
+
+
+def _checked_sections(mrope_section: object) -> tuple[int, int, int] | None:
+    if mrope_section is None:
+        return None
+    if not isinstance(mrope_section, tuple | list) or len(mrope_section) != NUM_AXES:
+        raise TypeError(f"mrope_section must be None or three ints, got {described(mrope_section)}")
+    first, second, third = (index("mrope_section", each, "three ints") for each in mrope_section)
+    if min(first, second, third) < 0:
+        raise ValueError(f"mrope_section must be of 0 or more pairs, got {mrope_section}")
+    return first, second, third
 
 
 known_options = lru_cache(maxsize=256, typed=True)(check_options)
@@ -360,15 +417,15 @@ def _check_table(
     batch: int,
     num_tokens: int,
     num_heads: tuple[int, ...],
-    positions: ArraySpec | None,
+    rows: tuple[tuple[str, ArraySpec], ...],
 ) -> None:
     """Refuse a table by batch and token (and head) that does not match the tensors."""
     if len(shape) == 2:
         return
-    if positions:
+    for name, array in rows:
         raise ValueError(
-            f"positions must be None with a table by batch and token, {shape}, got an array of "
-            f"shape {positions.shape}"
+            f"{name} must be None with a table by batch and token, {shape}, got an array of "
+            f"shape {array.shape}"
         )
     if shape[0] not in (1, batch) or shape[1] != num_tokens:
         raise ValueError(
@@ -382,25 +439,92 @@ def _check_table(
         )
 
 
-def _table_view(table: ArraySpec, positions: ArraySpec | None) -> View:
+def _table_view(table: ArraySpec, by_position: object) -> View:
     *rows, pair = table.strides
-    strides = (0, 0 if positions else rows[0], 0) if len(rows) == 1 else (*rows, 0)[:3]
+    strides = (0, 0 if by_position else rows[0], 0) if len(rows) == 1 else (*rows, 0)[:3]
     return View((*strides, pair), table.alignment)  # type: ignore[arg-type]
 
 
-def _position_strides(positions: ArraySpec | None) -> tuple[int, int]:
-    batch, token = (0, 0, *positions.strides)[-2:] if positions else (0, 0)
-    return batch, token
+def _position_strides(kind: str, positions: ArraySpec | None) -> tuple[int, int]:
+    if positions is None or kind == PACKED:
+        return 0, 0
+    if kind == OFFSET:
+        return positions.strides[0], 0
+    by_batch = len(positions.shape) > (1 if kind == GIVEN else 2)
+    return positions.strides[-2] if by_batch else 0, positions.strides[-1]
 
 
-def _check_positions(
-    positions: ArraySpec, batch: int, num_tokens: int, device: str, x_name: str
-) -> None:
-    check_dtype("positions", positions, ("int32", "int64"))
-    if positions.shape not in ((num_tokens,), (1, num_tokens), (batch, num_tokens)):
+def _section_ends(options: Options) -> tuple[int, int]:
+    """Return the pairs where sections end, or those below which a second and a third axis turn."""
+    if options.mrope_section is None:
+        return 0, 0
+    first, second, third = options.mrope_section
+    if options.mrope_interleaved:
+        return NUM_AXES * second, NUM_AXES * third
+    return first, first + second
+
+
+def _position_kind(
+    rows: tuple[tuple[str, ArraySpec], ...],
+    batch: int,
+    num_tokens: int,
+    num_pairs: int,
+    options: Options,
+) -> str:
+    """Check the arrays that tell the positions of tokens; return what they are."""
+    given = dict(rows)
+    for name, array in rows:
+        check_dtype(name, array, ("int32", "int64"))
+        if array.dtype != rows[0][1].dtype:
+            raise TypeError(f"{name} must have {rows[0][0]}'s dtype, got {array.dtype}")
+    sections = options.mrope_section
+    if sections is not None:
+        if "positions" not in given:
+            raise ValueError(
+                f"positions must be an array for three axes with mrope_section={sections}, got none"
+            )
+        if sum(sections) != num_pairs:
+            raise ValueError(
+                f"mrope_section must add up to the {num_pairs} pairs of the table, got {sections}"
+            )
+    if "positions" in given:
+        _check_positions(given["positions"].shape, batch, num_tokens, sections is not None)
+        if sections is None:
+            return GIVEN
+        return MIXED if options.mrope_interleaved else SECTIONS
+    offsets = given.get("seqlen_offsets")
+    if "cu_seqlens" not in given:
+        if offsets is None:
+            return IMPLICIT
+        if offsets.shape != (batch,):
+            raise ValueError(
+                f"seqlen_offsets must have the shape {(batch,)}, one for each batch, got "
+                f"{offsets.shape}"
+            )
+        return OFFSET
+    shape = given["cu_seqlens"].shape
+    if len(shape) != 1 or not shape[0]:
+        raise ValueError(f"cu_seqlens must have the shape (sequences + 1,), got {shape}")
+    if shape[0] > MAX_ROWS:
+        raise ValueError(f"cu_seqlens must be of at most {MAX_ROWS - 1} sequences, got {shape}")
+    if batch != 1:
+        raise ValueError(f"cu_seqlens must be None with a batch of {batch}, got an array")
+    if offsets is not None and offsets.shape != (shape[0] - 1,):
         raise ValueError(
-            f"positions must have the shape {(num_tokens,)}, one for each token, or "
-            f"{(batch, num_tokens)}, got {positions.shape}"
+            f"seqlen_offsets must have the shape {(shape[0] - 1,)}, one for each sequence, got "
+            f"{offsets.shape}"
         )
-    if positions.device != device:
-        raise ValueError(f"positions must be on {x_name}'s device {device}, got {positions.device}")
+    return PACKED
+
+
+def _check_positions(shape: tuple[int, ...], batch: int, num_tokens: int, of_axes: bool) -> None:
+    axes = (NUM_AXES,) if of_axes else ()
+    if shape not in (
+        (*axes, num_tokens),
+        (*axes, 1, num_tokens),
+        (*axes, batch, num_tokens),
+    ):
+        raise ValueError(
+            f"positions must have the shape {(*axes, num_tokens)}, one for each token"
+            f"{' and axis' if of_axes else ''}, or {(*axes, batch, num_tokens)}, got {shape}"
+        )

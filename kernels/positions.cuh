@@ -1,0 +1,131 @@
+// Positions: which row of the table a token has, or which three.
+//
+//   int, long long      positions[batch, token]
+//   Offset<Index>       token + seqlen_offsets[batch]
+//   Packed<Index>       the token's place in the sequence that holds it, and what is added to those
+//                       of that sequence: sequence i has the tokens cu_seqlens[i] up to, and
+//                       without, cu_seqlens[i + 1], and adds seqlen_offsets[i], if there are any
+//   Sections<Index>     positions[axis, batch, token] of three axes, such as time, height and
+//                       width: pairs below section_ends[0] turn by the first axis, those below
+//                       section_ends[1] by the second, all others by the third
+//   Mixed<Index>        the same, but for the pairs: of every three neighbours, the second turns by
+//                       the second axis below section_ends[0], the third by the third below
+//                       section_ends[1], and all others by the first
+//
+// Index is int or long long. Whatever a position is, it is compared with the table before its row
+// is read.
+#pragma once
+
+#include "numeric.cuh"
+
+template <typename Index>
+struct Offset;
+
+template <typename Index>
+struct Packed;
+
+template <typename Index>
+struct Sections;
+
+template <typename Index>
+struct Mixed;
+
+// What positions need besides the address of the first of them.
+struct PositionArguments {
+  long long axis;             // from a position to that on the next axis, or of the next sequence
+  long long section_ends[2];  // see above
+  long long num_sequences;
+  long long cu_stride;  // from one of cu_seqlens to the next
+  const void* cu_seqlens;
+  long long first;  // is added to a token's number
+};
+
+constexpr long long kNowhere = -1;  // of a token in no sequence
+
+template <typename Index_>
+struct PositionsOf {
+  using Index = Index_;
+  static constexpr int kAxes = 1;
+  static constexpr bool kCountsTokens = false;
+
+  static __device__ __forceinline__ long long read(const PositionArguments&, const Index* address,
+                                                   int, long long) {
+    return *address;
+  }
+};
+
+template <>
+struct PositionsOf<void> {
+  using Index = void;
+  static constexpr int kAxes = 0;
+  static constexpr bool kCountsTokens = false;
+};
+
+template <typename Index_>
+struct PositionsOf<Offset<Index_>> {
+  using Index = Index_;
+  static constexpr int kAxes = 1;
+  static constexpr bool kCountsTokens = true;
+
+  static __device__ __forceinline__ long long read(const PositionArguments& args,
+                                                   const Index* address, int, long long token) {
+    return token + args.first + *address;
+  }
+};
+
+template <typename Index_>
+struct PositionsOf<Packed<Index_>> {
+  using Index = Index_;
+  static constexpr int kAxes = 1;
+  static constexpr bool kCountsTokens = true;
+
+  // The last sequence that begins at or before the token holds it, unless it is the end of all.
+  static __device__ __forceinline__ long long read(const PositionArguments& args,
+                                                   const Index* offsets, int, long long token) {
+    const auto* begins = static_cast<const Index*>(args.cu_seqlens);
+    const int end = static_cast<int>(args.num_sequences);
+    int sequence = 0;
+    for (int last = end; sequence < last;) {
+      const int middle = (sequence + last + 1) >> 1;
+      if (begins[middle * args.cu_stride] <= token) {
+        sequence = middle;
+      } else {
+        last = middle - 1;
+      }
+    }
+    const long long place = token - begins[sequence * args.cu_stride];
+    if (place < 0 || sequence == end) return kNowhere;
+    return place + args.first + (offsets == nullptr ? 0 : offsets[sequence * args.axis]);
+  }
+};
+
+template <typename Index_>
+struct PositionsOf<Sections<Index_>> {
+  using Index = Index_;
+  static constexpr int kAxes = 3;
+  static constexpr bool kCountsTokens = false;
+
+  static __device__ __forceinline__ long long read(const PositionArguments& args,
+                                                   const Index* address, int axis, long long) {
+    return address[axis * args.axis];
+  }
+
+  static __device__ __forceinline__ int axis_of(const PositionArguments& args, int pair) {
+    return (pair >= args.section_ends[0]) + (pair >= args.section_ends[1]);
+  }
+};
+
+template <typename Index_>
+struct PositionsOf<Mixed<Index_>> : PositionsOf<Sections<Index_>> {
+  static __device__ __forceinline__ int axis_of(const PositionArguments& args, int pair) {
+    const int axis = pair % 3;
+    return axis > 0 && pair < args.section_ends[axis - 1] ? axis : 0;
+  }
+};
+
+// Whether neighbouring pairs may turn by different axes.
+template <typename Position>
+constexpr bool kIsMixed = false;
+
+template <typename Index>
+constexpr bool kIsMixed<Mixed<Index>> = true;
