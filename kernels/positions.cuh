@@ -42,6 +42,12 @@ struct PositionArguments {
 
 constexpr long long kNowhere = -1;  // of a token in no sequence
 
+// The sum, wrapped around where it has more than 64 bits: then it is no row of any table.
+template <typename... Numbers>
+__device__ __forceinline__ long long sum_of(Numbers... numbers) {
+  return static_cast<long long>((static_cast<unsigned long long>(numbers) + ...));
+}
+
 template <typename Index_>
 struct PositionsOf {
   using Index = Index_;
@@ -69,7 +75,7 @@ struct PositionsOf<Offset<Index_>> {
 
   static __device__ __forceinline__ long long read(const PositionArguments& args,
                                                    const Index* address, int, long long token) {
-    return token + args.first + *address;
+    return sum_of(token, args.first, *address);
   }
 };
 
@@ -93,9 +99,10 @@ struct PositionsOf<Packed<Index_>> {
         last = middle - 1;
       }
     }
-    const long long place = token - begins[sequence * args.cu_stride];
-    if (place < 0 || sequence == end) return kNowhere;
-    return place + args.first + (offsets == nullptr ? 0 : offsets[sequence * args.axis]);
+    const long long begin = begins[sequence * args.cu_stride];
+    if (token < begin || sequence == end) return kNowhere;
+    const long long place = static_cast<long long>(static_cast<unsigned long long>(token) - begin);
+    return sum_of(place, args.first, offsets == nullptr ? 0 : offsets[sequence * args.axis]);
   }
 };
 

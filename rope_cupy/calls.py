@@ -14,10 +14,11 @@ from operator import eq
 from typing import Any, NamedTuple
 
 from . import cpu, jit, tensor
-from .checks import index
+from .checks import described, index
 from .memory import ACCESS_BYTES, ITEMSIZE, ArraySpec, cuda_index, overlap, span
 from .plan import launch_plan
 from .problem import (
+    IMPLICIT,
     Options,
     Pointers,
     RotaryProblem,
@@ -33,21 +34,31 @@ from .recall import keep
 from .tables import TableSource, TableView, source_of
 
 
+class Positions(NamedTuple):
+    """What a caller gives to say which rows of the table tokens have."""
+
+    positions: Any = None
+    seqlen_offsets: Any = None
+    cu_seqlens: Any = None
+
+
 class Given(NamedTuple):
     """What a call is given."""
 
     names: tuple[str, ...]  # of the xs
     xs: tuple[Any, ...]
     table: TableSource
-    positions: tuple[Any, ...]  # the array of them, if it is one
-    first: int | None  # the first of them, where they are an int
+    row_names: tuple[str, ...]
+    rows: tuple[Any, ...]  # the arrays that tell which rows of the table tokens have
+    first: int | None  # or the first of them, or what is added to those that are counted
     options: Options
     out: tuple[Any, ...] | None
 
     @property
-    def given_positions(self) -> Any:
-        """The option `positions` as the caller gave it."""
-        return self.positions[0] if self.positions else self.first
+    def positions(self) -> Positions:
+        """What says so, as a caller gives it."""
+        rows = dict(zip(self.row_names, self.rows, strict=True))
+        return Positions(**{"positions": self.first} | rows)
 
 
 class _Place(NamedTuple):
@@ -83,6 +94,7 @@ class Ready(NamedTuple):
 
 _calls: dict[Any, _Call] = {}  # by what is seen of a call at a glance
 MAX_CALLS = 4096
+AN_INT_OR_ARRAY = "None, an int or an int32 or int64 array"  # positions are
 MAX_KEPT = 16  # ways to call the same arrays
 
 
@@ -90,40 +102,66 @@ def rotate(
     names: tuple[str, ...],
     xs: tuple[Any, ...],
     table: Any,
-    positions: Any,
+    positions: tuple[Any, Any, Any],
     options: tuple[Any, ...],
     out: tuple[Any, ...] | None,
 ) -> tuple[Any, ...]:
     """Rotate the xs, which messages call by `names`; return `out`, or new arrays of their kind.
 
-    `options` are the fields of Options, which are checked here.
+    `positions` are the fields of Positions and `options` those of Options: they are checked here.
     """
     try:
         options = known_options(*options)
     except TypeError:  # one of a wrong type, which may not even be hashable: it is named
         options = check_options(*options)
+    row_names: tuple[str, ...] = ()
     rows: tuple[Any, ...] = ()
     first = None
-    if tensor.is_kind_of_array(type(positions)):  # type: ignore[arg-type]
-        rows = (positions,)
-    elif positions is not None:
-        first = index("positions", positions, "None, an int or an int32 or int64 array")
+    row, seqlen_offsets, cu_seqlens = positions
+    if seqlen_offsets is not None or cu_seqlens is not None:
+        row_names, rows, first = _counted(row, seqlen_offsets, cu_seqlens)
+    elif tensor.is_kind_of_array(type(row)):  # type: ignore[arg-type]
+        row_names, rows = ("positions",), (row,)
+    elif row is not None:
+        first = index("positions", row, AN_INT_OR_ARRAY)
     source = source_of(table)
     in_place = out is not None and xs[0] is out[0] and xs[-1] is out[-1]
     parts = () if source.fixed else source.arrays
     seen = tensor.glance((*xs, *parts, *rows, *(() if in_place else out or ())))
     if seen is None:
-        return _rotate_with_care(Given(names, xs, source, rows, first, options, out))
-    key = source.fixed, first, names, options, source.form, len(rows), in_place, out is None
+        return _rotate_with_care(Given(names, xs, source, row_names, rows, first, options, out))
+    key = source.fixed, first, names, options, source.form, row_names, in_place, out is None
     if seen.requires_grad and tensor.records_gradients():
-        given = Given(names, xs, source, rows, first, options, out)
+        given = Given(names, xs, source, row_names, rows, first, options, out)
         return _of_torch().recorded(given, key, seen)  # type: ignore[no-any-return]
     ready = None if out is None else seen.kept.get(key)  # new arrays are kept by where they lie
     if ready is None or out is None:
-        return rotate_seen(Given(names, xs, source, rows, first, options, out), key, seen)
+        return rotate_seen(
+            Given(names, xs, source, row_names, rows, first, options, out), key, seen
+        )
     ready.write()
     ready.wrote(out)
     return out
+
+
+def _counted(
+    positions: Any, seqlen_offsets: Any, cu_seqlens: Any
+) -> tuple[tuple[str, ...], tuple[Any, ...], int]:
+    """Return what is known of tokens that are counted: the names of arrays, they, and an int."""
+    arrays = {"seqlen_offsets": seqlen_offsets, "cu_seqlens": cu_seqlens}
+    if tensor.is_kind_of_array(type(positions)):  # type: ignore[arg-type]
+        name = next(name for name, array in arrays.items() if array is not None)
+        raise ValueError(f"{name} must be None where positions are an array, got both")
+    first = 0 if positions is None else index("positions", positions, AN_INT_OR_ARRAY)
+    are_arrays = {name: tensor.is_kind_of_array(type(array)) for name, array in arrays.items()}  # type: ignore[arg-type]
+    if seqlen_offsets is not None and not are_arrays["seqlen_offsets"]:
+        first += index("seqlen_offsets", arrays.pop("seqlen_offsets"), AN_INT_OR_ARRAY)
+    if cu_seqlens is not None and not are_arrays["cu_seqlens"]:
+        raise TypeError(
+            f"cu_seqlens must be None or an int32 or int64 array, got {described(cu_seqlens)}"
+        )
+    there = {name: array for name, array in arrays.items() if array is not None}
+    return (*there,), (*there.values(),), first
 
 
 def _traced(*call: Any) -> tuple[Any, ...]:
@@ -141,9 +179,8 @@ def _rotate_with_care(given: Given) -> tuple[Any, ...]:
     if any(map(tensor.is_distributed, given.xs)):
         return _of_torch().sharded(given)  # type: ignore[no-any-return]
     if all(map(tensor.is_traced, (*given.xs, *given.table.arrays))):
-        names, xs, positions = given.names, given.xs, given.given_positions
-        traced = _of_torch().traced
-        return traced(names, xs, given.table, positions, given.options, given.out)  # type: ignore[no-any-return]
+        positions, options, out = given.positions, given.options, given.out
+        return _of_torch().traced(given.names, given.xs, given.table, positions, options, out)  # type: ignore[no-any-return]
     if any(map(tensor.wants_gradient, (*given.xs, *given.table.arrays, *(given.out or ())))):
         return _of_torch().recorded(given, None, None)  # type: ignore[no-any-return]
     return rotate_unseen(given)
@@ -218,8 +255,9 @@ def _ready_at(
     if ready is None:
         behind = num if fixed else num + len(given.table.arrays)
         table = fixed.at if fixed else at[num:behind]
-        rows = at[behind] if given.positions else 0
-        pointers = Pointers(at[:num], out_at, table[0], table[-1] + call.to_sin, rows)
+        pointers = Pointers(at[:num], out_at, table[0], table[-1] + call.to_sin)
+        if given.rows:
+            pointers = _with_rows(pointers, given, at[behind : behind + len(given.rows)])
         ready = keep(seen.kept, key, _made_ready(call, pointers, given.first), MAX_KEPT)
     return ready, outs, ()
 
@@ -232,21 +270,31 @@ def _unseen(given: Given) -> tuple[_Call, Ready, tuple[Any, ...], tuple[tensor.A
     inputs = _describe(given.names, given.xs, stream)
     check_inputs(given.names, tuple(array.spec for array in inputs))
     table = given.table.view(stream)
-    positions = _describe(("positions",), given.positions, stream)
+    rows = _describe(given.row_names, given.rows, stream)
     outs = given.out
     if outs is None:
         outs = tuple(array.library.empty_like(x) for array, x in zip(inputs, given.xs, strict=True))
         outputs = _describe(out_names(given.names), outs)
-    call = _checked(given, inputs, outputs, table, positions)
+    call = _checked(given, inputs, outputs, table, rows)
     pointers = Pointers(
         x=tuple(array.pointer for array in inputs),
         out=tuple(array.pointer for array in outputs),
         cos=table.pointers[0],
         sin=table.pointers[1],
-        positions=positions[0].pointer if positions else 0,
     )
-    owners = (*inputs, *outputs, *table.arrays, *positions)
+    pointers = _with_rows(pointers, given, tuple(array.pointer for array in rows))
+    owners = (*inputs, *outputs, *table.arrays, *rows)
     return call, _made_ready(call, pointers, given.first), outs, owners
+
+
+def _with_rows(pointers: Pointers, given: Given, rows: tuple[int, ...]) -> Pointers:
+    """Return the pointers with the addresses of the arrays that tell the rows of tokens."""
+    at = dict(zip(given.row_names, rows, strict=True))
+    return pointers._replace(
+        positions=at.get("positions", at.get("seqlen_offsets", 0)),
+        cu_seqlens=at.get("cu_seqlens", 0),
+        first=given.first or 0,
+    )
 
 
 def _describe(
@@ -261,7 +309,7 @@ def _checked(
     inputs: tuple[tensor.Array, ...],
     outputs: tuple[tensor.Array, ...],
     table: TableView,
-    positions: tuple[tensor.Array, ...],
+    rows: tuple[tensor.Array, ...],
 ) -> _Call:
     """Check all that does not depend on addresses."""
     names = given.names
@@ -273,7 +321,7 @@ def _checked(
         tuple(array.spec for array in outputs),
         all(same),
         spec,
-        positions[0].spec if positions else None,
+        tuple(zip(given.row_names, (array.spec for array in rows), strict=True)),
         given.options,
     )
     device = inputs[0].spec.device
@@ -286,7 +334,7 @@ def _checked(
         launcher=launcher,
         table=spec,
         to_sin=table.pointers[1] - table.arrays[-1].pointer,
-        apart=_must_be_apart(names, inputs, outputs, same, spec, positions) if given.out else (),
+        apart=_must_be_apart(given, inputs, outputs, same, spec, rows) if given.out else (),
         inputs=tuple(array.library for array in inputs),
         outputs=tuple(array.library for array in outputs),
         wrote=_teller(tuple(array.library for array in outputs)),
@@ -299,23 +347,24 @@ def _same(x: tensor.Array, y: tensor.Array) -> bool:
 
 
 def _must_be_apart(
-    names: tuple[str, ...],
+    given: Given,
     inputs: tuple[tensor.Array, ...],
     outputs: tuple[tensor.Array, ...],
     same: tuple[bool, ...],
     table: TableSpec,
-    positions: tuple[tensor.Array, ...],
+    rows: tuple[tensor.Array, ...],
 ) -> tuple[tuple[_Place, _Place], ...]:
     """Return which arrays may not overlap: an output with all others, but in place with its x."""
+    names, num = given.names, len(given.names)
     arrays = [
-        *((name, x.spec) for name, x in zip(names, inputs, strict=True)),
-        *((name, y.spec) for name, y in zip(out_names(names), outputs, strict=True)),
-        ("table", table.cos),
-        ("table", table.sin),
-        *(("positions", array.spec) for array in positions),
+        *zip(names, (x.spec for x in inputs), range(num), strict=True),
+        *zip(out_names(names), (y.spec for y in outputs), range(num, 2 * num), strict=True),
+        ("table", table.cos, 2 * num),
+        ("table", table.sin, 2 * num + 1),
     ]
-    places = [_Place(name, spec, *span(spec), number) for number, (name, spec) in enumerate(arrays)]
-    num = len(names)
+    for name, array in zip(given.row_names, rows, strict=True):
+        arrays.append((name, array.spec, 2 * num + (3 if name == "cu_seqlens" else 2)))
+    places = [_Place(name, spec, *span(spec), number) for name, spec, number in arrays]
     return tuple(
         (places[y], places[other])
         for y in range(num, 2 * num)
@@ -327,7 +376,7 @@ def _must_be_apart(
 def _made_ready(call: _Call, pointers: Pointers, first: int | None) -> Ready:
     """Check what depends on addresses: arrays that overlap, and positions beside the table."""
     row = 0
-    if call.problem.position_dtype is None:
+    if call.problem.position_kind == IMPLICIT:
         row = implicit_position(first, call.table, call.problem.num_tokens)
     if call.apart:
         _check_apart(call, pointers)
@@ -338,7 +387,8 @@ def _made_ready(call: _Call, pointers: Pointers, first: int | None) -> Ready:
 
 
 def _check_apart(call: _Call, pointers: Pointers) -> None:
-    at = (*pointers.x, *pointers.out, pointers.cos, pointers.sin, pointers.positions)
+    x, out, *others, _ = pointers
+    at = (*x, *out, *others)
     for y, other in call.apart:
         here, there = at[y.number], at[other.number]
         touch = here + y.begin < there + other.end and there + other.begin < here + y.end

@@ -53,7 +53,8 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
             in_range = None
             if positions is not None:
                 of_block = positions[(slice(None), *block)]
-                in_range = ((of_block >= 0) & (of_block < problem.num_positions)).all(0)
+                inside = (of_block >= 0) & (of_block < problem.num_positions)
+                in_range = np.logical_and.reduce(inside)
                 rows = _rows(problem, np.where(in_range, of_block, 0))
             block_cos = _widen(cos[rows], problem.table_dtype)
             block_sin = _widen(sin[rows], problem.table_dtype)

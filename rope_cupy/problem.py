@@ -107,7 +107,7 @@ class Pointers(NamedTuple):
     out: tuple[int, ...]
     cos: int
     sin: int
-    positions: int  # or of seqlen_offsets
+    positions: int = 0  # or of seqlen_offsets
     cu_seqlens: int = 0
     first: int = 0
 

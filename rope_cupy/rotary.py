@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from .calls import rotate
@@ -15,6 +16,8 @@ def apply_rotary(
     table: Any,
     *,
     positions: Any = None,
+    seqlen_offsets: Any = None,
+    cu_seqlens: Any = None,
     interleaved: bool = False,
     layout: str | None = None,
     head_dim: int | None = None,
@@ -22,6 +25,8 @@ def apply_rotary(
     conjugate: bool = False,
     out: Array | None = None,
     out_of_range: str = "nan",
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
 ) -> Array:
     """Rotate the heads of one array x, such as (b, s, h, d), and return an array of its kind.
 
@@ -32,8 +37,18 @@ def apply_rotary(
     >>> apply_rotary(np.array([[[3.0, 4.0]]]), quarter_turn)
     array([[[-4.,  3.]]])
     """
-    options = interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range
-    (result,) = rotate(("x",), (x,), table, positions, options, None if out is None else (out,))
+    rows = positions, seqlen_offsets, cu_seqlens
+    options = (
+        interleaved,
+        layout,
+        head_dim,
+        rotary_offset,
+        conjugate,
+        out_of_range,
+        mrope_section,
+        mrope_interleaved,
+    )
+    (result,) = rotate(("x",), (x,), table, rows, options, None if out is None else (out,))
     return result  # type: ignore[no-any-return]
 
 
@@ -43,6 +58,8 @@ def apply_rotary_qk(
     table: Any,
     *,
     positions: Any = None,
+    seqlen_offsets: Any = None,
+    cu_seqlens: Any = None,
     interleaved: bool = False,
     layout: str | None = None,
     head_dim: int | None = None,
@@ -50,6 +67,8 @@ def apply_rotary_qk(
     conjugate: bool = False,
     out: tuple[Array, Array] | None = None,
     out_of_range: str = "nan",
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
 ) -> tuple[Array, Array]:
     """Rotate the heads of q and k by the angles of their tokens' positions, in one launch.
 
@@ -64,7 +83,12 @@ def apply_rotary_qk(
             which `RotaryTable.from_full_width` takes.
         positions: the table row of each token: None for its index along the token axis, an int for
             that index plus an offset (an error where the table is too short), or an int32 or int64
-            array of shape (s,) or (b, s).
+            array of shape (s,) or (b, s), (3, s) or (3, b, s) with `mrope_section`.
+        seqlen_offsets: an int, or an int32 or int64 array of shape (b,), or (sequences,) with
+            `cu_seqlens`: what is added to a token's index, such as how many tokens a cache holds.
+        cu_seqlens: an int32 or int64 array of shape (sequences + 1,), for packed sequences ("thd"):
+            sequence i has the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1, and its first one has
+            the index 0. Tokens of none are out of range. It must not decrease.
         interleaved: True pairs elements (2 i, 2 i + 1), False elements (i, i + rotary_dim / 2).
         layout: the names of the axes: b, s (or t) for tokens, h for heads, and d last. By default
             "shd" for 3 axes and "bshd" for 4.
@@ -75,6 +99,11 @@ def apply_rotary_qk(
         out: None for new arrays, or a tuple of two arrays to write, such as q and k themselves.
         out_of_range: what becomes of a token whose position, in an array of them, the table does
             not hold: "nan" fills its rotated slice with NaN, "keep" leaves it as it is.
+        mrope_section: the pairs that turn by the first, second and third axis of `positions` (time,
+            height, width): M-RoPE, Wang et al., "Qwen2-VL" (2024), section 2.1. They add up to
+            rotary_dim / 2. A token is out of range where one of its positions is.
+        mrope_interleaved: False for sections one behind the other (Qwen2-VL), True for pairs in
+            turn, the first axis once the others have theirs (Qwen3-VL).
 
     Returns:
         (q_out, k_out): new arrays of the caller's library, dense, with the axes in memory in the
@@ -99,8 +128,18 @@ def apply_rotary_qk(
     >>> q_out.shape, k_out.shape
     ((1, 6, 8, 64), (1, 6, 2, 64))
     """
-    options = interleaved, layout, head_dim, rotary_offset, conjugate, out_of_range
+    rows = positions, seqlen_offsets, cu_seqlens
+    options = (
+        interleaved,
+        layout,
+        head_dim,
+        rotary_offset,
+        conjugate,
+        out_of_range,
+        mrope_section,
+        mrope_interleaved,
+    )
     if out is not None and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"out must be None or a tuple of two arrays, got {described(out)}")
-    q_out, k_out = rotate(("q", "k"), (q, k), table, positions, options, out)
+    q_out, k_out = rotate(("q", "k"), (q, k), table, rows, options, out)
     return q_out, k_out

@@ -69,7 +69,7 @@ class RotaryEmbedding(torch.nn.Module):
         self.max_position = index("max_position", max_position)
         if max_position < 0:
             raise ValueError(f"max_position must be 0 or more, got {max_position}")
-        check_options(interleaved, layout, None, 0, False, "nan")
+        check_options(interleaved, layout, None, 0, False, "nan", None, False)
         self.interleaved, self.layout = interleaved, layout
         device = torch.get_default_device() if device is None else device
         for name, part in zip(("cos", "sin"), self._table(), strict=True):
@@ -183,10 +183,10 @@ class _Rotation(torch.autograd.Function):
         ctx: Any, given: calls.Given, key: Any, seen: Glance | None, *xs: Any
     ) -> tuple[Any, ...]:
         """Rotate into new tensors; of inputs to be written later, note that they will be."""
-        names, _, table, positions, _, options, out = given
-        kept = [each for each in (*table.arrays, *positions) if isinstance(each, torch.Tensor)]
+        names, table, out = given.names, given.table, given.out
+        kept = [each for each in (*table.arrays, *given.rows) if isinstance(each, torch.Tensor)]
         ctx.save_for_backward(*kept)
-        ctx.call = names, table, given.given_positions, options
+        ctx.call = names, table, given.positions, given.options
         ctx.set_materialize_grads(False)
         if out is not None:
             ctx.mark_dirty(*xs)
@@ -313,18 +313,35 @@ def _part(name: str, x: Any, axis: int) -> Part:
 def _of_this_process(given: calls.Given, parts: dict[str, Part]) -> tuple[Any, TableSource]:
     """Return the positions and the table that the tokens of this process have."""
     batch, tokens, heads = parts.get("b"), parts.get("s"), parts.get("h")
+    rows, first = dict(zip(given.row_names, given.rows, strict=True)), given.first
     arrays = [_replicated("table", array) for array in given.table.arrays]
     trailing = 3 if given.table.form is FORMS["_matrices"] else 1
     by_position = arrays[0].ndim - trailing == 1
     if not by_position:
         arrays = [_cut(part, (batch, tokens, heads)[: part.ndim - trailing]) for part in arrays]
     table = TableSource(given.table.form, tuple(arrays))
-    if given.positions:
-        rows = _replicated("positions", given.positions[0])
-        return _cut(rows, (batch, tokens)[-rows.ndim :]), table
-    if not by_position:
-        return given.first, table
-    return (given.first or 0) + (tokens.start if tokens else 0), table
+    rows = {name: _replicated(name, array) for name, array in rows.items()}
+    start = tokens.start if tokens else 0
+    if "positions" in rows:
+        rows["positions"] = _cut_last(rows["positions"], (batch, tokens))
+    elif "cu_seqlens" in rows:
+        if tokens and tokens.stop - tokens.start < tokens.of:
+            raise ValueError(
+                "cu_seqlens must be None where tokens are sharded: pass the positions of the "
+                "tokens, got an array"
+            )
+    elif by_position:
+        first = (first or 0) + start
+        if "seqlen_offsets" in rows:
+            rows["seqlen_offsets"] = _cut(rows["seqlen_offsets"], (batch,))
+    return calls.Positions(**{"positions": first} | rows), table
+
+
+def _cut_last(array: Any, parts: tuple[Part | None, ...]) -> Any:
+    """Return these parts of an array's last axes: one before them is that of axes of positions."""
+    leading = array.ndim - len(parts)
+    kept = (None,) * leading + parts if leading > 0 else parts[-array.ndim :]
+    return _cut(array, kept)
 
 
 def _cut(array: Any, parts: tuple[Part | None, ...]) -> Any:
@@ -349,8 +366,9 @@ def _replicated(name: str, array: Any) -> Any:
 # Operators. A graph that PyTorch traces holds them in place of a call, and runs the call by them.
 
 _ARGUMENTS = (
-    "Tensor[] table, str form, Tensor? positions, SymInt? first, bool interleaved, str? layout, "
-    "int? head_dim, int rotary_offset, bool conjugate, str out_of_range"
+    "Tensor[] table, str form, Tensor? positions, Tensor? seqlen_offsets, Tensor? cu_seqlens, "
+    "SymInt? first, bool interleaved, str? layout, int? head_dim, int rotary_offset, "
+    "bool conjugate, str out_of_range, int[]? mrope_section, bool mrope_interleaved"
 )
 _ROTATE, _NEW, _INTO = "rope_cupy::rotate", "rope_cupy::rotate_new", "rope_cupy::rotate_into"
 for _name in (_ROTATE, _NEW):
@@ -362,7 +380,7 @@ def traced(
     names: tuple[str, ...],
     xs: tuple[Any, ...],
     table: Any,
-    positions: Any,
+    positions: tuple[Any, Any, Any],
     options: tuple[Any, ...],
     out: tuple[Any, ...] | None,
 ) -> tuple[Any, ...]:
@@ -371,12 +389,13 @@ def traced(
     What is written in place where a gradient is recorded is written from a new result.
     """
     source = source_of(table)
-    is_array = isinstance(positions, torch.Tensor)
-    rows, first = (positions, None) if is_array else (None, positions)
+    rows, first = _arrays_and_int(positions)
     if any([hasattr(x, "device_mesh") for x in xs]):
-        every = (positions,) if is_array else ()
-        return sharded(calls.Given(names, xs, source, every, first, check_options(*options), out))
-    arguments = list(source.arrays), source.form.__name__, rows, first, *options
+        there = {name: row for name, row in zip(_ROWS, rows, strict=True) if row is not None}
+        options = check_options(*options)
+        named = (*there,), (*there.values(),), first
+        return sharded(calls.Given(names, xs, source, *named, options, out))
+    arguments = list(source.arrays), source.form.__name__, *rows, first, *options
     records = torch.is_grad_enabled() and any([x.requires_grad for x in xs])
     if torch.is_grad_enabled() and any([part.requires_grad for part in source.arrays]):
         raise ValueError("table must not require a gradient, which is not recorded here")
@@ -392,18 +411,34 @@ def traced(
     return out
 
 
+_ROWS = calls.Positions._fields
+
+
+def _arrays_and_int(positions: tuple[Any, Any, Any]) -> tuple[list[torch.Tensor | None], Any]:
+    """Return the tensors among what tells the positions of tokens, and what their ints add to."""
+    rows, ints = [], []
+    for each in positions:
+        is_tensor = isinstance(each, torch.Tensor)
+        rows.append(each if is_tensor else None)
+        if each is not None and not is_tensor:
+            ints.append(each)
+    return rows, sum(ints) if ints else None
+
+
 def _run(
     xs: Sequence[torch.Tensor],
     outs: tuple[torch.Tensor, ...] | None,
     table: Sequence[torch.Tensor],
     form: str,
     positions: torch.Tensor | None,
+    seqlen_offsets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     first: int | None,
     *options: Any,
 ) -> tuple[torch.Tensor, ...]:
     names = ("x",) if len(xs) == 1 else ("q", "k")
     source = TableSource(FORMS[form], tuple(table))
-    rows = first if positions is None else positions
+    rows = first if positions is None else positions, seqlen_offsets, cu_seqlens
     return calls.rotate(names, tuple(xs), source, rows, options, outs)
 
 
@@ -429,14 +464,15 @@ def _check_fakes(
     arrays: Sequence[torch.Tensor],
     table: Sequence[torch.Tensor],
     form: str,
-    positions: torch.Tensor | None,
-    first: int | None,
-    *options: Any,
+    *rows_and_options: Any,
 ) -> None:
     """Check what a trace will not change; a run checks the rest."""
-    check_options(*options)
+    *rows, _ = rows_and_options[: len(_ROWS) + 1]
+    check_options(*rows_and_options[len(_ROWS) + 1 :])
     device = arrays[0].device
-    for name, others in (("k or out", arrays), ("table", table), ("positions", [positions])):
+    named = [("k or out", arrays), ("table", table)]
+    named += [(name, [row]) for name, row in zip(_ROWS, rows, strict=True)]
+    for name, others in named:
         for each in others:
             if each is not None and each.device != device:
                 raise ValueError(f"{name} must be on x's or q's device {device}, got {each.device}")
@@ -458,8 +494,9 @@ class _TracedRotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, arguments: tuple[Any, ...], *xs: Any) -> tuple[Any, ...]:
         """Rotate into new tensors."""
-        table, form, positions, first, *options = arguments
-        ctx.save_for_backward(*table, *([] if positions is None else [positions]))
+        table, form, *rest = arguments
+        rows, first, options = rest[: len(_ROWS)], rest[len(_ROWS)], rest[len(_ROWS) + 1 :]
+        ctx.save_for_backward(*table, *rows)
         ctx.arguments = len(table), form, first, check_options(*options)
         ctx.set_materialize_grads(False)
         outs = tuple(torch.ops.rope_cupy.rotate_new(xs, *arguments))
@@ -472,8 +509,8 @@ class _TracedRotation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """Turn the gradients back, those that are there."""
         num_parts, form, first, options = ctx.arguments
-        table, rows = ctx.saved_tensors[:num_parts], (*ctx.saved_tensors[num_parts:], None)
-        arguments = list(table), form, rows[0], first, *_conjugate(options)
+        table, rows = ctx.saved_tensors[:num_parts], ctx.saved_tensors[num_parts:]
+        arguments = list(table), form, *rows, first, *_conjugate(options)
         there = [grad for grad in grads if grad is not None]
         turned = iter(torch.ops.rope_cupy.rotate(there, *arguments) if there else ())
         return None, *[None if grad is None else next(turned) for grad in grads]

@@ -19,7 +19,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from reference import FORMATS, Error, arranged, canonical, check, decode, encode, rotate, to_bits
+from reference import (
+    FORMATS,
+    Error,
+    arranged,
+    canonical,
+    check,
+    decode,
+    encode,
+    rotate,
+    sequence_places,
+    to_bits,
+)
 
 import rope_cupy
 
@@ -287,6 +298,7 @@ OUTSIDE = {  # rows of no table; the last would be rows of one if they lost thei
     "int32": [-1, -(2**31), 2**31 - 1],
     "int64": [-1, -(2**31), 2**31, -(2**63), 2**63 - 1, -(2**32), 2**32, 2**32 + 1],
 }
+INDEX = "int32", "int64"
 OPTIONS: dict[str, list[Any]] = {
     "dtype": list(FORMATS),
     "table_dtype": list(FORMATS),
@@ -305,7 +317,11 @@ OPTIONS: dict[str, list[Any]] = {
     "k_style": STYLES + NUMPY_STYLES + INPUT_STYLES,
     "rows": ["position", "position", "position", "batch", "head"],
     "table_style": [*STYLES, "reversed", "repeated"],
-    "positions": "none,int,int32 s,int32 bs,int32 1s,int64 s,int64 bs,int64 1s".split(","),
+    "positions": [
+        *("none", "int", *(f"{dtype} {shape}" for dtype in INDEX for shape in ("s", "bs", "1s"))),
+        *(f"{dtype} {kind}" for dtype in INDEX for kind in ("offset", "packed", "packed offset")),
+        *("int32 3s", "int64 3bs", "int64 31s", "int32 3bs mixed", "int64 3s mixed"),
+    ],
     "outside": ["inside", "nan", "keep"],
     "write": ["new", "out", "out other", "in place"],
 }
@@ -336,7 +352,12 @@ def possible(case: Case) -> Case:
         table_dtype=dtype,
         library=library,
         table_library=owner,
-        sizes=(batch if "b" in case.layout else 1, tokens, q_heads, k_heads),
+        sizes=(
+            batch if "b" in case.layout and "packed" not in positions else 1,
+            tokens,
+            q_heads,
+            k_heads,
+        ),
         style=known(case.style, library, written),
         k_style=known(case.k_style, library, written),
         rows=rows,
@@ -389,23 +410,62 @@ class Call:
         angle = rng.uniform(-np.pi, np.pi, (*leading, rotary_dim // 2))
         self.table, self.held = make_table(np.cos(angle), np.sin(angle), case)
         self.cos, self.sin = table_values(self.held, case)
-        self.positions: Any = first if case.positions == "int" else None
-        self.rows = self.positions
+        self.where: dict[str, Any] = {"positions": first} if case.positions == "int" else {}
+        self.rows: Any = self.where.get("positions")
+        self.options: dict[str, Any] = {}
         if " " in case.positions:
-            dtype, names = case.positions.split()
-            shape = {"s": (tokens,), "bs": (batch, tokens), "1s": (1, tokens)}[names]
-            rows = rng.integers(0, leading[0], shape)
-            if case.outside != "inside":
-                outside = rng.choice([*OUTSIDE[dtype], leading[0]], shape)
-                rows = np.where(rng.random(shape) < 0.4, outside, rows)
-            self.held.append(hold(rows, dtype, case.table_library, case.table_style))
-            self.positions, self.rows = self.held[-1].array, self.held[-1].elements
-        self.options = {
+            dtype, kind = case.positions.split(maxsplit=1)
+            self.rows = self.hold_rows(dtype, kind, leading[0])
+        self.outside = None if self.rows is None else self.beside(len(self.cos))
+        self.options |= {
             "interleaved": case.interleaved,
             "rotary_offset": offset,
             "conjugate": case.conjugate,
             "out_of_range": "keep" if case.outside == "keep" else "nan",
         }
+
+    def hold_rows(self, dtype: str, kind: str, num_rows: int) -> np.ndarray:
+        """Hold what tells the row of each token, and return those: of a token in none, -1."""
+        case, rng = self.case, self._rng
+        batch, tokens, *_ = case.sizes
+
+        def held(name: str, values: np.ndarray, most: int) -> np.ndarray:
+            if case.outside != "inside" and name != "cu_seqlens":
+                outside = rng.choice([*OUTSIDE[dtype], most], values.shape)
+                values = np.where(rng.random(values.shape) < 0.4, outside, values)
+            self.held.append(hold(values, dtype, case.table_library, case.table_style))
+            self.where[name] = self.held[-1].array
+            return self.held[-1].elements.astype(np.int64)
+
+        if kind == "offset":
+            offsets = held("seqlen_offsets", rng.integers(0, num_rows - tokens, batch), num_rows)
+            with np.errstate(over="ignore"):
+                return np.arange(tokens) + offsets[:, None]
+        if "packed" in kind:
+            num_sequences = int(rng.integers(1, 5))
+            begins = np.sort(rng.integers(0, tokens + 1, num_sequences + 1))
+            if case.outside == "inside":
+                begins[0], begins[-1] = 0, tokens
+            begins = held("cu_seqlens", begins, 0)
+            offsets = np.zeros(num_sequences, np.int64)
+            if "offset" in kind:
+                most = num_rows - tokens
+                offsets = held("seqlen_offsets", rng.integers(0, most, num_sequences), num_rows)
+            return sequence_places(begins.tolist(), offsets.tolist(), tokens)
+        axes, names = ((3,), kind[1:].split()[0]) if kind[0] == "3" else ((), kind)
+        shape = {"s": (tokens,), "bs": (batch, tokens), "1s": (1, tokens)}[names]
+        if axes:
+            cuts = np.sort(rng.integers(0, case.head[1] // 2 + 1, 2))
+            section = np.diff([0, *cuts, case.head[1] // 2])
+            self.options["mrope_section"] = tuple(map(int, section))
+            self.options["mrope_interleaved"] = "mixed" in kind
+        shape = (*axes, *shape)
+        return held("positions", rng.integers(0, num_rows, shape), num_rows)
+
+    def beside(self, num_rows: int) -> np.ndarray:
+        """Which tokens have a row that the table does not hold."""
+        outside = (self.rows < 0) | (self.rows >= num_rows)
+        return outside.any(0) if "mrope_section" in self.options else np.asarray(outside)
 
     def hold_heads(self, library: str, styles: list[Any]) -> list[Held]:
         """q, and k if any: numbers where the head is rotated, any bits at all where it is not."""
@@ -428,7 +488,7 @@ class Call:
         rotated = (rope_cupy.apply_rotary_qk if len(xs) == 2 else rope_cupy.apply_rotary)(
             *xs,
             self.table,
-            positions=self.positions,
+            **self.where,
             layout=None if self.case.layout in DEFAULT_LAYOUTS else self.axes,
             head_dim=self.split,
             out=(tuple(out) if len(xs) == 2 else out[0]) if out else None,
@@ -475,8 +535,7 @@ def _verify_once(case: Case) -> list[Error]:
         errors.append(check(actual[..., turned], exact[..., turned], case.dtype, repeated))
         untouched = np.broadcast_to(~turned, y.shape)
         if case.outside == "keep":
-            outside = (call.rows < 0) | (call.rows >= len(call.cos))
-            untouched = untouched | outside[..., None, None]
+            untouched = untouched | call.outside[..., None, None]
         assert np.array_equal(x[untouched], y[untouched]), "what is not rotated must keep its bits"
     for unwritten in call.held if case.write == "in place" else call.held + inputs:
         unwritten.assert_unchanged()

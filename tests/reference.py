@@ -56,16 +56,29 @@ def rotate(
     rotary_offset: int = 0,
     conjugate: bool = False,
     out_of_range: str = "nan",
+    mrope_section: tuple[int, int, int] | None = None,
+    mrope_interleaved: bool = False,
 ) -> np.ndarray:
     """Rotate x (batch, tokens, heads, head_dim) by half-width tables of cosines and sines.
 
     cos, sin: (positions, pairs), looked up by `positions`: None counts the tokens from 0, an int
-    from there, an array (tokens,) or (batch, tokens) names each token's row. Or a row for each
-    token: (batch, tokens, pairs) or (batch, tokens, heads, pairs), where batch and heads may be 1.
+    from there, an array (tokens,) or (batch, tokens) names each token's row; with mrope_section one
+    for each of three axes, (3, tokens) or (3, batch, tokens). Or a row for each token: (batch,
+    tokens, pairs) or (batch, tokens, heads, pairs), where batch and heads may be 1.
     """
     batch, tokens, heads, _ = x.shape
     pairs = cos.shape[-1]
-    if cos.ndim == 2:
+    if mrope_section is not None:
+        axes = np.broadcast_to(
+            positions if positions.ndim == 3 else positions[:, None], (3, batch, tokens)
+        )
+        inside = ((axes >= 0) & (axes < len(cos))).all(0)
+        rows = np.where(inside, axes, 0)[axes_of_pairs(mrope_section, mrope_interleaved)]
+        cos, sin = (
+            np.stack([table[row, pair] for pair, row in enumerate(rows)], -1)
+            for table in (cos, sin)
+        )
+    elif cos.ndim == 2:
         if positions is None or isinstance(positions, int):
             positions = np.arange(tokens) + (positions or 0)
         row = np.broadcast_to(positions, (batch, tokens))
@@ -93,6 +106,27 @@ def rotate(
         y[..., first] = np.where(inside, a * cos - b * sin, lost[0])
         y[..., second] = np.where(inside, b * cos + a * sin, lost[1])
     return y
+
+
+def axes_of_pairs(section: tuple[int, int, int], interleaved: bool) -> list[int]:
+    """The axis whose position each pair turns by: in sections, or every third pair of an axis."""
+    if not interleaved:
+        return [axis for axis, size in enumerate(section) for _ in range(size)]
+    axes = [0] * sum(section)
+    for axis in (1, 2):
+        for turn in range(section[axis]):
+            if 3 * turn + axis < len(axes):
+                axes[3 * turn + axis] = axis
+    return axes
+
+
+def sequence_places(cu_seqlens: list[int], offsets: list[int], tokens: int) -> np.ndarray:
+    """The place of each token in the sequence that holds it, plus its offset; -1 in none."""
+    places = np.full(tokens, -1, np.int64)
+    for begin, end, offset in zip(cu_seqlens[:-1], cu_seqlens[1:], offsets, strict=True):
+        for token in range(max(begin, 0), min(end, tokens)):
+            places[token] = (token - begin + offset + 2**63) % 2**64 - 2**63  # as int64 wraps
+    return places
 
 
 def canonical(x: np.ndarray, layout: str, head_dim: int | None = None) -> np.ndarray:

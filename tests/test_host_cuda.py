@@ -131,6 +131,11 @@ class OfTheirOwn(Mutant):
 
 PLAIN = Mutant._field_defaults["case"]
 GATHERED = PLAIN._replace(positions="int64 bs", outside="nan")
+ON_AXES = PLAIN._replace(positions="int64 3bs", outside="nan", sizes=(2, 40, 3, 1))
+IN_TURN = PLAIN._replace(positions="int64 3bs mixed")
+PACKED = PLAIN._replace(
+    positions="int64 packed offset", outside="nan", sizes=(1, 40, 3, 1), write="out"
+)
 TWO_ROWS = PLAIN._replace(interleaved=True, sizes=(2, 5, 4, 2))  # of one thread
 UNWRITTEN = PLAIN._replace(write="out")  # shows: the arrays hold other numbers
 OUT_OF_BOUNDS = "AddressSanitizer: (use-after-poison|SEGV)"
@@ -153,10 +158,63 @@ MUTANTS = {
     ),
     "a missing bound": Mutant(
         "rotary.cu",
-        "if (static_cast<unsigned long long>(position) >=",
-        "if (false && static_cast<unsigned long long>(position) >=",
+        "if (!is_inside) {",
+        "if (false) {",
         OUT_OF_BOUNDS,
         GATHERED,
+    ),
+    "a bound on the last of three axes alone": Mutant(
+        "rotary.cu", "is_inside &= ", "is_inside = ", f"{OUT_OF_BOUNDS}|{WRONG}", ON_AXES
+    ),
+    "positions of the first of three axes": Mutant(
+        "positions.cuh", "return address[axis * args.axis];", "return *address;", WRONG, ON_AXES
+    ),
+    "a section one pair too long": Mutant(
+        "positions.cuh",
+        "pair >= args.section_ends[0]",
+        "pair > args.section_ends[0]",
+        WRONG,
+        ON_AXES,
+    ),
+    "pairs in turn beyond those of their axis": Mutant(
+        "positions.cuh", "&& pair < args.section_ends[axis - 1]", "", WRONG, IN_TURN
+    ),
+    "pairs in turn counted from the lane's first": Mutant(
+        "rotary.cu",
+        "args.position_arguments, pair + i)",
+        "args.position_arguments, i)",
+        WRONG,
+        IN_TURN,
+    ),
+    "a token counted from its batch's offset alone": Mutant(
+        "positions.cuh",
+        "sum_of(token, args.first, *address)",
+        "sum_of(args.first, *address)",
+        WRONG,
+        PLAIN._replace(positions="int64 offset"),
+    ),
+    "an offset of another batch": Mutant(
+        "rotary.cu",
+        "args.position.template offset<kCommon>(at)",
+        "0",
+        WRONG,
+        PLAIN._replace(positions="int64 offset"),
+    ),
+    "a sequence that holds its end": Mutant(
+        "positions.cuh", "<= token) {", "< token) {", WRONG, PACKED
+    ),
+    "a token behind the last sequence": Mutant(
+        "positions.cuh",
+        "token < begin || sequence == end",
+        "token < begin",
+        f"{OUT_OF_BOUNDS}|{WRONG}",
+        PACKED,
+    ),
+    "a token before the first sequence": Mutant(
+        "positions.cuh", "token < begin || sequence == end", "sequence == end", WRONG, PACKED
+    ),
+    "the offset of the first sequence for all": Mutant(
+        "positions.cuh", "offsets[sequence * args.axis]", "offsets[0]", WRONG, PACKED
     ),
     "float for double": Mutant(
         "numeric.cuh", "double, float>::Type", "float, float>::Type", WRONG, Case("float64")
@@ -195,9 +253,9 @@ MUTANTS = {
         "runtime error: signed integer overflow",
     ),
     "int32 positions for int64": Mutant(
-        "rotary.cu",
-        "= *position_of_row",
-        "= *static_cast<const int*>(static_cast<const void*>(position_of_row))",
+        "positions.cuh",
+        "return *address;",
+        "return *static_cast<const int*>(static_cast<const void*>(address));",
         WRONG,
         GATHERED,
     ),
@@ -222,8 +280,8 @@ MUTANTS = {
     ),
     "sines by the rows of cosines": OfTheirOwn(
         "rotary.cu",
-        "sin_run += position * args.sin_row",
-        "sin_run += position * args.cos_row",
+        "sin_offset = row * args.sin_row",
+        "sin_offset = row * args.cos_row",
         f"{OUT_OF_BOUNDS}|{WRONG}",
     ),
     "the second row of a set beside the first": Mutant(
@@ -278,7 +336,7 @@ MUTANTS = {
         "rotary.cu",
         "long long cos_row;",
         "long long cos_row, cos_of_v;",
-        "the kernel takes 592 bytes of arguments, got 584",
+        "the kernel takes 688 bytes of arguments, got 680",
     ),
 }
 

@@ -72,7 +72,11 @@ def test_the_matrix_launches_kernels_of_every_kind(kernels):
     kinds = Template(*map(set, zip(*map(template, kernels), strict=True)))
     numbers, flags = {"float16", "bfloat16", "float", "double"}, {"true", "false"}
     assert (kinds.dtype, kinds.table) == (numbers, numbers)
-    assert kinds.position == {"void", "int", "long long"}
+    assert kinds.position == {"void", "int", "long long"} | {
+        f"{kind}<{index}>"
+        for kind in ("Offset", "Packed", "Sections", "Mixed")
+        for index in ("int", "long long")
+    }
     assert (kinds.interleaved, kinds.conjugate) == (flags, flags)
     assert (kinds.in_place, kinds.past_l1, kinds.common) == (flags, flags, flags)
     assert kinds.rows == {"1", "2", "4"}
@@ -82,7 +86,9 @@ def test_the_matrix_launches_kernels_of_every_kind(kernels):
     assert kinds.pass_run >= {"0", "1", "2", "4", "8"}
 
 
-@pytest.mark.parametrize("position", ["void", "int", "long long"])
+@pytest.mark.parametrize(
+    "position", ["void", "int", "long long", "Offset<int>", "Packed<int>", "Sections<long long>"]
+)
 @pytest.mark.parametrize("pairing", ["false, false, 1, 8", "true, false, 2, 4"])
 def test_the_kernels_of_plain_models_leave_room_for_40_warps(pairing, position):
     """Of a multiprocessor's 65,536 registers, which threads take by eights."""
@@ -127,11 +133,13 @@ def test_the_options_change_with_every_source(tmp_path, monkeypatch):
 def test_the_argument_block_is_packed_as_the_kernel_reads_it():
     """Every name of test_plan.FIELDS is found where its integer is packed."""
     pointers = ["x[0]", "x[1]", "out[0]", "out[1]", "cos_data", "sin_data", "positions"]
+    last = [f"position_arguments.{name}" for name in ("cu_seqlens", "first")]
+    fields = [*pointers, *FIELDS, *last]
     checks = [
         f'static_assert(__INTADDR__(&((Block*)0)->{field}) == {8 * i}, "{field}");'
-        for i, field in enumerate(pointers + FIELDS)
+        for i, field in enumerate(fields)
     ]
-    size = 8 * (len(pointers) + len(FIELDS))
+    size = 8 * len(fields)
     checks.append(f'static_assert(sizeof(Block) == {size}, "size");')
     checks.append(f'static_assert(kAccessBytes == {ACCESS_BYTES}, "the widest access");')
     code = '#include "rotary.cu"\nusing Block = Arguments<bfloat16, float>;\n' + "\n".join(checks)

@@ -28,6 +28,9 @@ FIELDS = [
     *(f"tensors[{i}].{field}" for i in range(2) for field in TENSOR),
     *(f"sin.{part}" for part in VIEW),
     *("sin_row", "keep", "rotary_offset", "num_pair_lanes"),
+    *(f"token.{part}" for part in ("outer", "middle", "inner", "element", "width")),
+    *(f"position_arguments.{name}" for name in ("axis", "section_ends[0]", "section_ends[1]")),
+    *(f"position_arguments.{name}" for name in ("num_sequences", "cu_stride")),
 ]
 
 
@@ -55,8 +58,11 @@ def spec(shape, dtype="bfloat16", strides=None, address=0):
     return array_spec(shape, strides or dense, dtype, "cuda:0", address, True)
 
 
-def problem(xs, rotary_dim, outs=None, positions=None, table=None, **options):
+def problem(xs, rotary_dim, outs=None, table=None, **given):
     """The problem of rotating xs, in place unless outs are given, by a dense float32 table."""
+    options = {name: given[name] for name in given if name in Options._fields}
+    rows = {name: given[name] for name in given if name not in options}
+    rows = tuple((name, array) for name, array in rows.items() if array is not None)
     chosen = {
         "interleaved": False,
         "layout": None,
@@ -64,6 +70,8 @@ def problem(xs, rotary_dim, outs=None, positions=None, table=None, **options):
         "rotary_offset": 0,
         "conjugate": False,
         "out_of_range": "nan",
+        "mrope_section": None,
+        "mrope_interleaved": False,
     } | options
     part = spec((4096, rotary_dim // 2), "float32")
     return rotary_problem(
@@ -72,7 +80,7 @@ def problem(xs, rotary_dim, outs=None, positions=None, table=None, **options):
         tuple(outs or xs),
         outs is None,
         table or TableSpec(part, part, 1, 0),
-        positions,
+        rows,
         check_options(*Options(**chosen)),
     )
 
@@ -644,6 +652,10 @@ def flat(nested):
     }
 
 
+POSITION_ARGUMENTS = "axis", "section_ends[0]", "section_ends[1]", "num_sequences", "cu_stride"
+NO_POSITIONS = {f"position_arguments.{name}": 0 for name in POSITION_ARGUMENTS}
+
+
 def test_every_integer_of_a_launch_by_a_table_of_heads():
     q = spec((2, 5, 3, 90), strides=(5000, 700, 200, 2))
     k = spec((2, 5, 3, 90), strides=(1350, 90, 450, 1))
@@ -661,6 +673,7 @@ def test_every_integer_of_a_launch_by_a_table_of_heads():
         {"x": view(1350, 90, 450, 1, 2), "out": view(1350, 270, 90, 1, 1), "x_step": 1350},
     ]
     expected = {
+        **{"token": view(0, 1, 0, 0, 0)} | NO_POSITIONS,
         **{
             f"tensors[{i}].{name}": value
             for i in (0, 1)
@@ -690,6 +703,7 @@ def test_every_integer_of_a_launch_by_positions():
         **{"num_sets": 30, "blocks": 2},
     }
     expected = {
+        **{"token": view(0, 0, 1, 0, 0)} | NO_POSITIONS,
         # No block asks for the second of one tensor.
         **{f"tensors[{i}].{name}": value for i in (0, 1) for name, value in tensor.items()},
         **{"period": by(2), "cos": view(0, 0, 0, 1, 4), "sin": view(0, 0, 0, 1, 4)},
@@ -703,6 +717,62 @@ def test_every_integer_of_a_launch_by_positions():
     assert (chosen.position, chosen.common) == ("long long", "false")  # rows of sin lie elsewhere
 
 
+def test_the_integers_of_positions_on_three_axes():
+    x, positions = spec((2, 5, 3, 128)), spec((3, 2, 5), "int32", strides=(40, 7, 1))
+    options = {"positions": positions, "mrope_section": (16, 24, 24)}
+    plan = launch_plan(problem([x], 128, **options))
+    packed, chosen = fields(plan), template(plan.kernel)
+    assert (chosen.position, chosen.pairs) == ("Sections<int>", "8")
+    assert [packed[f"position_arguments.{name}"] for name in POSITION_ARGUMENTS] == [
+        40,
+        16,
+        40,
+        0,
+        0,
+    ]
+    assert (packed["position.outer"], packed["position.middle"]) == (7, 1)
+
+    plan = launch_plan(problem([x], 128, **options, mrope_interleaved=True))
+    packed, chosen = fields(plan), template(plan.kernel)
+    assert chosen.position == "Mixed<int>"
+    assert [packed[f"position_arguments.{name}"] for name in POSITION_ARGUMENTS] == [
+        40,
+        72,
+        72,
+        0,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "pairs"), [((16, 24, 24), 8), ((20, 22, 22), 2), ((63, 1, 0), 1)]
+)
+def test_the_pairs_of_a_thread_are_of_one_section(section, pairs):
+    x, positions = spec((1, 5, 3, 128)), spec((3, 5), "int64")
+    assert template_of([x], 128, positions=positions, mrope_section=section).pairs == str(pairs)
+    mixed = {"mrope_section": section, "mrope_interleaved": True}
+    assert template_of([x], 128, positions=positions, **mixed).pairs == "8"
+
+
+def test_the_integers_of_packed_sequences():
+    x = spec((9, 3, 128))
+    cu_seqlens, offsets = spec((5,), "int64", strides=(3,)), spec((4,), "int64", strides=(-2,))
+    plan = launch_plan(problem([x], 128, seqlen_offsets=offsets, cu_seqlens=cu_seqlens))
+    packed = fields(plan)
+    assert template(plan.kernel).position == "Packed<long long>"
+    assert [packed[f"position_arguments.{name}"] for name in POSITION_ARGUMENTS] == [-2, 0, 0, 4, 3]
+    assert (packed["token.outer"], packed["token.middle"], packed["token.inner"]) == (0, 1, 0)
+    assert packed["position.middle"] == 0
+
+
+def test_the_integers_of_an_offset_for_every_batch():
+    plan = launch_plan(problem([spec((4, 9, 3, 128))], 128, seqlen_offsets=spec((4,), "int32")))
+    packed = fields(plan)
+    assert template(plan.kernel).position == "Offset<int>"
+    assert [packed[f"position.{axis}"] for axis in ("outer", "middle", "inner")] == [1, 0, 0]
+    assert [packed[f"token.{axis}"] for axis in ("outer", "middle", "inner")] == [0, 1, 0]
+
+
 def test_the_pointers_lead_to_the_slice_in_bytes():
     q, k = spec((1, 5, 4, 90), strides=(4000, 800, 200, 2)), spec((1, 5, 2, 90))
     outs = [spec((1, 5, 4, 90)), spec((1, 5, 2, 90), strides=(4000, 800, 400, 3))]
@@ -710,7 +780,9 @@ def test_the_pointers_lead_to_the_slice_in_bytes():
     assert plan.to_slice == (6 * 2 * 2, 6 * 2, 6 * 2, 6 * 3 * 2)
     block = plan.argument_block(Pointers((1000, 2000), (3000, 4000), 5000, 6000, 7000))
     assert struct.unpack("<7Q", block[:56]) == (1024, 2012, 3012, 4036, 5000, 6000, 7000)
-    assert block[56:] == plan.arguments
+    assert block[56:-16] == plan.arguments
+    pointers = Pointers((1000, 2000), (3000, 4000), 5000, 6000, 7000, 8000, -9)
+    assert struct.unpack("<Qq", plan.argument_block(pointers)[-16:]) == (8000, -9)
 
 
 def test_a_launch_of_one_tensor_repeats_its_pointers():
@@ -826,7 +898,7 @@ def test_in_place_and_with_positions_the_tensors_pass_l1_by(
     x = spec((2, 5, 7, 128), address=address)
     positions = spec((x.shape[1 if layout == BSHD else 2],), "int32") if by_positions else None
     outs = None if write == "in place" else [x]
-    chosen = template_of([x], 128, outs, positions, layout=layout)
+    chosen = template_of([x], 128, outs, positions=positions, layout=layout)
     assert (chosen.common, chosen.past_l1) == ("true", past_l1)
     assert chosen.in_place == ("true" if write == "in place" else "false")
 

@@ -137,7 +137,7 @@ def test_q_and_k_together_equal_q_and_k_apart(way, chunk):
 
 def test_the_calls_drawn_are_of_every_kind():
     drawn = []
-    for chunk in range(4):
+    for chunk in range(8):
         for_every_call("numpy", chunk, drawn.append)
     for name, values in OPTIONS.items():
         if name in ("dtype", "table_dtype", "form", "positions", "write", "outside", "rows"):

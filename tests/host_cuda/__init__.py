@@ -26,7 +26,17 @@ import numpy as np
 from rope_cupy import jit
 from rope_cupy.memory import ITEMSIZE, ndarray_at
 from rope_cupy.plan import launch_plan
-from rope_cupy.problem import Pointers, RotaryProblem, View
+from rope_cupy.problem import (
+    IMPLICIT,
+    MIXED,
+    NUM_AXES,
+    OFFSET,
+    PACKED,
+    SECTIONS,
+    Pointers,
+    RotaryProblem,
+    View,
+)
 
 HERE = Path(__file__).parent
 BUILDS = HERE.parents[1] / "build" / "host_cuda"
@@ -95,6 +105,8 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
         cos=pointers.cos + moves["cos"],
         sin=pointers.sin + moves.get("sin", moves["cos"]),
         positions=pointers.positions + moves.get("positions", 0),
+        cu_seqlens=pointers.cu_seqlens + moves.get("cu_seqlens", 0),
+        first=pointers.first,
     )
     source = jit.sources() / "rotary.cu"
     run(source, plan.kernel, plan.grid, plan.block, plan.argument_block(moved), arrays)
@@ -120,17 +132,31 @@ def arrays_of(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
     if not problem.sin_offset:  # else the sines lie among the cosines
         arrays["sin"] = _table(problem, pointers.sin, problem.sin, problem.sin_row)
     if problem.position_dtype:
-        shape, strides = (problem.batch, problem.num_tokens), problem.position_strides
-        itemsize = ITEMSIZE[problem.position_dtype]
-        arrays["positions"] = Array(pointers.positions, itemsize, shape, strides)
+        arrays |= _rows(problem, pointers)
     return arrays
+
+
+def _rows(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
+    """What tells the rows of tokens; of an offset for every sequence there may be none."""
+    itemsize, axis = ITEMSIZE[problem.position_dtype], problem.position_axis
+    if problem.position_kind == PACKED:
+        shape, strides = (problem.num_sequences,), (problem.cu_stride,)
+        begins = Array(pointers.cu_seqlens, itemsize, (shape[0] + 1,), strides)
+        offsets = Array(pointers.positions, itemsize, shape, (axis,))
+        return {"cu_seqlens": begins} | ({"positions": offsets} if pointers.positions else {})
+    shape, strides = (problem.batch, problem.num_tokens), problem.position_strides
+    if problem.position_kind == OFFSET:
+        shape = (problem.batch, 1)
+    if problem.position_kind in (SECTIONS, MIXED):
+        shape, strides = (NUM_AXES, *shape), (axis, *strides)
+    return {"positions": Array(pointers.positions, itemsize, shape, strides)}
 
 
 def _table(problem: RotaryProblem, address: int, view: View, row: int) -> Array:
     num_pairs, step = problem.rotary_dim // 2, problem.table_step
     shape: tuple[int, ...] = (problem.num_positions,)
     strides: tuple[int, ...] = (row,)
-    if problem.position_dtype is None:
+    if problem.position_kind == IMPLICIT:
         heads = max(tensor.num_heads for tensor in problem.tensors)
         shape, strides = (problem.batch, problem.num_tokens, heads), view.strides[:3]
     shape, strides = (*shape, num_pairs, step), (*strides, view.strides[3], view.strides[3] // step)
