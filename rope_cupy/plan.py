@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .memory import ACCESS_BYTES, ITEMSIZE
-from .problem import GIVEN, IMPLICIT, SECTIONS, Pointers, RotaryProblem, View
+from .problem import GIVEN, IMPLICIT, MIXED, SECTIONS, Pointers, RotaryProblem, View
 
 WARP = 32
 BLOCK_BYTES = 4096  # of x: with less, GPUs cannot start blocks as fast as the memory serves them
@@ -135,7 +135,8 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, pass_run: int) -> 
     most = ACCESS_BYTES // ITEMSIZE[problem.dtype]
     widest = min(most, max(*widths.x, *widths.out))
     table_bytes = problem.table_step * ITEMSIZE[problem.table_dtype]
-    one_access = problem.interleaved or pass_run or table_bytes >= ACCESS_BYTES
+    mixed = problem.position_kind == MIXED  # for which a thread loads three angles a pair
+    one_access = problem.interleaved or pass_run or table_bytes >= ACCESS_BYTES or mixed
     pairs = widest // 2 if one_access else widest
     ends = problem.section_ends if problem.position_kind == SECTIONS else ()
     return math.gcd(max(1, pairs), problem.rotary_dim // 2, *ends)  # all pairs are of one section

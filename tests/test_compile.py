@@ -186,9 +186,9 @@ def test_starts_of_sequences_are_not_compiled_again(device):
 
 
 SAMPLES = {
-    "halves": (None, None, False, None, None, 0, False, "nan"),
-    "a start": (None, 3, True, "bshd", None, 0, True, "keep"),
-    "positions": ("array", None, False, None, None, 0, False, "nan"),
+    "halves": (None, None, None, None, False, None, None, 0, False, "nan", None, False),
+    "a start": (None, None, None, 3, True, "bshd", None, 0, True, "keep", None, False),
+    "positions": ("array", None, None, None, False, None, None, 0, False, "nan", None, False),
 }
 
 

@@ -751,7 +751,7 @@ def test_the_pairs_of_a_thread_are_of_one_section(section, pairs):
     x, positions = spec((1, 5, 3, 128)), spec((3, 5), "int64")
     assert template_of([x], 128, positions=positions, mrope_section=section).pairs == str(pairs)
     mixed = {"mrope_section": section, "mrope_interleaved": True}
-    assert template_of([x], 128, positions=positions, **mixed).pairs == "8"
+    assert template_of([x], 128, positions=positions, **mixed).pairs == "4"
 
 
 def test_the_integers_of_packed_sequences():
