@@ -53,6 +53,7 @@ struct PositionsOf {
   using Index = Index_;
   static constexpr int kAxes = 1;
   static constexpr bool kCountsTokens = false;
+  static constexpr bool kSearches = false;
 
   static __device__ __forceinline__ long long read(const PositionArguments&, const Index* address,
                                                    int, long long) {
@@ -65,6 +66,7 @@ struct PositionsOf<void> {
   using Index = void;
   static constexpr int kAxes = 0;
   static constexpr bool kCountsTokens = false;
+  static constexpr bool kSearches = false;
 };
 
 template <typename Index_>
@@ -72,6 +74,7 @@ struct PositionsOf<Offset<Index_>> {
   using Index = Index_;
   static constexpr int kAxes = 1;
   static constexpr bool kCountsTokens = true;
+  static constexpr bool kSearches = false;
 
   static __device__ __forceinline__ long long read(const PositionArguments& args,
                                                    const Index* address, int, long long token) {
@@ -84,6 +87,7 @@ struct PositionsOf<Packed<Index_>> {
   using Index = Index_;
   static constexpr int kAxes = 1;
   static constexpr bool kCountsTokens = true;
+  static constexpr bool kSearches = true;
 
   // The last sequence that begins at or before the token holds it, unless it is the end of all.
   static __device__ __forceinline__ long long read(const PositionArguments& args,
@@ -111,6 +115,7 @@ struct PositionsOf<Sections<Index_>> {
   using Index = Index_;
   static constexpr int kAxes = 3;
   static constexpr bool kCountsTokens = false;
+  static constexpr bool kSearches = false;
 
   static __device__ __forceinline__ long long read(const PositionArguments& args,
                                                    const Index* address, int axis, long long) {

@@ -230,6 +230,22 @@ __global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position
   }
 
   if (!passes) {
+    constexpr int kAxes = Positions::kAxes;
+    [[maybe_unused]] long long position[kAxes ? kAxes : 1];
+    [[maybe_unused]] bool is_inside = true;
+    [[maybe_unused]] const auto read_positions = [&] {
+      if constexpr (kAxes > 0) {
+#pragma unroll
+        for (int axis = 0; axis < kAxes; ++axis) {
+          position[axis] = Positions::read(args.position_arguments, position_of_row, axis, token);
+          is_inside &= static_cast<unsigned long long>(position[axis]) <
+                       static_cast<unsigned long long>(args.num_positions);
+        }
+      }
+    };
+    // A search has more registers before the tensors are loaded.
+    if constexpr (Positions::kSearches) read_positions();
+
     Vec<T, 2 * kPairs> pairs[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -246,15 +262,7 @@ __global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position
       angles = load_angles<Real, kPairs, kTableStep, kSinOffset>(cos_run, cos_access, sin_run,
                                                                  sin_access);
     } else {
-      constexpr int kAxes = Positions::kAxes;
-      long long position[kAxes];
-      bool is_inside = true;
-#pragma unroll
-      for (int axis = 0; axis < kAxes; ++axis) {
-        position[axis] = Positions::read(args.position_arguments, position_of_row, axis, token);
-        is_inside &= static_cast<unsigned long long>(position[axis]) <
-                     static_cast<unsigned long long>(args.num_positions);
-      }
+      if constexpr (!Positions::kSearches) read_positions();
       if (!is_inside) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) store_row(i, args.keep ? pairs[i] : nans<T, 2 * kPairs>());
