@@ -514,6 +514,17 @@ def rotary_parameters(config: Any, *, layer_type: str | None = None) -> RotaryPa
     )
 
 
+def layer_types(config: Any) -> tuple[str | None, ...]:
+    """Return the layer types of which a config, or its dict, gives rotary embeddings of their own.
+
+    (None,) where it has one for all layers.
+
+    >>> layer_types({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}})
+    ('full_attention',)
+    """
+    return tuple(_given(_text_part(config)))
+
+
 def _read(config: Any, *names: str, otherwise: Any = None) -> Any:
     """Return the first of these fields that is there and not null."""
     if isinstance(config, Mapping):
