@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .checks import described, index
 
-Frequencies = NDArray[np.float64]
+if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
+    from numpy.typing import NDArray
+
+    Frequencies = NDArray[np.float64]
 
 
 def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> Frequencies:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .frequencies import (
-    Frequencies,
     from_config,
     inverse_frequencies,
     layer_types,
     rotary_parameters,
 )
+
+if TYPE_CHECKING:
+    from .frequencies import Frequencies
 
 SHOWN = 8  # pairs, evenly spaced, and the last
 

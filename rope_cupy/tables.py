@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import tensor
 from .checks import described, index
 from .frequencies import from_config
 from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
 from .problem import TableSpec, check_dtype
+
+if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
+    from numpy.typing import NDArray
 
 COMPLEX_PARTS = {"complex64": "float32", "complex128": "float64"}
 
