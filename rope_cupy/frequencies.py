@@ -499,7 +499,7 @@ def rotary_parameters(config: Any, *, layer_type: str | None = None) -> RotaryPa
     found = {**given, "original_max_position": original, "max_position": max_position}
     found["partial_rotary_factor"] = partial = _read(given, "partial_rotary_factor") or partial
     if rope_type in ("yarn", "longrope") and given.get("factor") is None:
-        found["factor"] = max_position / original if max_position and original else None
+        found["factor"] = _quotient(max_position, original)
     rule = RULES[rope_type]
     options = {name: found.get(name) for name in rule.required + rule.optional}
     if missing := [name for name in rule.required if options[name] is None]:
@@ -593,6 +593,13 @@ def _rope_type(given: Mapping[str, Any]) -> str:
     if rope_type not in RULES:
         raise ValueError(f"rope_type must be one of {', '.join([*RULES, *ALIASES])}, got {name!r}")
     return rope_type
+
+
+def _quotient(max_position: Any, original: Any) -> float | None:
+    if max_position is None:
+        return None
+    longest = _number("max_position_embeddings", max_position)
+    return longest / _number("original_max_position_embeddings", original)
 
 
 def _rotary_dim(config: Any, partial_rotary_factor: float) -> int:

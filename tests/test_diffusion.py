@@ -462,7 +462,9 @@ def test_ids_of_a_batch_give_each_batch_its_rows():
         assert np.array_equal(rows, alone)
 
 
-@pytest.mark.parametrize("make", [np.array, torch.tensor, np.ndarray.tolist], ids=str)
+@pytest.mark.parametrize(
+    "make", [np.array, torch.tensor, np.ndarray.tolist], ids=["numpy", "torch", "list"]
+)
 def test_ids_may_be_of_any_library_and_fractional(make):
     ids = np.random.default_rng(5).uniform(-9, 9, (4, 3)).astype("float32")
     dims, like = (2, 4, 2), np.zeros(1)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
 
 from rope_cupy.frequencies import MODEL_DEFAULTS, from_config, rotary_parameters
 
@@ -400,9 +399,11 @@ def test_deepseek_scales_attention_by_the_quotient_of_its_two_mscales():
 
 @pytest.mark.parametrize("rotary_dim", [64, None])
 def test_gpt_j_has_the_frequencies_of_its_table(rotary_dim):
-    config = AutoConfig.for_model("gptj", rotary_dim=64)  # EleutherAI/gpt-j-6B
+    module = importlib.import_module("transformers.models.gptj.modeling_gptj")
+    config = AutoConfig.for_model("gptj", rotary_dim=64)
     fields = config.to_dict() | {"rotary_dim": rotary_dim}
-    sin, cos = create_sinusoidal_positions(2, rotary_dim or 256)[1].double().numpy().reshape(2, -1)
+    table = module.create_sinusoidal_positions(2, rotary_dim or 256).double().numpy()
+    sin, cos = table[1].reshape(2, -1)
     for spelling in [fields] + [config] * (rotary_dim == 64):
         inv_freq, attention_scaling = from_config(spelling)
         np.testing.assert_allclose(inv_freq, np.arctan2(sin, cos), FLOAT32)
