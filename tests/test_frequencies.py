@@ -149,6 +149,8 @@ YARNS = [
     {"rotary_dim": 64, "base": 1e4, "factor": 40, "original_max_position": 4096},
     {"rotary_dim": 64, "base": 15e4, "factor": 32.0, "original_max_position": 4096},
     {"rotary_dim": 16, "base": 1e4, "factor": 0.5, "original_max_position": 64, "beta_fast": 8},
+    # Base and length let the last pair of all turn often, so that the ramp ends beyond it.
+    {"rotary_dim": 64, "base": 100.0, "factor": 2.0, "original_max_position": 4096},
     {
         "rotary_dim": 64,
         "base": 5e4,
@@ -197,6 +199,15 @@ def test_yarn_without_truncation_has_its_ends_between_pairs():
     # They are the pairs 8.1 and 17.4 of GPT-OSS.
     assert np.flatnonzero(between).tolist() == list(range(9, 18))
     assert not np.isclose(whole[between], exact[between], rtol=1e-3).any()
+
+
+def test_yarn_goes_at_one_step_where_its_ends_are_one():
+    betas = {"beta_fast": 1.0, "beta_slow": 1.0}
+    original = 2 * math.pi * 1e4 ** (19.95 / 32)  # where the pair 19.95 turns once
+    options = betas | {"factor": 4.0, "original_max_position": original, "truncate": False}
+    plain, inv_freq = inverse_frequencies(64), yarn(64, **options)[0]
+    assert np.array_equal(inv_freq[:20], plain[:20])
+    assert np.array_equal(inv_freq[20:], plain[20:] / 4)
 
 
 @pytest.mark.parametrize(
@@ -445,6 +456,19 @@ def test_the_original_length_beside_the_rope_parameters_goes_before_the_one_in_t
     assert rotary_parameters(config).options["original_max_position"] == 128
     del config["original_max_position_embeddings"], scaling["original_max_position_embeddings"]
     assert rotary_parameters(config).options["original_max_position"] == 4096
+
+
+def test_the_original_length_of_one_layer_type_is_its_own():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    nested = {"full_attention": scaling, "sliding_attention": {}}
+    config = HEAD | {"original_max_position_embeddings": 128, "rope_parameters": nested}
+    options = rotary_parameters(config, layer_type="full_attention").options
+    assert options["original_max_position"] == 64
+
+
+def test_rope_type_goes_before_type():
+    scaling = {"rope_type": "default", "type": "linear", "factor": 4.0}
+    assert rotary_parameters(HEAD | {"rope_scaling": scaling}).rope_type == "default"
 
 
 @pytest.mark.parametrize("seq_len", [4096, 4097])
