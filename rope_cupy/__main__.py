@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import RotaryTable, __version__, apply_rotary, apply_rotary_qk, environment, jit
+from . import RotaryTable, __version__, apply_rotary, apply_rotary_qk, environment, jit, spectrum
 from .environment import Fault
 from .frequencies import cos_sin, inverse_frequencies
 from .tensor import Bfloat16
@@ -293,8 +293,16 @@ def _duration(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
 
 
-if __name__ == "__main__":
-    ArgumentParser(
+def _run() -> int:
+    parser = ArgumentParser(
         prog="python -m rope_cupy", description=(__doc__ or "").partition(": ")[2]
-    ).parse_args()
-    sys.exit(main())
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    summary = (spectrum.__doc__ or "").partition(": ")[2].partition("\n")[0]
+    spectrum.add_arguments(commands.add_parser("table", help=summary, description=summary))
+    options = parser.parse_args()
+    return spectrum.main(options) if options.command else main()
+
+
+if __name__ == "__main__":
+    sys.exit(_run())

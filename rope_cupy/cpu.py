@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .memory import ndarray_at
 from .problem import (
@@ -22,6 +21,12 @@ from .problem import (
     View,
 )
 
+if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+    Doubles = NDArray[np.float64]
+
 BLOCK_ELEMENTS = 1 << 17  # of x at a time, so that the intermediate arrays stay in the cache
 
 _STORAGE = {
@@ -32,9 +37,6 @@ _STORAGE = {
     "int32": "i4",
     "int64": "i8",
 }
-
-Array = NDArray[Any]
-Doubles = NDArray[np.float64]
 
 
 def rotate(problem: RotaryProblem, pointers: Pointers) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import tensor
 from .checks import described, index
+from .frequencies import from_config
 from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
 from .problem import TableSpec, check_dtype
+
+if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
+    from numpy.typing import NDArray
 
 COMPLEX_PARTS = {"complex64": "float32", "complex128": "float64"}
 
@@ -30,7 +33,7 @@ class RotaryTable:
     and the dtype float16, bfloat16, float32 or float64, which need not be that of the arrays to
     rotate. They may be strided, of any library, on the CPU or a GPU. Later changes to their values
     are seen. Other forms: `from_full_width`, `from_cache`, `from_complex`, `from_matrices`,
-    `from_inverse_frequencies`.
+    `from_inverse_frequencies`, `from_config`, `from_angles`.
 
     Raises TypeError or ValueError when the arrays do not fit together.
 
@@ -101,16 +104,16 @@ class RotaryTable:
 
     @classmethod
     def from_inverse_frequencies(
-        cls, inv_freq: Any, num_positions: int, *, like: Any
+        cls, inv_freq: Any, num_positions: int, *, like: Any, attention_scaling: float = 1.0
     ) -> RotaryTable:
         """Compute the table of positions 0 .. num_positions - 1 from radians per position.
 
-        Angles, cosines and sines are computed in float64 and stored as float32, in the library and
-        on the device of the array `like`. `inv_freq` is any array of shape (rotary_dim / 2,), or a
-        sequence of numbers.
+        Angles, cosines and sines are computed in float64, multiplied by `attention_scaling` and
+        stored as float32, in the library and on the device of the array `like`. `inv_freq` is any
+        array of shape (rotary_dim / 2,), or a sequence of numbers.
 
-        Raises TypeError or ValueError when `inv_freq` is not numbers of one axis or `num_positions`
-        not an int of 0 or more.
+        Raises TypeError or ValueError when `inv_freq` is not numbers of one axis, `num_positions`
+        not an int of 0 or more, or `attention_scaling` not a finite number.
 
         >>> import numpy as np
         >>> from rope_cupy.frequencies import inverse_frequencies
@@ -121,8 +124,41 @@ class RotaryTable:
         num_positions = index("num_positions", num_positions)
         if num_positions < 0:
             raise ValueError(f"num_positions must be 0 or more, got {num_positions}")
+        if isinstance(attention_scaling, bool) or not isinstance(attention_scaling, Real):
+            raise TypeError(
+                f"attention_scaling must be a number, got {described(attention_scaling)}"
+            )
+        if not math.isfinite(attention_scaling):
+            raise ValueError(f"attention_scaling must be finite, got {attention_scaling}")
         positions = np.arange(num_positions, dtype=np.float64)[:, None]
-        return cls._computed(like, positions, _radians(inv_freq))
+        return cls._computed(like, float(attention_scaling), positions, _radians(inv_freq))
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        num_positions: int,
+        *,
+        like: Any,
+        seq_len: int | None = None,
+        layer_type: str | None = None,
+    ) -> RotaryTable:
+        """Compute the table that a Hugging Face config, or its dict, describes.
+
+        `rope_cupy.frequencies.from_config` says what is read, and what `seq_len` and `layer_type`
+        mean; the attention scaling of the config's type is in the table. The rest, and errors, are
+        those of `from_inverse_frequencies`.
+
+        >>> import numpy as np
+        >>> scaling = {"rope_type": "linear", "factor": 2.0}
+        >>> config = {"head_dim": 8, "rope_theta": 1e6, "rope_scaling": scaling}
+        >>> RotaryTable.from_config(config, 16, like=np.zeros(1))
+        RotaryTable(shape=(16, 4), rotary_dim=8, dtype='float32', device='cpu')
+        """
+        inv_freq, scaling = from_config(config, seq_len=seq_len, layer_type=layer_type)
+        return cls.from_inverse_frequencies(
+            inv_freq, num_positions, like=like, attention_scaling=scaling
+        )
 
     @classmethod
     def from_angles(cls, angles: Any, *, like: Any) -> RotaryTable:
@@ -141,16 +177,16 @@ class RotaryTable:
         """
         if not isinstance(angles, np.ndarray) or angles.dtype != np.float64:
             raise TypeError(f"angles must be a NumPy array of float64, got {described(angles)}")
-        return cls._computed(like, angles)
+        return cls._computed(like, 1.0, angles)
 
     @classmethod
-    def _computed(cls, like: Any, *factors: NDArray[np.float64]) -> RotaryTable:
-        """Compute the table of a product of angles where `like` lies."""
+    def _computed(cls, like: Any, scale: float, *factors: NDArray[np.float64]) -> RotaryTable:
+        """Compute the table of a product of angles where `like` lies, cos and sin times `scale`."""
 
         def cos_and_sin(module: Any, *factors: Any) -> tuple[Any, Any]:
             angles, single = math.prod(factors[1:], start=factors[0]), module.float32
-            cos = module.asarray(module.cos(angles), dtype=single)
-            return cos, module.asarray(module.sin(angles), dtype=single)
+            cos = module.asarray(scale * module.cos(angles), dtype=single)
+            return cos, module.asarray(scale * module.sin(angles), dtype=single)
 
         library = tensor.describe("like", like).library
         return cls(*library.computed(cos_and_sin, factors, like))

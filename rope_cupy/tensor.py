@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import dlpack
 from .environment import cupy
 from .memory import ACCESS_BYTES, ArraySpec, array_spec, cuda_index
 from .recall import keep
+
+if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
+    from numpy.typing import NDArray
 
 
 class Array(NamedTuple):

@@ -1,15 +1,31 @@
-"""Inverse frequencies against the formula in forty digits; the table made of them, bit by bit."""
+"""Every rule of frequencies against its paper's formula in forty digits; tables bit by bit."""
 
 import decimal
 import math
+import types
 from fractions import Fraction
 
+import mpmath
 import numpy as np
 import pytest
 import torch
 
 from rope_cupy import RotaryTable, apply_rotary
-from rope_cupy.frequencies import inverse_frequencies
+from rope_cupy.frequencies import (
+    dynamic_ntk,
+    from_config,
+    inverse_frequencies,
+    layer_types,
+    linear,
+    llama3,
+    longrope,
+    ntk,
+    partial_rotary_dim,
+    proportional,
+    rotary_parameters,
+    xpos_scale,
+    yarn,
+)
 
 
 def numpy_array(array, dtype="float64"):
@@ -77,6 +93,555 @@ def test_what_gives_no_frequencies_is_refused(error, argument, got, rotary_dim, 
         inverse_frequencies(rotary_dim, base)
 
 
+PAPER = 1e-12  # how near a rule comes to its formula, relative
+
+mpf = mpmath.mpf
+
+
+def formula(test):
+    """Runs a test whose formulas are computed in forty digits."""
+    return mpmath.workdps(40)(test)
+
+
+def assert_near(actual, exact):
+    assert actual.dtype == np.float64 and actual.shape == (len(exact),)
+    for value, number in zip(actual.tolist(), exact, strict=True):
+        assert abs(mpf(value) - number) <= PAPER * abs(number)
+
+
+def pairs(rotary_dim, base):
+    """The radians per position of each pair without any rule."""
+    return [mpf(base) ** (mpf(-2 * pair) / rotary_dim) for pair in range(rotary_dim // 2)]
+
+
+@pytest.mark.parametrize(("rotary_dim", "base"), [(2, 1e4), (128, 500000.0), (96, 0.5)])
+@pytest.mark.parametrize("factor", [8, 4.0, 1.5, 0.25])
+@formula
+def test_linear_interpolation_divides_every_frequency(rotary_dim, base, factor):
+    exact = [theta / mpf(factor) for theta in pairs(rotary_dim, base)]
+    assert_near(linear(rotary_dim, base, factor=factor), exact)
+
+
+@pytest.mark.parametrize(("rotary_dim", "base"), [(4, 1e4), (128, 10000), (96, 1e7)])
+@pytest.mark.parametrize("alpha", [1000.0, 8, 1.0, 0.5])
+@formula
+def test_ntk_raises_the_base_so_that_the_last_pair_is_interpolated(rotary_dim, base, alpha):
+    stretched = mpf(base) * mpf(alpha) ** (mpf(rotary_dim) / (rotary_dim - 2))
+    actual = ntk(rotary_dim, base, alpha=alpha)
+    assert_near(actual, pairs(rotary_dim, stretched))
+    assert actual[0] == 1
+    assert actual[-1] * alpha == pytest.approx(float(pairs(rotary_dim, base)[-1]), rel=1e-13)
+
+
+@pytest.mark.parametrize("seq_len", [None, 0, 1, 2047, 2048, 2049, 3000, np.int64(131072)])
+@pytest.mark.parametrize(("rotary_dim", "base", "factor"), [(128, 1e4, 2.0), (64, 5e7, 6)])
+@formula
+def test_dynamic_ntk_grows_with_the_sequence_beyond_the_maximum(rotary_dim, base, factor, seq_len):
+    length = mpf(max(int(seq_len or 0), 2048))
+    alpha = mpf(factor) * length / 2048 - (mpf(factor) - 1)
+    stretched = mpf(base) * alpha ** (mpf(rotary_dim) / (rotary_dim - 2))
+    inv_freq = dynamic_ntk(rotary_dim, base, factor=factor, max_position=2048, seq_len=seq_len)
+    assert_near(inv_freq, pairs(rotary_dim, stretched))
+
+
+YARNS = [
+    {"rotary_dim": 128, "base": 1e6, "factor": 4.0, "original_max_position": 32768},
+    {"rotary_dim": 64, "base": 1e4, "factor": 40, "original_max_position": 4096},
+    {"rotary_dim": 64, "base": 15e4, "factor": 32.0, "original_max_position": 4096},
+    {"rotary_dim": 16, "base": 1e4, "factor": 0.5, "original_max_position": 64, "beta_fast": 8},
+    # Base and length let the last pair of all turn often, so that the ramp ends beyond it.
+    {"rotary_dim": 64, "base": 100.0, "factor": 2.0, "original_max_position": 4096},
+    {
+        "rotary_dim": 64,
+        "base": 5e4,
+        "factor": 32.0,
+        "original_max_position": 4096,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+    },
+]
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("given", YARNS)
+@formula
+def test_yarn_interpolates_the_pairs_that_turn_seldom(given, truncate):
+    rotary_dim, base, factor = given["rotary_dim"], given["base"], mpf(given["factor"])
+    # The pair i turns L / (2 pi base ** (2 i / d)) times within L tokens.
+    turns = {"fast": given.get("beta_fast", 32), "slow": given.get("beta_slow", 1)}
+    wavelengths = {
+        end: given["original_max_position"] / (2 * mpmath.pi * times)
+        for end, times in turns.items()
+    }
+    ends = {end: mpmath.log(wavelengths[end], base) * rotary_dim / 2 for end in wavelengths}
+    if truncate:
+        ends = {"fast": mpmath.floor(ends["fast"]), "slow": mpmath.ceil(ends["slow"])}
+    fast, slow = max(ends["fast"], 0), min(ends["slow"], rotary_dim - 1)
+    exact = []
+    for pair, theta in enumerate(pairs(rotary_dim, base)):
+        if pair <= fast:
+            exact.append(theta)
+        elif pair >= slow:
+            exact.append(theta / factor)
+        else:
+            share = (pair - fast) / (slow - fast)
+            exact.append((1 - share) * theta + share * theta / factor)
+    inv_freq, scaling = yarn(**given, truncate=truncate)
+    assert_near(inv_freq, exact)
+    temperature = mpmath.log(factor) / 10 + 1 if factor > 1 else 1
+    assert abs(scaling - temperature) <= PAPER
+
+
+def test_yarn_without_truncation_has_its_ends_between_pairs():
+    given = YARNS[2]
+    whole, exact = (yarn(**given, truncate=truncate)[0] for truncate in (True, False))
+    between = (exact != inverse_frequencies(64, 15e4)) & (exact != linear(64, 15e4, factor=32.0))
+    # They are the pairs 8.1 and 17.4 of GPT-OSS.
+    assert np.flatnonzero(between).tolist() == list(range(9, 18))
+    assert not np.isclose(whole[between], exact[between], rtol=1e-3).any()
+
+
+def test_yarn_goes_at_one_step_where_its_ends_are_one():
+    betas = {"beta_fast": 1.0, "beta_slow": 1.0}
+    original = 2 * math.pi * 1e4 ** (19.95 / 32)  # where the pair 19.95 turns once
+    options = betas | {"factor": 4.0, "original_max_position": original, "truncate": False}
+    plain, inv_freq = inverse_frequencies(64), yarn(64, **options)[0]
+    assert np.array_equal(inv_freq[:20], plain[:20])
+    assert np.array_equal(inv_freq[20:], plain[20:] / 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "exact"),
+    [
+        ({}, lambda log: log / 10 + 1),
+        ({"attention_factor": 1.5}, lambda log: 1.5),
+        ({"attention_factor": 1, "mscale": 0.5, "mscale_all_dim": 2.0}, lambda log: 1),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, lambda log: 1),
+        (
+            {"mscale": 0.5, "mscale_all_dim": 2},
+            lambda log: (0.05 * log + 1) / (0.2 * log + 1),
+        ),
+        ({"mscale": 0.5}, lambda log: log / 10 + 1),
+        ({"mscale_all_dim": 0.5}, lambda log: log / 10 + 1),
+        ({"mscale": 0.5, "mscale_all_dim": 0}, lambda log: log / 10 + 1),
+    ],
+)
+def test_yarn_scales_attention_by_what_it_is_told(given, exact):
+    scaling = yarn(64, factor=40, original_max_position=4096, **given)[1]
+    assert type(scaling) is float and scaling == pytest.approx(exact(math.log(40)), rel=PAPER)
+
+
+LONGROPE = {
+    "rotary_dim": 8,
+    "base": 1e4,
+    "short_factor": [1, 1.5, 2.0, 2.5],
+    "long_factor": np.array([1.0, 8.0, 30.0, 60.0]),
+    "original_max_position": 4096,
+    "factor": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "used"), [(None, "short"), (0, "short"), (4096, "short"), (4097, "long")]
+)
+@formula
+def test_longrope_divides_each_pair_by_its_own_factor(seq_len, used):
+    inv_freq, scaling = longrope(**LONGROPE, seq_len=seq_len)
+    factors = LONGROPE[f"{used}_factor"]
+    thetas = zip(pairs(8, 1e4), factors, strict=True)
+    assert_near(inv_freq, [theta / mpf(float(factor)) for theta, factor in thetas])
+    assert abs(scaling - mpmath.sqrt(1 + mpmath.log(32) / mpmath.log(4096))) <= PAPER
+
+
+@pytest.mark.parametrize(
+    ("given", "short", "long"),
+    [
+        ({"factor": 1.0}, 1.0, 1.0),
+        ({"factor": 0.5}, 1.0, 1.0),
+        ({"attention_factor": 1.25}, 1.25, 1.25),
+        ({"short_mscale": 1.1, "long_mscale": 1.2}, 1.1, 1.2),
+        ({"attention_factor": 1.25, "short_mscale": 1.1, "long_mscale": 1.2}, 1.1, 1.2),
+        ({"attention_factor": 1.25, "long_mscale": 1.2}, 1.25, 1.2),
+    ],
+)
+def test_longrope_scales_attention_by_what_it_is_told(given, short, long):
+    assert longrope(**LONGROPE | given, seq_len=4096)[1] == short
+    assert longrope(**LONGROPE | given, seq_len=4097)[1] == long
+
+
+@pytest.mark.parametrize("rotary_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("factor", "low", "high", "original"),
+    [(8.0, 1.0, 4.0, 8192), (32, 1, 4, 8192), (16.0, 1.0, 1.0, 8192), (2.0, 0.5, 64.0, 1000)],
+)
+@formula
+def test_llama3_interpolates_long_wavelengths(rotary_dim, factor, low, high, original):
+    exact = []
+    for theta in pairs(rotary_dim, 500000.0):
+        wavelength = 2 * mpmath.pi / theta
+        if wavelength < mpf(original) / high:
+            exact.append(theta)
+        elif wavelength > mpf(original) / low:
+            exact.append(theta / factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            exact.append((1 - smooth) * theta / factor + smooth * theta)
+    inv_freq = llama3(
+        rotary_dim,
+        500000.0,
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position=original,
+    )
+    assert_near(inv_freq, exact)
+
+
+@pytest.mark.parametrize("factor", [1.0, 8])
+@pytest.mark.parametrize(
+    ("head_dim", "share", "turning"), [(512, 0.25, 64), (256, 1, 128), (10, 0.5, 2)]
+)
+@formula
+def test_proportional_turns_the_first_pairs_of_the_whole_head(head_dim, share, turning, factor):
+    inv_freq = proportional(head_dim, 1e6, partial_rotary_factor=share, factor=factor)
+    turn = [theta / factor for theta in pairs(head_dim, 1e6)[:turning]]
+    assert_near(inv_freq, turn + [mpf(0)] * (head_dim // 2 - turning))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "share", "rotary_dim"),
+    [(128, 1, 128), (128, 0.75, 96), (96, 0.25, 24), (80, 0.4, 32), (192, 0.334, 64)],
+)
+def test_a_part_of_a_head_is_rounded_down(head_dim, share, rotary_dim):
+    assert partial_rotary_dim(head_dim, share) == rotary_dim
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_base": 256, "gamma": 0.5}])
+@formula
+def test_xpos_decays_with_the_distance_and_faster_in_the_first_pairs(options):
+    positions = np.array([-700, 0, 1, 512, 5000])
+    scale = xpos_scale(64, positions, **options)
+    gamma, scale_base = mpf(options.get("gamma", 0.4)), options.get("scale_base", 512)
+    assert scale.dtype == np.float64 and scale.shape == (5, 32)
+    for position, row in zip(positions.tolist(), scale, strict=True):
+        zeta = [(mpf(pair) / 32 + gamma) / (1 + gamma) for pair in range(32)]
+        assert_near(row, [number ** (mpf(position) / scale_base) for number in zeta])
+    products = scale[3] / scale[1]  # of q at 512 and k at 0
+    assert (np.diff(products) > 0).all() and (products < 1).all()
+
+
+YARN = {"rotary_dim": 8, "factor": 4.0, "original_max_position": 4096}
+LLAMA3 = YARN | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+DYNAMIC = {"rotary_dim": 8, "factor": 2.0, "max_position": 2048}
+
+
+@pytest.mark.parametrize(
+    ("function", "good", "error", "argument", "bad"),
+    [
+        (linear, {"rotary_dim": 8, "factor": 2.0}, ValueError, "factor", 0),
+        (linear, {"rotary_dim": 8, "factor": 2.0}, TypeError, "factor", "2"),
+        (linear, {"rotary_dim": 8, "factor": 2.0}, TypeError, "factor", None),
+        (linear, {"rotary_dim": 8, "factor": 2.0}, ValueError, "rotary_dim", 7),
+        (linear, {"rotary_dim": 8, "factor": 2.0}, ValueError, "base", -1.0),
+        (ntk, {"rotary_dim": 8, "alpha": 2.0}, ValueError, "alpha", math.inf),
+        (ntk, {"rotary_dim": 8, "alpha": 2.0}, TypeError, "alpha", True),
+        (ntk, {"rotary_dim": 8, "alpha": 2.0}, ValueError, "rotary_dim", 2),
+        (ntk, {"rotary_dim": 8, "alpha": 2.0}, ValueError, "base", 0),
+        (dynamic_ntk, DYNAMIC, ValueError, "factor", -1),
+        (dynamic_ntk, DYNAMIC, ValueError, "max_position", 0),
+        (dynamic_ntk, DYNAMIC, TypeError, "max_position", "2048"),
+        (dynamic_ntk, DYNAMIC, ValueError, "seq_len", -1),
+        (dynamic_ntk, DYNAMIC, TypeError, "seq_len", 4096.0),
+        (dynamic_ntk, DYNAMIC, ValueError, "rotary_dim", 2),
+        (yarn, YARN, ValueError, "base", 1),
+        (yarn, YARN, TypeError, "base", "10000"),
+        (yarn, YARN, ValueError, "factor", 0.0),
+        (yarn, YARN, TypeError, "factor", None),
+        (yarn, YARN, ValueError, "original_max_position", 0),
+        (yarn, YARN, ValueError, "beta_fast", 0.5),
+        (yarn, YARN, ValueError, "beta_fast", 0),
+        (yarn, YARN, ValueError, "beta_slow", -1),
+        (yarn, YARN, TypeError, "truncate", 1),
+        (yarn, YARN, TypeError, "truncate", None),
+        (yarn, YARN, ValueError, "attention_factor", -1.0),
+        (yarn, YARN, TypeError, "mscale", "1"),
+        (yarn, YARN, ValueError, "mscale_all_dim", math.nan),
+        (longrope, LONGROPE, ValueError, "short_factor", [1.0, 2.0, 3.0]),
+        (longrope, LONGROPE, ValueError, "long_factor", [1.0] * 8),
+        (longrope, LONGROPE, ValueError, "long_factor", [[1.0] * 4]),
+        (longrope, LONGROPE, ValueError, "long_factor", [1.0, 0.0, 1.0, 1.0]),
+        (longrope, LONGROPE, ValueError, "short_factor", [1.0, math.nan, 1.0, 1.0]),
+        (longrope, LONGROPE, TypeError, "long_factor", ["1"] * 4),
+        (longrope, LONGROPE, TypeError, "long_factor", [1.0, [2.0], 1.0, 1.0]),
+        (longrope, LONGROPE, TypeError, "long_factor", None),
+        (longrope, LONGROPE, ValueError, "original_max_position", 1),
+        (longrope, LONGROPE, ValueError, "factor", -32),
+        (longrope, LONGROPE, TypeError, "attention_factor", "1"),
+        (longrope, LONGROPE, ValueError, "short_mscale", -1),
+        (longrope, LONGROPE, TypeError, "long_mscale", "1"),
+        (longrope, LONGROPE, TypeError, "seq_len", "4096"),
+        (longrope, LONGROPE, ValueError, "seq_len", -4096),
+        (llama3, LLAMA3, ValueError, "factor", 0),
+        (llama3, LLAMA3, ValueError, "low_freq_factor", 0),
+        (llama3, LLAMA3, ValueError, "high_freq_factor", 0.5),
+        (llama3, LLAMA3, TypeError, "high_freq_factor", None),
+        (llama3, LLAMA3, TypeError, "original_max_position", True),
+        (proportional, {"head_dim": 8}, ValueError, "head_dim", 9),
+        (proportional, {"head_dim": 8}, TypeError, "head_dim", 8.0),
+        (proportional, {"head_dim": 8}, ValueError, "partial_rotary_factor", 1.5),
+        (proportional, {"head_dim": 8}, ValueError, "partial_rotary_factor", 0),
+        (proportional, {"head_dim": 8}, ValueError, "factor", 0),
+        (
+            partial_rotary_dim,
+            {"head_dim": 64, "partial_rotary_factor": 1},
+            TypeError,
+            "head_dim",
+            8.0,
+        ),
+        (xpos_scale, {"rotary_dim": 8, "positions": [0]}, ValueError, "rotary_dim", 3),
+        (xpos_scale, {"rotary_dim": 8, "positions": [0]}, TypeError, "positions", ["0"]),
+        (xpos_scale, {"rotary_dim": 8, "positions": [0]}, ValueError, "positions", [[0]]),
+        (xpos_scale, {"rotary_dim": 8, "positions": [0]}, ValueError, "positions", 4),
+        (xpos_scale, {"rotary_dim": 8, "positions": [0]}, ValueError, "scale_base", 0),
+        (xpos_scale, {"rotary_dim": 8, "positions": [0]}, ValueError, "gamma", 0.0),
+    ],
+)
+def test_a_rule_refuses_what_it_cannot_use(function, good, error, argument, bad):
+    function(**good)
+    with pytest.raises(error, match=rf"^{argument} must .*, got "):
+        function(**good | {argument: bad})
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "share"), [(64, 1.5), (64, 0), (64, 0.01), (60, 0.25), (73, 1.0), (-8, 0.5)]
+)
+def test_a_part_of_a_head_that_is_no_even_number_is_refused(head_dim, share):
+    with pytest.raises(ValueError, match=r"^partial_rotary_factor must .*, got "):
+        partial_rotary_dim(head_dim, share)
+
+
+# The spellings of configs; published ones are in test_model_configs.py.
+
+HEAD = {"head_dim": 8, "max_position_embeddings": 4096}
+FACTORS = {"short_factor": LONGROPE["short_factor"], "long_factor": [1.0, 8.0, 30.0, 60.0]}
+
+
+def same(one, other):
+    return np.array_equal(one[0], other[0]) and one[1] == other[1]
+
+
+@pytest.mark.parametrize("name", ["longrope", "su", "yarn"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_longrope_goes_by_all_its_names(name, key):
+    scaling = {key: name, "original_max_position_embeddings": 128} | FACTORS
+    config = HEAD | {"rope_scaling": scaling}
+    exact = longrope(**LONGROPE | {"original_max_position": 128}, seq_len=129)
+    assert same(from_config(config, seq_len=129), exact)
+
+
+@pytest.mark.parametrize(
+    ("outside", "inside"), [({"original_max_position_embeddings": 128}, {}), ({}, {"factor": 32})]
+)
+def test_the_factor_is_the_quotient_of_the_lengths_where_it_is_not_given(outside, inside):
+    inside = inside | {"original_max_position_embeddings": 128}
+    for rope_type, rest in (("longrope", FACTORS), ("yarn", {})):
+        scaling = inside | {"rope_type": rope_type} | rest
+        options = rotary_parameters(HEAD | outside | {"rope_scaling": scaling}).options
+        assert options["factor"] == 32 and options["original_max_position"] == 128
+
+
+def test_the_original_length_beside_the_rope_parameters_goes_before_the_one_in_them():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config = HEAD | {"original_max_position_embeddings": 128, "rope_scaling": scaling}
+    assert rotary_parameters(config).options["original_max_position"] == 128
+    del config["original_max_position_embeddings"], scaling["original_max_position_embeddings"]
+    assert rotary_parameters(config).options["original_max_position"] == 4096
+
+
+def test_the_original_length_of_one_layer_type_is_its_own():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    nested = {"full_attention": scaling, "sliding_attention": {}}
+    config = HEAD | {"original_max_position_embeddings": 128, "rope_parameters": nested}
+    options = rotary_parameters(config, layer_type="full_attention").options
+    assert options["original_max_position"] == 64
+
+
+def test_rope_type_goes_before_type():
+    scaling = {"rope_type": "default", "type": "linear", "factor": 4.0}
+    assert rotary_parameters(HEAD | {"rope_scaling": scaling}).rope_type == "default"
+
+
+@pytest.mark.parametrize("seq_len", [4096, 4097])
+def test_phi_3_5_moe_scales_attention_by_its_own_numbers(seq_len):
+    scaling = {"type": "longrope", "short_mscale": 1.1, "long_mscale": 1.2} | FACTORS
+    config = HEAD | {"original_max_position_embeddings": 4096, "rope_scaling": scaling}
+    attention_scaling = from_config(config | {"max_position_embeddings": 131072}, seq_len=seq_len)[
+        1
+    ]
+    assert attention_scaling == (1.1 if seq_len == 4096 else 1.2)
+
+
+@pytest.mark.parametrize("make", [dict, lambda fields: types.SimpleNamespace(**fields)])
+def test_a_config_is_a_dict_or_an_object_with_the_same_fields(make):
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    old = {"rope_theta": 500.0, "rope_scaling": scaling, "partial_rotary_factor": 0.5} | HEAD
+    new = {
+        "rope_parameters": scaling | {"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        "rope_theta": None,
+    } | HEAD
+    exact = linear(4, 500.0, factor=4.0)
+    for fields in (old, new):
+        for config in (make(fields), make({"text_config": make(fields), "hidden_size": 1})):
+            inv_freq, attention_scaling = from_config(config)
+            assert np.array_equal(inv_freq, exact) and attention_scaling == 1.0
+            told = rotary_parameters(config)
+            assert told == ("linear", 4, 500.0, {"factor": 4.0}, 4096)
+
+
+def test_a_layer_type_has_the_head_of_its_own_layers():
+    config = {
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "per_layer_config": {"1": {"head_dim": 16}},
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
+    }
+    full, sliding = (
+        from_config(config, layer_type=layer_type)[0]
+        for layer_type in ("full_attention", "sliding_attention")
+    )
+    assert np.array_equal(full, inverse_frequencies(16, 100.0))
+    assert np.array_equal(sliding, inverse_frequencies(8, 10.0))
+
+
+def test_yarn_of_one_layer_type_is_truncated_as_that_type_says():
+    given = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
+    nested = {"full_attention": given | {"truncate": False}, "sliding_attention": {}}
+    config = {"head_dim": 64, "rope_theta": 15e4, "rope_parameters": nested}
+    assert same(from_config(config, layer_type="full_attention"), yarn(**YARNS[2], truncate=False))
+
+
+LAYERED = {"full_attention": {"rope_theta": 100.0}, "sliding_attention": {"rope_theta": 10.0}}
+
+
+def test_the_layer_types_of_a_config_are_those_that_from_config_takes():
+    config = HEAD | {"rope_parameters": LAYERED}
+    assert layer_types(config) == layer_types({"text_config": config}) == tuple(LAYERED)
+    assert layer_types(HEAD) == (None,)
+    for layer_type, parameters in LAYERED.items():
+        inv_freq = from_config(config, layer_type=layer_type)[0]
+        assert np.array_equal(inv_freq, inverse_frequencies(8, parameters["rope_theta"]))
+
+
+YARN_64 = {"rope_type": "yarn", "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "config", "options"),
+    [
+        (TypeError, "config must .*, got 'meta-llama", "meta-llama/Llama-3.1-8B", {}),
+        (TypeError, "config must .*, got NoneType", None, {}),
+        (TypeError, "rope_parameters must be a dict, got list", HEAD | {"rope_scaling": [1]}, {}),
+        (
+            ValueError,
+            "config must have head_dim, .*hidden_size=8 and num_attention_heads=None",
+            {"hidden_size": 8},
+            {},
+        ),
+        (ValueError, "config must have head_dim, or hidden_size", {}, {}),
+        (TypeError, "head_dim must .*, got '8'", {"head_dim": "8"}, {}),
+        (TypeError, "rotary_dim must .*, got 8.0", {"rotary_dim": 8.0}, {}),
+        (ValueError, "rotary_dim must .*, got 7", {"rotary_dim": 7}, {}),
+        (ValueError, "partial_rotary_factor must .*, got 2", HEAD | {"rotary_pct": 2}, {}),
+        (TypeError, "base must .*, got '1'", HEAD | {"rope_theta": "1"}, {}),
+        (ValueError, "base must .*, got 0", HEAD | {"rope_theta": 0}, {}),
+        (TypeError, "seq_len must .*, got 1.5", HEAD, {"seq_len": 1.5}),
+        (ValueError, "seq_len must .*, got -1", HEAD, {"seq_len": -1}),
+        (
+            TypeError,
+            "original_max_position_embeddings must .*, got '64'",
+            HEAD | {"rope_scaling": YARN_64 | {"original_max_position_embeddings": "64"}},
+            {},
+        ),
+        (
+            ValueError,
+            "max_position_embeddings must .*, got 0",
+            HEAD | {"max_position_embeddings": 0, "rope_scaling": YARN_64},
+            {},
+        ),
+        (
+            ValueError,
+            "rope_parameters of type 'yarn' must have factor, got rope_type, original",
+            {"head_dim": 8, "rope_scaling": YARN_64},
+            {},
+        ),
+        (
+            ValueError,
+            "rope_type must be one of default, linear, .*, got 'axial'",
+            HEAD | {"rope_scaling": {"rope_type": "axial"}},
+            {},
+        ),
+        (
+            ValueError,
+            "rope_parameters of type 'linear' must have factor, got rope_type",
+            HEAD | {"rope_scaling": {"rope_type": "linear"}},
+            {},
+        ),
+        (
+            ValueError,
+            "rope_parameters of type 'dynamic' must have max_position, got type, factor",
+            {"head_dim": 8, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            {},
+        ),
+        (
+            ValueError,
+            "rope_parameters of type 'llama3' must have low_freq_factor, high_freq_factor, got ",
+            HEAD | {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+            {},
+        ),
+        (
+            ValueError,
+            "long_factor must be rotary_dim / 2 = 2 numbers, got 4",
+            HEAD
+            | {
+                "partial_rotary_factor": 0.5,
+                "rope_scaling": {"type": "su"} | FACTORS | {"short_factor": [1, 1]},
+            },
+            {},
+        ),
+        (
+            ValueError,
+            "layer_type must be 'full_attention' or 'sliding_attention' .*, got None",
+            HEAD | {"rope_parameters": LAYERED},
+            {},
+        ),
+        (
+            ValueError,
+            "layer_type must be 'full_attention' or 'sliding_attention' .*, got 'linear_attention'",
+            HEAD | {"rope_parameters": LAYERED},
+            {"layer_type": "linear_attention"},
+        ),
+        (
+            ValueError,
+            "layer_type must be 'full_attention' or 'sliding_attention' .*, got None",
+            HEAD | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+            {},
+        ),
+        (
+            ValueError,
+            "layer_type must be None .*, got 'full_attention'",
+            HEAD,
+            {"layer_type": "full_attention"},
+        ),
+    ],
+)
+def test_a_config_that_gives_no_frequencies_is_refused(error, message, config, options):
+    with pytest.raises(error, match=f"^{message}"):
+        from_config(config, **options)
+
+
 def cos_sin_of(table, make=numpy_array):
     """The numbers of a table: the vectors (1, 0) turned by it."""
     x = np.zeros((table.num_positions, 1, table.rotary_dim))
@@ -113,7 +678,6 @@ def test_a_table_holds_cos_and_sin_of_float64_angles_rounded_once(kind, library)
 
 
 def test_a_far_position_has_the_angle_of_the_formula():
-    mpmath = pytest.importorskip("mpmath")
     last, inv_freq = 131_071, inverse_frequencies(8)
     table = RotaryTable.from_inverse_frequencies(inv_freq, last + 1, like=np.zeros(1))
     cos, sin = (half[-1] for half in cos_sin_of(table))

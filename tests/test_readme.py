@@ -95,7 +95,9 @@ def test_the_table_of_options_lists_every_keyword_with_its_default(function):
 def test_the_table_of_tables_lists_every_view_of_a_models_table():
     listed = set(re.findall(r"^\| `RotaryTable\.(\w+)\(", SECTIONS["Tables"], re.M))
     offered = {name for name in vars(rope_cupy.RotaryTable) if name.startswith("from_")}
-    assert listed == offered - {"from_inverse_frequencies"}
+    computed = {"from_inverse_frequencies", "from_angles", "from_config"}
+    assert listed == offered - computed
+    assert all(name in SECTIONS["Tables"] + SECTIONS["Tables of models"] for name in computed)
 
 
 def test_every_line_of_a_measurement_shown_stands_in_the_committed_results():

@@ -14,7 +14,7 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 from reference import check, rotate
 
-from rope_cupy import RotaryTable, apply_rotary
+from rope_cupy import RotaryTable, apply_rotary, frequencies
 from rope_cupy.tables import source_of
 
 WRAP = {"numpy": lambda array: array, "torch": torch.from_numpy}
@@ -322,3 +322,86 @@ def test_a_tensor_that_has_given_its_memory_back_is_refused():
     sin.untyped_storage().resize_(0)
     with pytest.raises(TypeError, match=r"^sin must be a tensor in memory"):
         apply_rotary(torch.ones(5, 2, 8), table)
+
+
+# Tables that are computed.
+
+
+@pytest.mark.parametrize("base", [256.0, 10000.0, 500000.0, 1e6, 5e6, 1e7])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_table_of_position_a_million_is_within_one_ulp(base, library):
+    mpmath = pytest.importorskip("mpmath")
+    position, rotary_dim = 1_000_000, 16
+    like = {"numpy": np.zeros(1), "torch": torch.zeros(1)}[library]
+    inv_freq = frequencies.inverse_frequencies(rotary_dim, base)
+    table = RotaryTable.from_inverse_frequencies(inv_freq, position + 1, like=like)
+    cos, sin = (np.asarray(part)[-1] for part in table._source.arrays)
+    with mpmath.workdps(40):
+        for pair in range(rotary_dim // 2):
+            angle = position * mpmath.mpf(base) ** (-mpmath.mpf(2 * pair) / rotary_dim)
+            for number, exact in ((cos[pair], mpmath.cos(angle)), (sin[pair], mpmath.sin(angle))):
+                ulp = float(np.spacing(np.float32(abs(float(exact)))))
+                assert abs(float(mpmath.mpf(float(number)) - exact)) <= ulp
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+CONFIG = {"head_dim": 16, "rope_theta": 1e6, "max_position_embeddings": 256, "rope_scaling": YARN}
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_table_of_a_config_has_its_frequencies_and_its_scaling(library):
+    like = {"numpy": np.zeros(1), "torch": torch.zeros(1)}[library]
+    table = RotaryTable.from_config(CONFIG, 256, like=like)
+    inv_freq, scaling = frequencies.from_config(CONFIG)
+    assert scaling != 1
+    angles = np.outer(np.arange(256.0), inv_freq)
+    cos, sin = (np.asarray(part) for part in table._source.arrays)
+    assert np.array_equal(cos, (scaling * np.cos(angles)).astype(np.float32))
+    assert np.array_equal(sin, (scaling * np.sin(angles)).astype(np.float32))
+    assert type(table._source.arrays[0]) is type(like)
+
+
+def test_the_length_and_the_layers_of_a_config_are_passed_on():
+    dynamic = CONFIG | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    layers = CONFIG | {"rope_scaling": {"a": {"rope_theta": 10.0}, "b": {"rope_theta": 100.0}}}
+    for config, options in ((dynamic, {"seq_len": 1024}), (layers, {"layer_type": "b"})):
+        inv_freq, _ = frequencies.from_config(config, **options)
+        table = RotaryTable.from_config(config, 8, like=np.zeros(1), **options)
+        assert np.array_equal(table._source.arrays[0][1], np.cos(inv_freq).astype(np.float32))
+
+
+@pytest.mark.parametrize("strides", ["dense", "backward", "read-only", "transposed"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_angles_become_a_table_whatever_their_strides(strides, library):
+    angles = np.random.default_rng(0).uniform(-9, 9, (6, 4))
+    angles = {"backward": angles[::-1], "transposed": angles.T.copy().T}.get(strides, angles)
+    angles.flags.writeable = strides != "read-only"
+    like = {"numpy": np.zeros(1), "torch": torch.zeros(1)}[library]
+    table = RotaryTable.from_angles(angles, like=like)
+    cos, sin = (np.asarray(part) for part in table._source.arrays)
+    assert (table.shape, table.dtype) == ((6, 4), "float32")
+    assert np.array_equal(cos, np.cos(angles).astype(np.float32))
+    assert np.array_equal(sin, np.sin(angles).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "make"),
+    [
+        (TypeError, "angles must be a NumPy array of float64, got list", lambda: [[1.0]]),
+        (TypeError, "angles must be a NumPy array of float64", lambda: np.ones((2, 2), np.float32)),
+        (TypeError, "angles must be a NumPy array of float64", lambda: torch.ones(2, 2)),
+        (ValueError, r"cos must have the shape \(positions, pairs\)", lambda: np.ones(2)),
+    ],
+)
+def test_angles_of_another_kind_are_refused(error, message, make):
+    with pytest.raises(error, match=message):
+        RotaryTable.from_angles(make(), like=np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("error", "scaling", "got"),
+    [(TypeError, "2", "'2'"), (TypeError, True, "True"), (ValueError, float("nan"), "nan")],
+)
+def test_an_attention_scaling_that_is_no_number_is_refused(error, scaling, got):
+    with pytest.raises(error, match=f"attention_scaling must be .*, got {got}"):
+        RotaryTable.from_inverse_frequencies([1.0], 4, like=np.zeros(1), attention_scaling=scaling)
