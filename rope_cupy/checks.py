@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,24 @@ def index(name: str, value: object, wanted: str = "an int") -> int:
     if isinstance(value, bool) or is_array or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be {wanted}, got {described(value)}")
     return operator.index(value)
+
+
+def count(name: str, value: object, at_least: int = 0) -> int:
+    """Return `value` as an int of `at_least` or more, or refuse it by name."""
+    number = index(name, value)
+    if number < at_least:
+        raise ValueError(f"{name} must be {at_least} or more, got {number}")
+    return number
+
+
+def positive(name: str, value: Any, above: int = 0) -> float:
+    """Return `value` as a finite float that is more than `above`, or refuse it by name."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (value > above and math.isfinite(value)):
+        wanted = f"more than {above}" if above else "positive"
+        raise ValueError(f"{name} must be {wanted} and finite, got {value}")
+    return float(value)
 
 
 def described(value: object) -> str:

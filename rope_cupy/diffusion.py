@@ -34,8 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import tensor
-from .checks import described, index
-from .frequencies import axial, inverse_frequencies
+from .checks import count, described, index, positive
+from .frequencies import axial
 from .tables import RotaryTable
 
 Positions = NDArray[np.float64]  # (..., tokens, axes)
@@ -109,7 +109,7 @@ def qwen_image(
     >>> qwen_image((1, 4, 6), 8, like=np.zeros(1))
     RotaryTable(shape=(32, 64), rotary_dim=128, dtype='float32', device='cpu')
     """
-    text_length, sizes = _length("text_length", text_length), _sizes("grids", grids, 3)
+    text_length, sizes = count("text_length", text_length), _sizes("grids", grids, 3)
     share = 2 if scale_rope else 1
     text_start = max(max(height, width) // share for _, height, width in sizes)
     images = []
@@ -162,7 +162,7 @@ def hunyuan_video(
     RotaryTable(shape=(56, 64), rotary_dim=128, dtype='float32', device='cpu')
     """
     (size,) = _sizes("grid", grid, 3, at_most=1)
-    still = np.zeros((_length("text_length", text_length), 3))
+    still = np.zeros((count("text_length", text_length), 3))
     return _table(np.concatenate([_grid(size), still]), dims, base, like, compute_dtype)
 
 
@@ -201,7 +201,7 @@ def cogvideox(
             ends.append((first, (first + spread) * (size - 1) / size, size))
     axes = _spread(ends, like, _is_exact(compute_dtype))
     video = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
-    still = np.zeros((_length("text_length", text_length), 3))
+    still = np.zeros((count("text_length", text_length), 3))
     dims = head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3
     return _table(np.concatenate([still, video]), dims, base, like, compute_dtype)
 
@@ -233,7 +233,7 @@ def ltx_video(
     >>> ltx_video((2, 4, 6), like=np.zeros(1))
     RotaryTable(shape=(1, 48, 32, 32), rotary_dim=64, dtype='float32', device='cpu')
     """
-    num_heads = _length("num_heads", num_heads, at_least=1)
+    num_heads = count("num_heads", num_heads, at_least=1)
     width = num_heads * _head_dim(head_dim, 2, at_least=6)
     (wholes,) = _sizes("base_size", base_size, 3, at_most=1)
     if tensor.is_kind_of_array(type(grid)):  # type: ignore[arg-type]
@@ -255,7 +255,7 @@ def ltx_video(
         turned = angles(module, points, _linspace(module, 0.0, 1.0, width // 6, points))
         return module.cos(turned), module.sin(turned)
 
-    base = _base(base)
+    base = positive("base", base)
     if _is_exact(compute_dtype):
         turned = angles(np, points, np.linspace(0.0, 1.0, width // 6))
         return RotaryTable.from_angles(turned, like=like)
@@ -286,8 +286,8 @@ def z_image(
     >>> z_image((1, 4, 6), 8, like=np.zeros(1))
     RotaryTable(shape=(64, 64), rotary_dim=128, dtype='float32', device='cpu')
     """
-    multiple, (size,) = _length("multiple", multiple, 1), _sizes("grid", grid, 3, at_most=1)
-    text_length = _length("text_length", text_length)
+    multiple, (size,) = count("multiple", multiple, 1), _sizes("grid", grid, 3, at_most=1)
+    text_length = count("text_length", text_length)
     text = _grid((text_length + -text_length % multiple, 1, 1), start=(1, 0, 0))
     image = _grid(size, start=(len(text) + 1, 0, 0))
     padding = np.zeros((-len(image) % multiple, 3))
@@ -325,7 +325,7 @@ def lumina2(
     several = isinstance(text_length, list | tuple)
     if several and not text_length:
         raise ValueError(f"text_length must be an int or a sequence of them, got {text_length}")
-    lengths = [_length("text_length", each) for each in (text_length if several else [text_length])]
+    lengths = [count("text_length", each) for each in (text_length if several else [text_length])]
     (size,) = _sizes("grid", grid, 2, at_most=1)
     rows = max(lengths) + math.prod(size)
     samples = []
@@ -358,7 +358,7 @@ def qwen2_vl_vision(
     >>> qwen2_vl_vision([(1, 4, 6), (1, 2, 2)], like=np.zeros(1))
     RotaryTable(shape=(28, 40), rotary_dim=80, dtype='float32', device='cpu')
     """
-    half, merge_size = _head_dim(head_dim, 4) // 2, _length("merge_size", merge_size, at_least=1)
+    half, merge_size = _head_dim(head_dim, 4) // 2, count("merge_size", merge_size, at_least=1)
     images = []
     for frames, height, width in _sizes("grids", grids, 3):
         if height % merge_size or width % merge_size:
@@ -395,7 +395,7 @@ def pixtral_vision(
     >>> pixtral_vision([(4, 6), (2, 2)], like=np.zeros(1))
     RotaryTable(shape=(28, 32), rotary_dim=64, dtype='float32', device='cpu')
     """
-    half, base = _head_dim(head_dim, 4) // 2, _base(base)
+    half, base = _head_dim(head_dim, 4) // 2, positive("base", base)
     positions = np.concatenate([_grid(size) for size in _sizes("grids", grids, 2)])
     if _is_exact(compute_dtype):
         slower = np.array([1.0, base ** (-2 / head_dim)])
@@ -419,7 +419,7 @@ def _table(
     How diffusers computes it in float32: `on_host` in the memory of the CPU and by polar
     coordinates, with angles first of `angle_dtype`.
     """
-    base, axes = _base(base), positions.shape[-1]
+    base, axes = positive("base", base), positions.shape[-1]
     if len(_dims(dims)) != axes:
         raise ValueError(f"dims must be {axes} even ints, one for each axis, got {dims}")
     if _is_exact(compute_dtype):
@@ -442,8 +442,9 @@ def _inverse(base: float, steps: Any, dim: int) -> Any:
 
 def _frequencies_on_host(dim: int, base: float, like: Any) -> NDArray[np.float32]:
     steps = np.arange(0, dim, 2, dtype=np.float32)
+    base = positive("base", base)
     (frequencies,) = _computed(
-        lambda _, steps: (_inverse(_base(base), steps, dim),), [steps], like, on_host=True
+        lambda _, steps: (_inverse(base, steps, dim),), [steps], like, on_host=True
     )
     return _downloaded(frequencies, like)
 
@@ -587,25 +588,12 @@ def _numbers(name: str, values: Any) -> tuple[Positions, bool]:
     return array, "int" in dtype
 
 
-def _length(name: str, value: Any, at_least: int = 0) -> int:
-    number = index(name, value)
-    if number < at_least:
-        raise ValueError(f"{name} must be {at_least} or more, got {number}")
-    return number
-
-
 def _head_dim(value: Any, multiple: int, at_least: int = 1) -> int:
     number = index("head_dim", value)
     if number < at_least or number % multiple:
         wanted = f"a multiple of {multiple}, {max(at_least, multiple)} or more"
         raise ValueError(f"head_dim must be {wanted}, got {number}")
     return number
-
-
-def _base(base: Any) -> float:
-    """Return the base as a float, or refuse it."""
-    inverse_frequencies(2, base)
-    return float(base)
 
 
 def _is_exact(compute_dtype: Any) -> bool:

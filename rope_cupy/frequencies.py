@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .checks import described, index
+from .checks import described, index, positive
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
@@ -35,7 +35,7 @@ def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> Frequencies:
     >>> inverse_frequencies(4, base=100.0)
     array([1. , 0.1])
     """
-    rotary_dim, base = _even("rotary_dim", rotary_dim), _number("base", base)
+    rotary_dim, base = _even("rotary_dim", rotary_dim), positive("base", base)
     return np.power(base, -np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
 
 
@@ -52,7 +52,7 @@ def partial_rotary_dim(head_dim: int, partial_rotary_factor: float) -> int:
     24
     """
     head_dim = index("head_dim", head_dim)
-    factor = _number("partial_rotary_factor", partial_rotary_factor)
+    factor = positive("partial_rotary_factor", partial_rotary_factor)
     rotary_dim = int(head_dim * factor)
     if factor > 1 or rotary_dim <= 0 or rotary_dim % 2:
         raise ValueError(
@@ -76,7 +76,7 @@ def linear(rotary_dim: int, base: float = 10000.0, *, factor: float) -> Frequenc
     >>> linear(4, base=100.0, factor=2.0)
     array([0.5 , 0.05])
     """
-    return inverse_frequencies(rotary_dim, base) / _number("factor", factor)
+    return inverse_frequencies(rotary_dim, base) / positive("factor", factor)
 
 
 def ntk(rotary_dim: int, base: float = 10000.0, *, alpha: float) -> Frequencies:
@@ -94,8 +94,8 @@ def ntk(rotary_dim: int, base: float = 10000.0, *, alpha: float) -> Frequencies:
     >>> ntk(4, base=100.0, alpha=2.0)
     array([1.  , 0.05])
     """
-    rotary_dim, base = _even("rotary_dim", rotary_dim), _number("base", base)
-    alpha = _number("alpha", alpha)
+    rotary_dim, base = _even("rotary_dim", rotary_dim), positive("base", base)
+    alpha = positive("alpha", alpha)
     if rotary_dim == 2:
         raise ValueError("rotary_dim must be 4 or more for a new base to change it, got 2")
     return inverse_frequencies(rotary_dim, base * alpha ** (rotary_dim / (rotary_dim - 2)))
@@ -125,8 +125,8 @@ def dynamic_ntk(
     >>> dynamic_ntk(4, base=100.0, factor=1.0, max_position=2048, seq_len=4096)
     array([1.  , 0.05])
     """
-    factor = _number("factor", factor)
-    max_position = _number("max_position", max_position)  # type: ignore[assignment]
+    factor = positive("factor", factor)
+    max_position = positive("max_position", max_position)  # type: ignore[assignment]
     length = max(_length(seq_len) or 0, max_position)
     return ntk(rotary_dim, base, alpha=1 + factor * (length / max_position - 1))
 
@@ -172,10 +172,10 @@ def yarn(
     1.1386
     """
     inv_freq = inverse_frequencies(rotary_dim, base)
-    base = _number("base", base, above=1)
-    factor = _number("factor", factor)
-    original = _number("original_max_position", original_max_position)
-    fast, slow = _number("beta_fast", beta_fast), _number("beta_slow", beta_slow)
+    base = positive("base", base, above=1)
+    factor = positive("factor", factor)
+    original = positive("original_max_position", original_max_position)
+    fast, slow = positive("beta_fast", beta_fast), positive("beta_slow", beta_slow)
     if fast < slow:
         raise ValueError(f"beta_fast must be beta_slow={beta_slow} or more, got {beta_fast}")
     if not isinstance(truncate, bool):
@@ -231,8 +231,8 @@ def longrope(
     inv_freq = inverse_frequencies(rotary_dim, base)
     short = _one_a_pair("short_factor", short_factor, len(inv_freq))
     long = _one_a_pair("long_factor", long_factor, len(inv_freq))
-    original = _number("original_max_position", original_max_position, above=1)
-    factor = _number("factor", factor)
+    original = positive("original_max_position", original_max_position, above=1)
+    factor = positive("factor", factor)
     scaling = _optional("attention_factor", attention_factor)
     if scaling is None:
         scaling = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
@@ -271,15 +271,15 @@ def llama3(
     ...        original_max_position=256)
     array([1.     , 0.00125])
     """
-    inv_freq, factor = inverse_frequencies(rotary_dim, base), _number("factor", factor)
-    low = _number("low_freq_factor", low_freq_factor)
-    high = _number("high_freq_factor", high_freq_factor)
+    inv_freq, factor = inverse_frequencies(rotary_dim, base), positive("factor", factor)
+    low = positive("low_freq_factor", low_freq_factor)
+    high = positive("high_freq_factor", high_freq_factor)
     if high < low:
         raise ValueError(
             f"high_freq_factor must be low_freq_factor={low_freq_factor} or more, "
             f"got {high_freq_factor}"
         )
-    turns = inv_freq * _number("original_max_position", original_max_position) / (2 * math.pi)
+    turns = inv_freq * positive("original_max_position", original_max_position) / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1) if high > low else turns >= low
     return inv_freq / factor * (1 - kept) + inv_freq * kept
 
@@ -307,7 +307,7 @@ def proportional(
     array([1. , 0.1, 0. , 0. ])
     """
     head_dim, share = _even("head_dim", head_dim), partial_rotary_factor
-    if _number("partial_rotary_factor", share) > 1:
+    if positive("partial_rotary_factor", share) > 1:
         raise ValueError(f"partial_rotary_factor must be in (0, 1], got {share}")
     inv_freq = linear(head_dim, base, factor=factor)
     inv_freq[int(share * head_dim // 2) :] = 0
@@ -335,7 +335,7 @@ def xpos_scale(
            [0.5 , 0.75]])
     """
     rotary_dim = _even("rotary_dim", rotary_dim)
-    scale_base, gamma = _number("scale_base", scale_base), _number("gamma", gamma)
+    scale_base, gamma = positive("scale_base", scale_base), positive("gamma", gamma)
     powers = _numbers("positions", positions) / scale_base
     zeta = (np.arange(0, rotary_dim, 2) / rotary_dim + gamma) / (1 + gamma)
     return np.power(zeta, powers[:, None])
@@ -598,8 +598,8 @@ def _rope_type(given: Mapping[str, Any]) -> str:
 def _quotient(max_position: Any, original: Any) -> float | None:
     if max_position is None:
         return None
-    longest = _number("max_position_embeddings", max_position)
-    return longest / _number("original_max_position_embeddings", original)
+    longest = positive("max_position_embeddings", max_position)
+    return longest / positive("original_max_position_embeddings", original)
 
 
 def _rotary_dim(config: Any, partial_rotary_factor: float) -> int:
@@ -646,18 +646,9 @@ def _even(name: str, value: object) -> int:
     return number
 
 
-def _number(name: str, value: Any, above: int = 0) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (value > above and math.isfinite(value)):
-        wanted = f"more than {above}" if above else "positive"
-        raise ValueError(f"{name} must be {wanted} and finite, got {value}")
-    return float(value)
-
-
 def _optional(name: str, value: Any) -> float | None:
     """Return a positive number, or None for None and for 0, which configs write for it."""
-    return None if value is None or value == 0 else _number(name, value)
+    return None if value is None or value == 0 else positive(name, value)
 
 
 def _length(seq_len: object) -> int | None:

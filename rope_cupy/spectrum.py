@@ -121,7 +121,7 @@ def draw(spectra: list[Spectrum], path: Path) -> None:
     for number, each in enumerate(spectra):
         name = each.layer_type or each.rope_type
         axes.semilogy(each.wavelengths, ".-", color=f"C{number}", label=name)
-        if each.rope_type != "default" and len(each.inv_freq) == each.rotary_dim // 2:
+        if each.rope_type != "default":
             plain = 2 * np.pi / inverse_frequencies(each.rotary_dim, each.base)
             axes.semilogy(plain, ":", color=f"C{number}", label=f"base {_number(each.base)} alone")
         if each.num_positions:

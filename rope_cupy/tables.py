@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import tensor
-from .checks import described, index
+from .checks import count, described
 from .frequencies import from_config
 from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
 from .problem import TableSpec, check_dtype
@@ -121,9 +121,7 @@ class RotaryTable:
         >>> RotaryTable.from_inverse_frequencies(inverse_frequencies(8), 4, like=x)
         RotaryTable(shape=(4, 4), rotary_dim=8, dtype='float32', device='cpu')
         """
-        num_positions = index("num_positions", num_positions)
-        if num_positions < 0:
-            raise ValueError(f"num_positions must be 0 or more, got {num_positions}")
+        num_positions = count("num_positions", num_positions)
         if isinstance(attention_scaling, bool) or not isinstance(attention_scaling, Real):
             raise TypeError(
                 f"attention_scaling must be a number, got {described(attention_scaling)}"

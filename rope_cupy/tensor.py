@@ -254,9 +254,8 @@ class _Torch(Library):
         self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
     ) -> tuple[Any, ...]:
         module = sys.modules["torch"]
-        copies = (
-            module.from_numpy(np.array(array)) for array in arrays
-        )  # of any strides and flags
+        # Copies, for PyTorch takes no negative strides and warns of what is read-only.
+        copies = (module.from_numpy(np.array(array)) for array in arrays)
         return function(module, *(copy.to(like.device) for copy in copies))
 
     def download(self, array: Any) -> NDArray[Any]:

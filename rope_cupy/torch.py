@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import calls
-from .checks import described, index
+from .checks import count, described, index
 from .frequencies import cos_sin, inverse_frequencies
 from .problem import Options, axis_names, check_options, out_names
 from .rotary import apply_rotary_qk
@@ -66,9 +66,7 @@ class RotaryEmbedding(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim, self.base = index("head_dim", head_dim), base
-        self.max_position = index("max_position", max_position)
-        if max_position < 0:
-            raise ValueError(f"max_position must be 0 or more, got {max_position}")
+        self.max_position = count("max_position", max_position)
         check_options(interleaved, layout, None, 0, False, "nan", None, False)
         self.interleaved, self.layout = interleaved, layout
         device = torch.get_default_device() if device is None else device
