@@ -13,6 +13,11 @@ struct bfloat16 {
   unsigned short bits;
 };
 
+// Of a table that holds no cosines and sines: see angles.cuh.
+struct frequency {
+  unsigned long long turns;  // from one position to the next, in units of 2^-64, modulo 1
+};
+
 template <bool kCondition, typename A, typename B>
 struct Conditional {
   using Type = A;
@@ -29,9 +34,18 @@ constexpr bool kIsVoid = false;
 template <>
 constexpr bool kIsVoid<void> = true;
 
+template <typename T>
+constexpr bool kIsFrequency = false;
+
+template <>
+constexpr bool kIsFrequency<frequency> = true;
+
 // The type to compute in: double when the tensor or the table is 64-bit, else float.
 template <typename T, typename Table>
-using Compute = typename Conditional<(sizeof(T) == 8 || sizeof(Table) == 8), double, float>::Type;
+constexpr bool kIsDouble = sizeof(T) == 8 || (sizeof(Table) == 8 && !kIsFrequency<Table>);
+
+template <typename T, typename Table>
+using Compute = typename Conditional<kIsDouble<T, Table>, double, float>::Type;
 
 template <typename To, typename From>
 __device__ __forceinline__ To bit_cast(From value) {

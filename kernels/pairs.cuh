@@ -8,7 +8,7 @@
 // the first pair's first element.
 #pragma once
 
-#include "vec.cuh"
+#include "angles.cuh"
 
 // Elements from a slice to the run of a pair and those behind it, in steps of the access.
 template <bool kInterleaved>
@@ -37,13 +37,6 @@ __device__ __forceinline__ void store_pairs(T* run, Access access, int num_pairs
     store<kPastL1>(run + num_pairs * access.stride, access, half_of<1>(pairs));
   }
 }
-
-// The cosines and sines of kPairs neighbouring pairs.
-template <typename Real, int kPairs>
-struct Angles {
-  Real cos[kPairs];
-  Real sin[kPairs];
-};
 
 // Turn every pair by its angle; the conjugate turns back, which is the gradient too. Rounds once.
 template <bool kInterleaved, bool kConjugate, int kPairs, typename Real, typename T>

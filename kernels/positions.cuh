@@ -1,6 +1,7 @@
 // Positions: which row of the table a token has, or which three.
 //
 //   int, long long      positions[batch, token]
+//   Counted             token, plus the first one's number: of frequencies, which have no rows
 //   Offset<Index>       token + seqlen_offsets[batch]
 //   Packed<Index>       the token's place in the sequence that holds it, and what is added to those
 //                       of that sequence: sequence i has the tokens cu_seqlens[i] up to, and
@@ -17,6 +18,8 @@
 #pragma once
 
 #include "numeric.cuh"
+
+struct Counted;
 
 template <typename Index>
 struct Offset;
@@ -67,6 +70,19 @@ struct PositionsOf<void> {
   static constexpr int kAxes = 0;
   static constexpr bool kCountsTokens = false;
   static constexpr bool kSearches = false;
+};
+
+template <>
+struct PositionsOf<Counted> {
+  using Index = char;
+  static constexpr int kAxes = 1;
+  static constexpr bool kCountsTokens = true;
+  static constexpr bool kSearches = false;
+
+  static __device__ __forceinline__ long long read(const PositionArguments& args, const Index*, int,
+                                                   long long token) {
+    return sum_of(token, args.first);
+  }
 };
 
 template <typename Index_>

@@ -4,7 +4,9 @@
 //   cos, sin    (..., num_pairs * kTableStep)      Table  strided; a pair owns kTableStep elements
 //                                                         and its cos is the first; its sin is
 //                                                         kSinOffset behind or, if that is 0, the
-//                                                         first of another array
+//                                                         first of another array; or, of type
+//                                                         frequency, what angles are made of, and
+//                                                         at sin the double they are scaled by
 //   positions   (outer, middle, inner)             Position  see positions.cuh; void where tokens
 //                                                         are at their own rows
 //
@@ -105,26 +107,6 @@ struct Arguments {
   View token;  // of an array that holds the numbers of tokens
   PositionArguments position_arguments;
 };
-
-template <typename Real, int kPairs, int kTableStep, int kSinOffset, typename Table>
-__device__ __forceinline__ Angles<Real, kPairs> load_angles(const Table* cos_address,
-                                                            Access cos_access,
-                                                            const Table* sin_address,
-                                                            Access sin_access) {
-  static_assert(kSinOffset == 0 || kSinOffset < kTableStep,
-                "sin must lie in the run that holds cos");
-  const auto cos_run = load<kPairs * kTableStep>(cos_address, cos_access);
-  auto sin_run = cos_run;
-  if constexpr (kSinOffset == 0) sin_run = load<kPairs * kTableStep>(sin_address, sin_access);
-  const auto cos = widen<Real>(cos_run), sin = widen<Real>(sin_run);
-  Angles<Real, kPairs> angles;
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    angles.cos[i] = cos.values[i * kTableStep];
-    angles.sin[i] = sin.values[i * kTableStep + kSinOffset];
-  }
-  return angles;
-}
 
 template <typename T, int kSize>
 __device__ __forceinline__ Vec<T, kSize> nans() {
@@ -268,35 +250,47 @@ __global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position
         for (int i = 0; i < kRows; ++i) store_row(i, args.keep ? pairs[i] : nans<T, 2 * kPairs>());
         return;
       }
-      const auto angles_at = [&](long long row) {
-        long long cos_offset, sin_offset;
-        if constexpr (kCommon) {
-          cos_offset = multiply_add(static_cast<int>(row), static_cast<int>(args.cos_row), 0);
-          sin_offset = cos_offset;
+      const auto position_of = [&](int of) {
+        if constexpr (kAxes == 1) {
+          return position[0];
         } else {
-          cos_offset = row * args.cos_row;
-          sin_offset = row * args.sin_row;
+          const int axis = Positions::axis_of(args.position_arguments, of);
+          return axis == 0 ? position[0] : axis == 1 ? position[1] : position[2];
         }
-        return load_angles<Real, kPairs, kTableStep, kSinOffset>(cos_run + cos_offset, cos_access,
-                                                                 sin_run + sin_offset, sin_access);
       };
-      if constexpr (kIsMixed<Position>) {
-        angles = angles_at(position[0]);
-#pragma unroll
-        for (int axis = 1; axis < kAxes; ++axis) {
-          const auto others = angles_at(position[axis]);
-#pragma unroll
-          for (int i = 0; i < kPairs; ++i) {
-            const bool is_of_axis = Positions::axis_of(args.position_arguments, pair + i) == axis;
-            angles.cos[i] = is_of_axis ? others.cos[i] : angles.cos[i];
-            angles.sin[i] = is_of_axis ? others.sin[i] : angles.sin[i];
-          }
-        }
-      } else if constexpr (kAxes > 1) {
-        const int axis = Positions::axis_of(args.position_arguments, pair);
-        angles = angles_at(axis == 0 ? position[0] : axis == 1 ? position[1] : position[2]);
+      if constexpr (kIsFrequency<Table>) {
+        const auto scale = bit_cast<double>(*args.sin_data);
+        angles = angles_at<Real, kPairs>(
+            load<kPairs>(cos_run, cos_access), static_cast<Real>(scale),
+            [&](int i) { return position_of(kIsMixed<Position> ? pair + i : pair); });
       } else {
-        angles = angles_at(position[0]);
+        const auto row_angles = [&](long long row) {
+          long long cos_offset, sin_offset;
+          if constexpr (kCommon) {
+            cos_offset = multiply_add(static_cast<int>(row), static_cast<int>(args.cos_row), 0);
+            sin_offset = cos_offset;
+          } else {
+            cos_offset = row * args.cos_row;
+            sin_offset = row * args.sin_row;
+          }
+          return load_angles<Real, kPairs, kTableStep, kSinOffset>(
+              cos_run + cos_offset, cos_access, sin_run + sin_offset, sin_access);
+        };
+        if constexpr (kIsMixed<Position>) {
+          angles = row_angles(position[0]);
+#pragma unroll
+          for (int axis = 1; axis < kAxes; ++axis) {
+            const auto others = row_angles(position[axis]);
+#pragma unroll
+            for (int i = 0; i < kPairs; ++i) {
+              const bool is_of_axis = Positions::axis_of(args.position_arguments, pair + i) == axis;
+              angles.cos[i] = is_of_axis ? others.cos[i] : angles.cos[i];
+              angles.sin[i] = is_of_axis ? others.sin[i] : angles.sin[i];
+            }
+          }
+        } else {
+          angles = row_angles(position_of(pair));
+        }
       }
     }
 #pragma unroll

@@ -18,6 +18,7 @@ from .checks import described, index
 from .memory import ACCESS_BYTES, ITEMSIZE, ArraySpec, cuda_index, overlap, span
 from .plan import launch_plan
 from .problem import (
+    COUNTED,
     IMPLICIT,
     Options,
     Pointers,
@@ -376,13 +377,14 @@ def _must_be_apart(
 def _made_ready(call: _Call, pointers: Pointers, first: int | None) -> Ready:
     """Check what depends on addresses: arrays that overlap, and positions beside the table."""
     row = 0
-    if call.problem.position_kind == IMPLICIT:
+    if call.problem.position_kind in (IMPLICIT, COUNTED):
         row = implicit_position(first, call.table, call.problem.num_tokens)
     if call.apart:
         _check_apart(call, pointers)
     if row:
         to_cos, to_sin = (row * part.strides[0] * ITEMSIZE[part.dtype] for part in call.table[:2])
-        pointers = pointers._replace(cos=pointers.cos + to_cos, sin=pointers.sin + to_sin)
+        cos, sin = pointers.cos + to_cos, pointers.sin + to_sin
+        pointers = pointers._replace(cos=cos, sin=sin, first=row)
     return Ready(_writer(call, pointers), call.wrote)
 
 

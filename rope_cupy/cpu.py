@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from .memory import ndarray_at
 from .problem import (
+    FREQUENCY,
     GIVEN,
     IMPLICIT,
     MIXED,
@@ -36,7 +37,9 @@ _STORAGE = {
     "float64": "f8",
     "int32": "i4",
     "int64": "i8",
+    FREQUENCY: "u8",
 }
+RADIANS = 2 * np.pi / 2**64  # of a unit of 2^-64 turns
 
 
 def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
@@ -48,8 +51,7 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
         shape = (*sizes, tensor.num_heads, problem.head_dim)
         x = ndarray_at(x_at, storage, shape, tensor.x.strides)
         out = ndarray_at(out_at, storage, shape, tensor.out.strides)
-        cos = _table(problem, tensor.num_heads, pointers.cos, problem.cos, problem.cos_row)
-        sin = _table(problem, tensor.num_heads, pointers.sin, problem.sin, problem.sin_row)
+        angles_at = _angles(problem, pointers, tensor.num_heads)
         for block in _blocks(*sizes, tensor.num_heads * problem.head_dim):
             rows: Any = block
             in_range = None
@@ -57,10 +59,8 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
                 of_block = positions[(slice(None), *block)]
                 inside = (of_block >= 0) & (of_block < problem.num_positions)
                 in_range = np.logical_and.reduce(inside)
-                rows = _rows(problem, np.where(in_range, of_block, 0))
-            block_cos = _widen(cos[rows], problem.table_dtype)
-            block_sin = _widen(sin[rows], problem.table_dtype)
-            _rotate_block(problem, x[block], out[block], block_cos, block_sin, in_range)
+                rows = _of_pairs(problem, np.where(in_range, of_block, 0))
+            _rotate_block(problem, x[block], out[block], *angles_at(rows), in_range)
 
 
 def _blocks(batch: int, num_tokens: int, token_size: int) -> Iterator[tuple[slice, slice]]:
@@ -73,10 +73,12 @@ def _blocks(batch: int, num_tokens: int, token_size: int) -> Iterator[tuple[slic
 
 def _positions(problem: RotaryProblem, pointers: Pointers) -> Array | None:
     """Return the explicit positions as (axes, batch, tokens)."""
-    kind, dtype = problem.position_kind, problem.position_dtype
-    if kind == IMPLICIT or dtype is None:
+    kind, sizes = problem.position_kind, (problem.batch, problem.num_tokens)
+    if kind == IMPLICIT:
         return None
-    storage, sizes = _STORAGE[dtype], (problem.batch, problem.num_tokens)
+    if problem.position_dtype is None:  # COUNTED
+        return np.broadcast_to(np.arange(problem.num_tokens) + pointers.first, (1, *sizes))
+    storage = _STORAGE[problem.position_dtype]
     if kind == PACKED:
         return _packed_positions(problem, pointers, storage)
     if kind in (GIVEN, OFFSET):
@@ -103,10 +105,10 @@ def _packed_positions(problem: RotaryProblem, pointers: Pointers, storage: str) 
     return np.where(found, places, -1)[None, None]
 
 
-def _rows(problem: RotaryProblem, positions: Array) -> Any:
-    """Return the index of a table by position that gives (batch, tokens, 1, pairs)."""
+def _of_pairs(problem: RotaryProblem, positions: Array) -> Array:
+    """Return (batch, tokens, 1, pairs) from (axes, batch, tokens); 1 for all pairs, of one axis."""
     if len(positions) == 1:
-        return positions[0]
+        return positions[0][:, :, None, None]
     pair = np.arange(problem.rotary_dim // 2)
     if problem.position_kind == MIXED:
         axis = pair % NUM_AXES
@@ -114,15 +116,39 @@ def _rows(problem: RotaryProblem, positions: Array) -> Any:
         axis = np.where(pair < ends[axis], axis, 0)
     else:
         axis = np.searchsorted(problem.section_ends, pair, side="right")
-    of_pair = np.moveaxis(positions[axis], 0, -1)[:, :, None]
-    return of_pair, 0, pair
+    return np.moveaxis(positions[axis], 0, -1)[:, :, None]
+
+
+def _angles(
+    problem: RotaryProblem, pointers: Pointers, num_heads: int
+) -> Callable[[Any], tuple[Doubles, Doubles]]:
+    """Return what finds cosines and sines of (batch, tokens, heads, pairs), by block or position."""
+    num_pairs, storage = problem.rotary_dim // 2, _STORAGE[problem.table_dtype]
+    if problem.table_dtype == FREQUENCY:
+        turns = ndarray_at(pointers.cos, storage, (num_pairs,), problem.cos.strides[3:])
+        scale = ndarray_at(pointers.sin, "f8", (1,), (1,))
+
+        def computed(of_pairs: Array) -> tuple[Doubles, Doubles]:
+            parts = (of_pairs.astype(np.uint64) * turns).view(np.int64)
+            return scale * np.cos(parts * RADIANS), scale * np.sin(parts * RADIANS)
+
+        return computed
+    cos = _table(problem, num_heads, pointers.cos, problem.cos, problem.cos_row)
+    sin = _table(problem, num_heads, pointers.sin, problem.sin, problem.sin_row)
+
+    def read(at: Any) -> tuple[Doubles, Doubles]:
+        if problem.position_kind != IMPLICIT:
+            at = at[..., 0, 0] if at.shape[-1] < num_pairs else (at, 0, np.arange(num_pairs))
+        return _widen(cos[at], problem.table_dtype), _widen(sin[at], problem.table_dtype)
+
+    return read
 
 
 def _table(problem: RotaryProblem, num_heads: int, pointer: int, view: View, row: int) -> Array:
     """View cosines or sines as (batch, tokens, heads, pairs), or by position (rows, 1, pairs)."""
     storage = _STORAGE[problem.table_dtype]
     num_pairs = problem.rotary_dim // 2
-    if problem.position_dtype is None:
+    if problem.position_kind == IMPLICIT:
         heads = num_heads if view.strides[2] else 1
         by_token = (problem.batch, problem.num_tokens, heads, num_pairs)
         return ndarray_at(pointer, storage, by_token, view.strides)

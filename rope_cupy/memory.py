@@ -16,6 +16,7 @@ ITEMSIZE = {
     "int64": 8,
     "complex64": 8,
     "complex128": 16,
+    "frequency": 8,  # of kernels/angles.cuh
 }
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 ACCESS_BYTES = 16  # the widest load and store of a thread; kernels/vec.cuh says the same

@@ -11,7 +11,17 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .memory import ACCESS_BYTES, ITEMSIZE
-from .problem import GIVEN, IMPLICIT, MIXED, SECTIONS, Pointers, RotaryProblem, View
+from .problem import (
+    COUNTED,
+    FREQUENCY,
+    GIVEN,
+    IMPLICIT,
+    MIXED,
+    SECTIONS,
+    Pointers,
+    RotaryProblem,
+    View,
+)
 
 WARP = 32
 BLOCK_BYTES = 4096  # of x: with less, GPUs cannot start blocks as fast as the memory serves them
@@ -26,6 +36,7 @@ C_TYPES = {
     "bfloat16": "bfloat16",
     "float32": "float",
     "float64": "double",
+    FREQUENCY: "frequency",
     "int32": "int",
     "int64": "long long",
     None: "void",
@@ -220,6 +231,8 @@ def _position_type(problem: RotaryProblem) -> str:
     index = C_TYPES[problem.position_dtype]
     if problem.position_kind in (IMPLICIT, GIVEN):
         return index
+    if problem.position_kind == COUNTED:
+        return "Counted"
     return f"{problem.position_kind.capitalize()}<{index}>"
 
 
@@ -234,7 +247,7 @@ def _is_common(
         *cos.strides,
         *(stride for tensor in tensors for stride in tensor.x.strides),
         *problem.position_strides,
-        problem.num_positions,
+        problem.num_positions if problem.cos_row else 0,
         problem.cos_row,
     ]
     return (

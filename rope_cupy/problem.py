@@ -10,13 +10,19 @@ from .memory import FLOATS, ITEMSIZE, ArraySpec, may_overlap_itself
 
 MAX_ROWS = 2**31 - 2**10  # the last block may reach beyond them, and counts in 32 bits too
 MAX_HEAD_DIM = 2**22  # its lanes fit a grid of 65,535 blocks
+FREQUENCY = "frequency"  # the dtype of a table that angles are made of: see kernels/angles.cuh
+ANY_POSITION = 2**63 - 1  # that is not negative: how many such a table holds
 DEFAULT_LAYOUTS = {3: "shd", 4: "bshd"}
 
 Four = tuple[int, int, int, int]
 
 
 class TableSpec(NamedTuple):
-    """A table of cosines and sines: (p, r), (b, s, r) or (b, s, h, r), with r = rotary_dim / 2."""
+    """A table of cosines and sines: (p, r), (b, s, r) or (b, s, h, r), with r = rotary_dim / 2.
+
+    Or of frequencies, the same at every position, and of one number that scales sines and cosines,
+    which are where there are cosines and sines else.
+    """
 
     cos: ArraySpec
     sin: ArraySpec
@@ -114,7 +120,8 @@ class Pointers(NamedTuple):
 
 # What tells the positions of tokens, by the names of the arrays that are given.
 IMPLICIT, GIVEN, OFFSET, PACKED = "implicit", "given", "offset", "packed"
-SECTIONS, MIXED = "sections", "mixed"  # given for three axes
+COUNTED = "counted"  # as IMPLICIT, with a table of frequencies, where no row stands for a token
+OF_AXES = SECTIONS, MIXED = "sections", "mixed"  # given for three axes
 NUM_AXES = 3
 
 
@@ -178,6 +185,8 @@ def rotary_problem(
     named = [*zip(names, xs, strict=True), *zip(out_names(names), outs, strict=True)]
     named += [("table", table.cos), ("table", table.sin), *rows]
     kind = _position_kind(rows, batch, num_tokens, rotary_dim // 2, options)
+    if kind == IMPLICIT and table.cos.dtype == FREQUENCY:
+        kind = COUNTED
     for name, array in rows:
         if array.device != first.device:
             raise ValueError(
@@ -185,6 +194,8 @@ def rotary_problem(
             )
     for name, array in named:
         _check_alignment(name, array)
+    by_position = kind != IMPLICIT
+    sin = table.cos if table.cos.dtype == FREQUENCY else table.sin
     given = dict(rows)
     positions = given.get("positions", given.get("seqlen_offsets"))
     cu_seqlens = given.get("cu_seqlens")
@@ -198,17 +209,17 @@ def rotary_problem(
         tensors=tensors,
         in_place=in_place,
         table_dtype=table.cos.dtype,
-        cos=_table_view(table.cos, rows),
-        sin=_table_view(table.sin, rows),
+        cos=_table_view(table.cos, by_position),
+        sin=_table_view(sin, by_position),
         table_step=table.step,
         sin_offset=table.sin_offset,
-        num_positions=table.cos.shape[0] if rows else 1,
-        cos_row=table.cos.strides[0] if rows else 0,
-        sin_row=table.sin.strides[0] if rows else 0,
+        num_positions=table.cos.shape[0] if by_position else 1,
+        cos_row=table.cos.strides[0] if by_position else 0,
+        sin_row=sin.strides[0] if by_position else 0,
         position_kind=kind,
         position_dtype=rows[0][1].dtype if rows else None,
         position_strides=_position_strides(kind, positions),
-        position_axis=positions.strides[0] if positions and kind not in (GIVEN, OFFSET) else 0,
+        position_axis=positions.strides[0] if kind in (PACKED, *OF_AXES) and positions else 0,
         section_ends=_section_ends(options),
         num_sequences=cu_seqlens.shape[0] - 1 if cu_seqlens else 0,
         cu_stride=cu_seqlens.strides[0] if cu_seqlens else 0,
@@ -439,7 +450,7 @@ def _check_table(
         )
 
 
-def _table_view(table: ArraySpec, by_position: object) -> View:
+def _table_view(table: ArraySpec, by_position: bool) -> View:
     *rows, pair = table.strides
     strides = (0, 0 if by_position else rows[0], 0) if len(rows) == 1 else (*rows, 0)[:3]
     return View((*strides, pair), table.alignment)  # type: ignore[arg-type]

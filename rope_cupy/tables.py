@@ -13,12 +13,14 @@ from . import tensor
 from .checks import count, described
 from .frequencies import from_config
 from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
-from .problem import TableSpec, check_dtype
+from .problem import ANY_POSITION, FREQUENCY, TableSpec, check_dtype
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
 
 COMPLEX_PARTS = {"complex64": "float32", "complex128": "float64"}
+TURNS_PER_RADIAN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A566  # in units of 2^-160
+MOST_RADIANS = 2**64  # of a frequency whose turns those digits are enough for
 
 
 class RotaryTable:
@@ -104,7 +106,13 @@ class RotaryTable:
 
     @classmethod
     def from_inverse_frequencies(
-        cls, inv_freq: Any, num_positions: int, *, like: Any, attention_scaling: float = 1.0
+        cls,
+        inv_freq: Any,
+        num_positions: int | None = None,
+        *,
+        like: Any,
+        attention_scaling: float = 1.0,
+        precompute: bool = True,
     ) -> RotaryTable:
         """Compute the table of positions 0 .. num_positions - 1 from radians per position.
 
@@ -112,34 +120,57 @@ class RotaryTable:
         stored as float32, in the library and on the device of the array `like`. `inv_freq` is any
         array of shape (rotary_dim / 2,), or a sequence of numbers.
 
-        Raises TypeError or ValueError when `inv_freq` is not numbers of one axis, `num_positions`
-        not an int of 0 or more, or `attention_scaling` not a finite number.
+        With ``precompute=False`` there is no table, and no `num_positions`: every call computes the
+        cosines and sines of its tokens, at any position from 0 to 2 ** 63 - 2; only negative ones
+        are out of range. What is kept is each frequency in units of 2 ** -64 turns, so that the
+        angle of a position is reduced to one turn without an error. On a GPU cosines and sines are
+        off by 1e-7 at most, up to the position 1,000,000 and on; where q is float64, and on the
+        CPU, by 1e-12 there.
+
+        Raises TypeError or ValueError when `inv_freq` is not finite numbers of one axis,
+        `num_positions` not an int of 0 or more (or given with ``precompute=False``), or
+        `attention_scaling` not a finite number.
 
         >>> import numpy as np
         >>> from rope_cupy.frequencies import inverse_frequencies
         >>> x = np.zeros((4, 1, 8), np.float32)
         >>> RotaryTable.from_inverse_frequencies(inverse_frequencies(8), 4, like=x)
         RotaryTable(shape=(4, 4), rotary_dim=8, dtype='float32', device='cpu')
+        >>> RotaryTable.from_inverse_frequencies([1.0, 0.1], like=x, precompute=False)
+        RotaryTable(shape=(9223372036854775807, 2), rotary_dim=4, dtype='frequency', device='cpu')
         """
-        num_positions = count("num_positions", num_positions)
+        if not isinstance(precompute, bool):
+            raise TypeError(f"precompute must be True or False, got {described(precompute)}")
+        if precompute:
+            num_positions = count("num_positions", num_positions)
+        elif num_positions is not None:
+            raise ValueError(
+                f"num_positions must be None with precompute=False, got {described(num_positions)}"
+            )
         if isinstance(attention_scaling, bool) or not isinstance(attention_scaling, Real):
             raise TypeError(
                 f"attention_scaling must be a number, got {described(attention_scaling)}"
             )
         if not math.isfinite(attention_scaling):
             raise ValueError(f"attention_scaling must be finite, got {attention_scaling}")
+        radians = _radians(inv_freq)
+        if not precompute:
+            library = tensor.describe("like", like).library
+            words = _frequency_words(radians, float(attention_scaling))
+            return cls._of(_frequencies, *library.computed(lambda _, words: (words,), [words], like))
         positions = np.arange(num_positions, dtype=np.float64)[:, None]
-        return cls._computed(like, float(attention_scaling), positions, _radians(inv_freq))
+        return cls._computed(like, float(attention_scaling), positions, radians)
 
     @classmethod
     def from_config(
         cls,
         config: Any,
-        num_positions: int,
+        num_positions: int | None = None,
         *,
         like: Any,
         seq_len: int | None = None,
         layer_type: str | None = None,
+        precompute: bool = True,
     ) -> RotaryTable:
         """Compute the table that a Hugging Face config, or its dict, describes.
 
@@ -155,7 +186,11 @@ class RotaryTable:
         """
         inv_freq, scaling = from_config(config, seq_len=seq_len, layer_type=layer_type)
         return cls.from_inverse_frequencies(
-            inv_freq, num_positions, like=like, attention_scaling=scaling
+            inv_freq,
+            num_positions,
+            like=like,
+            attention_scaling=scaling,
+            precompute=precompute,
         )
 
     @classmethod
@@ -223,12 +258,15 @@ class RotaryTable:
 
     @property
     def num_positions(self) -> int:
-        """The size of the axis of positions, or of tokens where the table is by batch and token."""
+        """The size of the axis of positions, or of tokens where the table is by batch and token.
+
+        It is 2 ** 63 - 1 with ``precompute=False``.
+        """
         return self.shape[0] if len(self.shape) == 2 else self.shape[1]
 
     @property
     def dtype(self) -> str:
-        """The dtype of cos and sin, such as "float32"."""
+        """The dtype of cos and sin, such as "float32"; "frequency" with ``precompute=False``."""
         return self._cos.dtype
 
     @property
@@ -339,7 +377,22 @@ def _matrices(stream: int | None, freqs: Any) -> TableView:
     return _one_array(matrices, cos, strides[-2], step=4 if strides[-2:] == (2, 1) else 1)
 
 
-FORMS = {form.__name__: form for form in (_half_width, _full_width, _cache, _complex, _matrices)}
+def _frequencies(stream: int | None, words: Any) -> TableView:
+    """View what `_frequency_words` has made as one row that stands for all positions."""
+    array = tensor.describe("table", words, stream)
+    num_pairs = array.spec.shape[0] - 1
+    shape = ANY_POSITION, num_pairs
+    cos = array.spec._replace(shape=shape, strides=(0, int(num_pairs > 1)), dtype=FREQUENCY)
+    pointer = array.pointer + num_pairs * ITEMSIZE[FREQUENCY]
+    sin = cos._replace(strides=(0, 0), alignment=alignment(pointer))
+    spec = TableSpec(cos, sin, 1, 0)
+    return TableView((array,), (array.pointer, pointer), (spec, spec))
+
+
+FORMS = {
+    form.__name__: form
+    for form in (_half_width, _full_width, _cache, _complex, _matrices, _frequencies)
+}
 
 
 def _one_array(array: tensor.Array, cos: ArraySpec, to_sin: int, step: int) -> TableView:
@@ -383,6 +436,24 @@ def _every(spec: ArraySpec, pairs: slice) -> ArraySpec:
     size = len(range(start, stop, step))
     stride = spec.strides[-1] * step if size > 1 else 0
     return spec._replace(shape=(*spec.shape[:-1], size), strides=(*spec.strides[:-1], stride))
+
+
+def _frequency_words(radians: NDArray[np.float64], scale: float) -> NDArray[np.int32]:
+    """Return 64 bits for each frequency, and those of the scale: (pairs + 1, 2) words of 32 bits.
+
+    A frequency is in turns, in units of 2^-64 and without whole ones: see kernels/angles.cuh. The
+    words have a dtype that every library knows.
+    """
+    turns = []
+    for each in radians.tolist():
+        if not abs(each) < MOST_RADIANS:
+            raise ValueError(f"inv_freq must be below {MOST_RADIANS} radians, got {each}")
+        numerator, denominator = each.as_integer_ratio()
+        twice = 2 * numerator * TURNS_PER_RADIAN // (denominator << 96)
+        turns.append((twice + 1 >> 1) % 2**64)
+    words = np.array([*turns, 0], np.uint64)
+    words[-1:].view(np.float64)[:] = scale
+    return words.view(np.int32).reshape(-1, 2)
 
 
 def _radians(inv_freq: Any) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -27,6 +27,7 @@ from rope_cupy import jit
 from rope_cupy.memory import ITEMSIZE, ndarray_at
 from rope_cupy.plan import launch_plan
 from rope_cupy.problem import (
+    FREQUENCY,
     IMPLICIT,
     MIXED,
     NUM_AXES,
@@ -131,6 +132,8 @@ def arrays_of(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
     arrays["cos"] = _table(problem, pointers.cos, problem.cos, problem.cos_row)
     if not problem.sin_offset:  # else the sines lie among the cosines
         arrays["sin"] = _table(problem, pointers.sin, problem.sin, problem.sin_row)
+        if problem.table_dtype == FREQUENCY:  # of which there is one scale
+            arrays["sin"] = Array(pointers.sin, ITEMSIZE[FREQUENCY], (1,), (1,))
     if problem.position_dtype:
         arrays |= _rows(problem, pointers)
     return arrays

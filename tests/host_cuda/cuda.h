@@ -23,6 +23,12 @@ constexpr int warpSize = 32;
 inline float fmaf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
+inline void sincospi(double x, double* sin, double* cos) {
+  const long double angle = 3.14159265358979323846264338327950288L * x;
+  *sin = static_cast<double>(__builtin_sinl(angle));
+  *cos = static_cast<double>(__builtin_cosl(angle));
+}
+
 namespace host {
 int lane();
 void wait_for_block();
