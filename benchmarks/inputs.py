@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from outcome import WrongError
-from providers import Call, Case, Inputs, Table
+from providers import BY_AXES, SEQUENCE, Call, Case, Inputs, Table
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import reference
 
 FIRST_POSITION = 1000  # of the tables: at position 0 nothing turns
 NUM_POSITIONS = 8192  # of a table that is read by an array of positions, at least
-SEQUENCE = 512  # tokens
 ALIGNMENT = 256  # elements from which q, k and v start
 MOST_SETS = 400  # what so many small calls share lies in the L2, as between the layers of a model
 MOST_TABLE_BYTES = 2**30  # of all sets; beyond that sets share tables
@@ -55,14 +55,32 @@ def inputs_of(case: Case) -> list[Inputs]:
                 for start, size, heads in zip(starts, sizes, _heads(case), strict=False)
             )
         table = tables[i % len(tables)]
-        positions = None
-        if case.variant == "positions":
-            positions = _positions(shape.tokens, len(table.cos), case.device)
-        sets.append(Inputs(q, k, v, table, positions, memory))
+        sets.append(Inputs(q, k, v, table, *_positions(case, len(table.cos)), memory))
     return sets
 
 
-def _positions(tokens: int, num_positions: int, device: str) -> torch.Tensor:
+def _positions(case: Case, num_positions: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
+    """Return the rows of tokens, and the keywords that tell rope_cupy of them."""
+    tokens, device = case.shape.tokens, case.device
+    count = torch.arange(tokens, device=device)
+    if case.variant == "positions":
+        positions = _of_sequences(tokens, num_positions, device)
+        return positions, {"positions": positions}
+    if case.variant == "offsets":
+        offsets = torch.randint(num_positions - tokens + 1, (case.shape.batch,), device=device)
+        return count + offsets[0], {"seqlen_offsets": offsets}
+    if case.variant == "sequences":
+        ends = torch.arange(0, tokens + SEQUENCE, SEQUENCE, device=device).clamp(max=tokens)
+        return count % SEQUENCE, {"cu_seqlens": ends}
+    if case.variant in BY_AXES:  # frames of 32 x 32
+        positions = torch.stack([count // 1024, count // 32 % 32, count % 32])
+        mixed = case.variant == "mixed axes"
+        how = {"mrope_section": case.mrope_section, "mrope_interleaved": mixed}
+        return positions, {"positions": positions} | how
+    return None, {}
+
+
+def _of_sequences(tokens: int, num_positions: int, device: str) -> torch.Tensor:
     """Return those of packed sequences of SEQUENCE tokens, each from a random position on.
 
     Of fewer tokens each is a sequence's next one, at a random position.
@@ -88,6 +106,8 @@ def _tables(case: Case, num_sets: int) -> list[Table]:
     num_positions = shape.tokens
     if case.variant == "positions":
         num_positions = max(num_positions, NUM_POSITIONS)
+    elif case.variant == "offsets":
+        num_positions += SEQUENCE
     position = torch.arange(num_positions, dtype=torch.float64, device=case.device)
     pair = torch.arange(shape.rotary_dim // 2, dtype=torch.float64, device=case.device)
     inv_freq = 10000.0 ** (-2 * pair / shape.rotary_dim)
@@ -95,7 +115,7 @@ def _tables(case: Case, num_sets: int) -> list[Table]:
     parts = torch.stack([angles.cos(), angles.sin()]).float()
     num_tables = max(1, min(num_sets, MOST_TABLE_BYTES // parts.nbytes))
     every = parts.repeat(num_tables, 1, 1, 1)
-    return [Table(cos, sin, shape.interleaved) for cos, sin in every]
+    return [Table(*each, shape.interleaved, inv_freq, FIRST_POSITION) for each in every]
 
 
 class Exact:
@@ -109,10 +129,11 @@ class Exact:
         some = np.random.default_rng().permutation(shape.tokens)[:num]
         self.tokens = torch.tensor(sorted({0, shape.tokens - 1, *map(int, some)}))
         index = self.tokens.to(case.device)
-        rows = index if inputs.positions is None else inputs.positions[index]
-        cos, sin = (
-            reference.to_float64(part[rows])[None] for part in (inputs.table.cos, inputs.table.sin)
-        )
+        rows = index if inputs.positions is None else inputs.positions[..., index]
+        how = {"positions": np.asarray(rows.cpu())} | {
+            name: value for name, value in inputs.how.items() if name.startswith("mrope")
+        }
+        cos, sin = map(reference.to_float64, (inputs.table.cos, inputs.table.sin))
         self.after = [
             reference.rotate(
                 reference.to_float64(x[:, index]),
@@ -120,6 +141,7 @@ class Exact:
                 sin,
                 interleaved=shape.interleaved,
                 rotary_offset=shape.rotary_offset,
+                **how,
             )
             for x in self.before
         ]

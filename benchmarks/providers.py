@@ -26,8 +26,10 @@ from shapes import Shape
 Call = Callable[[], Any]
 Pair = tuple[torch.Tensor, torch.Tensor]
 
-VARIANTS = ("in place", "new", "bhsd", "packed", "positions")
-TABLES = ("half", "full", "cache", "complex", "matrices")
+BY_AXES = ("axes", "mixed axes")
+VARIANTS = ("in place", "new", "bhsd", "packed", "positions", "offsets", "sequences", *BY_AXES)
+TABLES = ("half", "full", "cache", "complex", "matrices", "frequencies")
+SEQUENCE = 512  # tokens of a packed sequence
 WORD = 16  # bytes that the limit kernel moves at once
 
 
@@ -36,8 +38,12 @@ class Case(NamedTuple):
 
     variant: "in place" rotates dense q and k and overwrites them; "new" writes new arrays; "bhsd"
         rotates in place arrays that lie in memory as (b, h, s, d), "packed" the views of a packed
-        (b, s, q_heads + 2 k_heads, d) buffer, "positions" by an array of positions.
-    table: the form of the table that rope_cupy reads; all others get the form that they want.
+        (b, s, q_heads + 2 k_heads, d) buffer, "positions" by an array of positions. What follows
+        goes by arrays that tell positions: "offsets" by one for each batch, "sequences" by the
+        cu_seqlens of packed ones, "axes" and "mixed axes" by positions on three axes, of pairs in
+        sections and in turn.
+    table: the form of the table that rope_cupy reads; all others get the form that they want. Of
+        "frequencies" it computes the angles.
     """
 
     shape: Shape
@@ -65,8 +71,28 @@ class Case(NamedTuple):
         """
         full = self.shape.interleaved and self.table == "full"
         values = 2 if full or self.table == "matrices" else 1
-        rows = self.shape.tokens * self.shape.rotary_dim * 4 * values
-        return rows + (self.shape.tokens * 8 if self.variant == "positions" else 0)
+        num_rows = 1 if self.table == "frequencies" else self.shape.tokens
+        if self.variant == "sequences":
+            num_rows = min(num_rows, SEQUENCE)
+        return num_rows * self.shape.rotary_dim * 4 * values + self.num_positions * 8
+
+    @property
+    def num_positions(self) -> int:
+        """How many integers tell the positions of tokens."""
+        tokens = self.shape.tokens
+        numbers = {"positions": tokens, "offsets": self.shape.batch} | dict.fromkeys(
+            BY_AXES, 3 * tokens
+        )
+        if self.variant == "sequences":
+            return -(-tokens // SEQUENCE) + 1
+        return numbers.get(self.variant, 0)
+
+    @property
+    def mrope_section(self) -> tuple[int, int, int]:
+        """The pairs that turn by each of three axes, as in Qwen2-VL and Qwen3-VL."""
+        pairs = self.shape.rotary_dim // 2
+        others = pairs * 3 // 8
+        return pairs - 2 * others, others, others
 
     @property
     def itemsize(self) -> int:
@@ -77,9 +103,17 @@ class Case(NamedTuple):
 class Table:
     """One table in all the forms that providers read, each made when it is first asked for."""
 
-    def __init__(self, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> None:
+    def __init__(
+        self,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool,
+        inv_freq: torch.Tensor,
+        first: int,
+    ) -> None:
         self.cos, self.sin = cos, sin  # (positions, rotary_dim / 2), float32
         self.interleaved = interleaved
+        self.inv_freq, self.first = inv_freq, first  # the first row's position
         self._forms: dict[Any, Any] = {}
 
     def form(self, make: Callable[..., Any], *arguments: Any) -> Any:
@@ -97,7 +131,8 @@ class Inputs(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     table: Table
-    positions: torch.Tensor | None  # (tokens,), int64, where the variant is "positions"
+    positions: torch.Tensor | None  # the rows of tokens, (tokens,) or (3, tokens), int64
+    how: dict[str, Any]  # by which keywords rope_cupy is told of them
     memory: torch.Tensor  # the dense buffer that holds q, k and v
 
 
@@ -194,15 +229,20 @@ def rope_cupy(case: Case, inputs: Inputs) -> Call:
     """rope_cupy.apply_rotary_qk."""
     q, k = inputs.q, inputs.k
     table = inputs.table.form(_rope_cupy_table, case.table)
+    how = inputs.how
+    if case.table == "frequencies":
+        if "positions" in how:
+            raise UnsupportedError("the table's first row is not of position 0")
+        how = how | {"positions": inputs.table.first}
     return functools.partial(
         imported("rope_cupy").apply_rotary_qk,
         q,
         k,
         table,
-        positions=inputs.positions,
         interleaved=case.shape.interleaved,
         rotary_offset=case.shape.rotary_offset,
         out=None if case.variant == "new" else (q, k),
+        **how,
     )
 
 
@@ -216,6 +256,8 @@ def _rope_cupy_table(table: Table, form: str) -> Any:
         return view.from_complex(table.form(complex_numbers))
     if form == "matrices":
         return view.from_matrices(table.form(matrices))
+    if form == "frequencies":
+        return view.from_inverse_frequencies(table.inv_freq, like=table.cos, precompute=False)
     return view(table.cos, table.sin)
 
 
@@ -269,6 +311,7 @@ def _compiled(case: Case) -> Callable[..., Pair]:
 
 def _torch_arguments(case: Case, inputs: Inputs) -> tuple[Any, ...]:
     table, shape = inputs.table, case.shape
+    _one_position(case)
     scalars = shape.interleaved, shape.rotary_offset
     return inputs.q, inputs.k, table.cos, table.sin, inputs.positions, *scalars
 
@@ -301,7 +344,25 @@ def liger(case: Case, inputs: Inputs) -> Call:
 def flash_attn(case: Case, inputs: Inputs) -> Call:
     """flash_attn.layers.rotary: apply_rotary_emb, a Triton kernel."""
     gpu_only(case)
-    return _rotated_one_by_one(case, inputs, imported("flash_attn.layers.rotary"), 256)
+    library = imported("flash_attn.layers.rotary")
+    if case.variant == "offsets":
+        how = {"seqlen_offsets": inputs.how["seqlen_offsets"]}
+    elif case.variant == "sequences":
+        how = {"cu_seqlens": inputs.how["cu_seqlens"].int(), "max_seqlen": SEQUENCE}
+    else:
+        return _rotated_one_by_one(case, inputs, library, 256)
+    shape, table = case.shape, inputs.table
+    part = slice(0, SEQUENCE if case.variant == "sequences" else len(table.cos))
+    rotate = functools.partial(
+        library.apply_rotary_emb,
+        cos=table.cos[part],
+        sin=table.sin[part],
+        interleaved=shape.interleaved,
+        inplace=True,
+        **how,
+    )
+    q, k = (x[0] if case.variant == "sequences" else x for x in _slices(case, inputs))
+    return _whole(lambda: (rotate(q), rotate(k)), inputs)
 
 
 def quack(case: Case, inputs: Inputs) -> Call:
@@ -577,6 +638,11 @@ def gpu_only(case: Case) -> None:
         raise UnsupportedError("runs on a GPU only")
 
 
+def _one_position(case: Case) -> None:
+    if case.variant in BY_AXES:
+        raise UnsupportedError("one position of a token only")
+
+
 def _no_positions(inputs: Inputs) -> None:
     if inputs.positions is not None:
         raise UnsupportedError("takes no positions")
@@ -614,6 +680,7 @@ def _by_token(x: torch.Tensor) -> torch.Tensor:
 
 def _every_position(case: Case, inputs: Inputs) -> torch.Tensor:
     """Return a position for each token of the batch, for those who must have them."""
+    _one_position(case)
     if inputs.positions is None:
         positions = torch.arange(case.shape.tokens, device=inputs.q.device)
     else:

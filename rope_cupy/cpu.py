@@ -122,7 +122,7 @@ def _of_pairs(problem: RotaryProblem, positions: Array) -> Array:
 def _angles(
     problem: RotaryProblem, pointers: Pointers, num_heads: int
 ) -> Callable[[Any], tuple[Doubles, Doubles]]:
-    """Return what finds cosines and sines of (batch, tokens, heads, pairs), by block or position."""
+    """Return what finds cosines and sines of (batch, tokens, heads, pairs), by block or row."""
     num_pairs, storage = problem.rotary_dim // 2, _STORAGE[problem.table_dtype]
     if problem.table_dtype == FREQUENCY:
         turns = ndarray_at(pointers.cos, storage, (num_pairs,), problem.cos.strides[3:])

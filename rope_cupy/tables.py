@@ -157,7 +157,9 @@ class RotaryTable:
         if not precompute:
             library = tensor.describe("like", like).library
             words = _frequency_words(radians, float(attention_scaling))
-            return cls._of(_frequencies, *library.computed(lambda _, words: (words,), [words], like))
+            return cls._of(
+                _frequencies, *library.computed(lambda _, words: (words,), [words], like)
+            )
         positions = np.arange(num_positions, dtype=np.float64)[:, None]
         return cls._computed(like, float(attention_scaling), positions, radians)
 
