@@ -216,8 +216,9 @@ def _both(first: Call, second: Call) -> Call:
 
 def _error_of(each: Pass, case: Case, inputs: Inputs, grads: Inputs) -> float:
     """Return the larger relative error of the results and of the gradients."""
-    cos, sin = grads.table.cos, -grads.table.sin
-    back = Exact(case, grads._replace(table=Table(cos, sin, case.shape.interleaved)))
+    table = grads.table
+    conjugate = Table(table.cos, -table.sin, table.interleaved, -table.inv_freq, table.first)
+    back = Exact(case, grads._replace(table=conjugate))
     forward = Exact(case, inputs)
     return max(forward.error_of(each.forward), back.error_of(each))
 

@@ -141,13 +141,12 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, pass_run: int) -> 
     """Return how many pairs of a row a thread rotates: of every half, or run, one access.
 
     In the half pairing fewer where the lanes that pass elements through have one access each, or
-    the angles of a pair take 16 bytes. Fewer too where no tensor moves as many elements at once.
+    angles are dear. Fewer too where no tensor moves as many elements at once.
     """
     most = ACCESS_BYTES // ITEMSIZE[problem.dtype]
     widest = min(most, max(*widths.x, *widths.out))
-    table_bytes = problem.table_step * ITEMSIZE[problem.table_dtype]
     mixed = problem.position_kind == MIXED  # for which a thread loads three angles a pair
-    one_access = problem.interleaved or pass_run or table_bytes >= ACCESS_BYTES or mixed
+    one_access = problem.interleaved or pass_run or _has_dear_angles(problem) or mixed
     pairs = widest // 2 if one_access else widest
     ends = problem.section_ends if problem.position_kind == SECTIONS else ()
     return math.gcd(max(1, pairs), problem.rotary_dim // 2, *ends)  # all pairs are of one section
@@ -156,15 +155,21 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, pass_run: int) -> 
 def _rows_per_thread(problem: RotaryProblem, pairs: int, num_lanes: int, order: Order) -> int:
     """Return for how many heads of a token a thread loads the angles: of a short row, for two.
 
-    For four where the angles are the most of what it loads. Only where the heads of a token lie
+    For four where angles are dear. Only where the heads of a token lie
     beside each other and whole rows fill a warp: else neighbouring threads would read far apart.
     """
     row_bytes = 2 * pairs * ITEMSIZE[problem.dtype]
     of_heads = problem.cos.strides[HEAD] or problem.sin.strides[HEAD]
     if of_heads or row_bytes > ACCESS_BYTES or order.axes[2] != HEAD or WARP % min(num_lanes, WARP):
         return 1
-    rows = 4 if problem.table_step * ITEMSIZE[problem.table_dtype] >= ACCESS_BYTES else 2
+    rows = 4 if _has_dear_angles(problem) else 2
     return math.gcd(rows, *(tensor.num_heads for tensor in problem.tensors))
+
+
+def _has_dear_angles(problem: RotaryProblem) -> bool:
+    """Return whether the angles are the most of what a thread loads, or are computed by it."""
+    pair_bytes = problem.table_step * ITEMSIZE[problem.table_dtype]
+    return pair_bytes >= ACCESS_BYTES or problem.table_dtype == FREQUENCY
 
 
 def _pass_run(problem: RotaryProblem) -> int:
