@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position
       if constexpr (kIsFrequency<Table>) {
         const auto scale = bit_cast<double>(*args.sin_data);
         angles = angles_at<Real, kPairs>(
-            load<kPairs>(cos_run, cos_access), static_cast<Real>(scale),
+            load<kPairs>(cos_run, cos_access), narrow<Real>(scale),
             [&](int i) { return position_of(kIsMixed<Position> ? pair + i : pair); });
       } else {
         const auto row_angles = [&](long long row) {

@@ -121,9 +121,11 @@ def rotate(
     row, seqlen_offsets, cu_seqlens = positions
     if seqlen_offsets is not None or cu_seqlens is not None:
         row_names, rows, first = _counted(row, seqlen_offsets, cu_seqlens)
+    elif row is None:
+        pass
     elif tensor.is_kind_of_array(type(row)):  # type: ignore[arg-type]
         row_names, rows = ("positions",), (row,)
-    elif row is not None:
+    else:
         first = index("positions", row, AN_INT_OR_ARRAY)
     source = source_of(table)
     in_place = out is not None and xs[0] is out[0] and xs[-1] is out[-1]
@@ -162,6 +164,9 @@ def _counted(
             f"cu_seqlens must be None or an int32 or int64 array, got {described(cu_seqlens)}"
         )
     there = {name: array for name, array in arrays.items() if array is not None}
+    if first >= 2**63 or first < (-(2**63) if there else 0):
+        wanted = "fit 64 bits" if there else "be 0 or more"
+        raise ValueError(f"positions and seqlen_offsets that are ints must {wanted}, got {first}")
     return (*there,), (*there.values(),), first
 
 

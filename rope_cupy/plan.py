@@ -288,7 +288,7 @@ def _tile(problem: RotaryProblem) -> int:
     """
     pair_bytes = problem.table_step * ITEMSIZE[problem.table_dtype]
     row_bytes = problem.rotary_dim // 2 * pair_bytes * (1 if problem.sin_offset else 2)
-    if problem.num_tokens * row_bytes <= L2_BYTES:
+    if problem.num_tokens * row_bytes <= L2_BYTES or problem.table_dtype == FREQUENCY:
         return 0
     tables = problem.cos.strides, problem.sin.strides, (*problem.position_strides, 0)
     views = [(t.num_heads, view.strides) for t in problem.tensors for view in (t.x, t.out)]

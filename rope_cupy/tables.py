@@ -157,7 +157,7 @@ class RotaryTable:
         if not precompute:
             library = tensor.describe("like", like).library
             words = _frequency_words(radians, float(attention_scaling))
-            return cls._of(
+            return cls._own(
                 _frequencies, *library.computed(lambda _, words: (words,), [words], like)
             )
         positions = np.arange(num_positions, dtype=np.float64)[:, None]
@@ -224,7 +224,15 @@ class RotaryTable:
             return cos, module.asarray(scale * module.sin(angles), dtype=single)
 
         library = tensor.describe("like", like).library
-        return cls(*library.computed(cos_and_sin, factors, like))
+        return cls._own(_half_width, *library.computed(cos_and_sin, factors, like))
+
+    @classmethod
+    def _own(cls, form: Callable[..., TableView], *arrays: Any) -> RotaryTable:
+        """Make a table of arrays that no one else has: nothing of them but values can change."""
+        table = cls._of(form, *arrays)
+        if not tensor.is_compiling(arrays[0]):
+            table._source = TableSource(form, arrays, tensor.glance(arrays))
+        return table
 
     @classmethod
     def _of(cls, form: Callable[..., TableView], *sources: Any) -> RotaryTable:

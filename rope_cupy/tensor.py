@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -213,23 +213,33 @@ class _Torch(Library):
         return array.requires_grad  # type: ignore[no-any-return]
 
     def glance(self, array: Any) -> tuple[int, Any] | None:
-        if _torch_records():
+        at = self.pointers((array,))
+        if at is None or _torch_c()._get_tracing_state() is not None:
             return None
         # The dispatch keys tell a sparse tensor, a lazily negated one, one of inference mode, ...
         keys = _torch_c()._dispatch_keys(array).raw_repr()
-        try:
-            pointer = array.data_ptr()
-        except RuntimeError:  # of functorch
-            return None
-        return pointer, (keys, array.dtype, array.shape, array.stride(), array.device)
+        return at[0], (keys, array.dtype, array.shape, array.stride(), array.device)
 
     def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
-        if _torch_records():
+        # Modes change or record what is done, and so do traces, of which no guard approves.
+        if self.num_modes() > 0 or self.forward_ad._current_level >= 0:
             return None
         try:
-            return tuple([array.data_ptr() for array in arrays])
-        except (AttributeError, RuntimeError):  # for another library's, and for functorch's tensors
+            return tuple(map(self.address_of, arrays))
+        except (TypeError, RuntimeError):  # for another library's, and for functorch's tensors
             return None
+
+    @cached_property
+    def num_modes(self) -> Callable[[], int]:
+        return _torch_c()._len_torch_dispatch_stack  # type: ignore[no-any-return]
+
+    @cached_property
+    def forward_ad(self) -> Any:
+        return sys.modules["torch"].autograd.forward_ad
+
+    @cached_property
+    def address_of(self) -> Callable[[Any], int]:
+        return sys.modules["torch"].Tensor.data_ptr  # type: ignore[no-any-return]
 
     def guard(self, arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
         # As torch.compile asks it, in one call and several times faster than by attributes.
@@ -543,12 +553,6 @@ def _tell_nobody(arrays: tuple[Any, ...]) -> None:
     pass
 
 
-def _torch_records() -> bool:
-    """Return whether PyTorch records or changes what is done: a trace, a mode, dual tensors."""
-    tracing_state, num_modes, forward_ad = _torch_recorders()
-    return tracing_state() is not None or num_modes() > 0 or forward_ad._current_level >= 0
-
-
 @contextmanager
 def _module_of(device: str) -> Iterator[Any]:
     """Give NumPy, or CuPy with the device current."""
@@ -593,13 +597,6 @@ def _torch_pointer(name: str, array: Any) -> int:
 @cache
 def _torch_c() -> Any:
     return sys.modules["torch"]._C
-
-
-@cache
-def _torch_recorders() -> tuple[Any, Any, Any]:
-    torch_c = _torch_c()
-    forward_ad = sys.modules["torch"].autograd.forward_ad
-    return torch_c._get_tracing_state, torch_c._len_torch_dispatch_stack, forward_ad
 
 
 @cache

@@ -25,6 +25,7 @@ from reference import (
     arranged,
     canonical,
     check,
+    cos_sin_at,
     decode,
     encode,
     rotate,
@@ -221,7 +222,7 @@ def in_order_of(y: Any, x: Any) -> bool:
     return all(n == 1 or a == b for n, a, b in zip(x.shape, like.strides, y_strides, strict=True))
 
 
-FORMS = ["half", "full", "cache", "complex", "matrices"]
+FORMS = ["half", "full", "cache", "complex", "matrices", "frequencies"]
 
 
 def make_table(
@@ -299,6 +300,9 @@ OUTSIDE = {  # rows of no table; the last would be rows of one if they lost thei
     "int64": [-1, -(2**31), 2**31, -(2**63), 2**63 - 1, -(2**32), 2**32, 2**32 + 1],
 }
 INDEX = "int32", "int64"
+MOST_COMPUTED = (
+    4096  # positions of frequencies, up to which an error of 2^-65 turns is of no weight
+)
 OPTIONS: dict[str, list[Any]] = {
     "dtype": list(FORMATS),
     "table_dtype": list(FORMATS),
@@ -341,9 +345,10 @@ def possible(case: Case) -> Case:
     """The nearest case that makes sense."""
     batch, tokens, q_heads, k_heads = case.sizes
     dtype, k_heads = case.table_dtype, k_heads and (q_heads if case.rows == "head" else k_heads)
-    if case.form == "complex" and dtype not in ("float32", "float64"):
+    computed = case.form == "frequencies"
+    if computed or (case.form == "complex" and dtype not in ("float32", "float64")):
         dtype = "float32"
-    rows = "position" if case.form == "cache" else case.rows
+    rows = "position" if case.form in ("cache", "frequencies") else case.rows
     positions = case.positions if rows == "position" else "none"
     library = able(case.library, case.dtype)
     owner = able(library if case.table_library == "same" else OTHER[library], dtype)
@@ -361,7 +366,7 @@ def possible(case: Case) -> Case:
         style=known(case.style, library, written),
         k_style=known(case.k_style, library, written),
         rows=rows,
-        table_style=known(case.table_style, owner, written=False),
+        table_style="dense" if computed else known(case.table_style, owner, written=False),
         positions=positions,
         outside=case.outside if " " in positions else "inside",
     )
@@ -407,15 +412,29 @@ class Call:
         if case.rows != "position":
             leading = (rng.choice([1, batch]), tokens, rng.choice([1, heads[0]]))
             leading = leading[: 3 if case.rows == "head" else 2]
-        angle = rng.uniform(-np.pi, np.pi, (*leading, rotary_dim // 2))
-        self.table, self.held = make_table(np.cos(angle), np.sin(angle), case)
-        self.cos, self.sin = table_values(self.held, case)
         self.where: dict[str, Any] = {"positions": first} if case.positions == "int" else {}
         self.rows: Any = self.where.get("positions")
         self.options: dict[str, Any] = {}
+        if case.form == "frequencies":
+            inv_freq = 4 * np.float64(100) ** -rng.random(rotary_dim // 2)
+            like = hold([0.0], "float32", case.table_library).array
+            make = rope_cupy.RotaryTable.from_inverse_frequencies
+            self.table, self.held = make(inv_freq, like=like, precompute=False), []
+            leading = (MOST_COMPUTED,)
+        else:
+            angle = rng.uniform(-np.pi, np.pi, (*leading, rotary_dim // 2))
+            self.table, self.held = make_table(np.cos(angle), np.sin(angle), case)
+            self.cos, self.sin = table_values(self.held, case)
         if " " in case.positions:
             dtype, kind = case.positions.split(maxsplit=1)
             self.rows = self.hold_rows(dtype, kind, leading[0])
+        if case.form == "frequencies":
+            given = isinstance(self.rows, np.ndarray)
+            rows = self.rows if given else np.arange(tokens) + (self.rows or 0)
+            inside = (rows >= 0) & (rows < 2**63 - 1)
+            used, row = np.unique(np.where(inside, rows, 0), return_inverse=True)
+            self.rows = np.where(inside, row.reshape(rows.shape), -1)
+            self.cos, self.sin = cos_sin_at(used, inv_freq)
         self.outside = None if self.rows is None else self.beside(len(self.cos))
         self.options |= {
             "interleaved": case.interleaved,
@@ -431,7 +450,10 @@ class Call:
 
         def held(name: str, values: np.ndarray, most: int) -> np.ndarray:
             if case.outside != "inside" and name != "cu_seqlens":
-                outside = rng.choice([*OUTSIDE[dtype], most], values.shape)
+                beside = [*OUTSIDE[dtype], most]
+                if case.form == "frequencies":  # which hold what is not negative
+                    beside = [row for row in beside if not 0 <= row < 2**63 - 1]
+                outside = rng.choice(beside, values.shape)
                 values = np.where(rng.random(values.shape) < 0.4, outside, values)
             self.held.append(hold(values, dtype, case.table_library, case.table_style))
             self.where[name] = self.held[-1].array

@@ -129,6 +129,20 @@ def sequence_places(cu_seqlens: list[int], offsets: list[int], tokens: int) -> n
     return places
 
 
+PI = 0x3243F6A8885A308D313198A2E03707344A4093822299F31D0082EFA98EC4E6C89  # units of 2^-256
+
+
+def cos_sin_at(positions: np.ndarray, inv_freq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of positions times inv_freq (float64), reduced to a turn by integers."""
+    ratios = [frequency.as_integer_ratio() for frequency in inv_freq.tolist()]
+    angles = [
+        [(position * over << 256) // under % (2 * PI) / 2**256 for over, under in ratios]
+        for position in positions.tolist()
+    ]
+    reduced = np.array(angles, np.float64).reshape(len(positions), len(ratios))
+    return np.cos(reduced), np.sin(reduced)
+
+
 def canonical(x: np.ndarray, layout: str, head_dim: int | None = None) -> np.ndarray:
     """An array of any layout as (batch, tokens, heads, head_dim); head_dim splits its last axis."""
     if head_dim is not None:

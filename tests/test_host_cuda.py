@@ -137,6 +137,7 @@ PACKED = PLAIN._replace(
     positions="int64 packed offset", outside="nan", sizes=(1, 40, 3, 1), write="out"
 )
 TWO_ROWS = PLAIN._replace(interleaved=True, sizes=(2, 5, 4, 2))  # of one thread
+COMPUTED = PLAIN._replace(form="frequencies", sizes=(2, 40, 3, 1))
 UNWRITTEN = PLAIN._replace(write="out")  # shows: the arrays hold other numbers
 OUT_OF_BOUNDS = "AddressSanitizer: (use-after-poison|SEGV)"
 WRONG = "^float(16|32|64) at .* expected "
@@ -215,6 +216,36 @@ MUTANTS = {
     ),
     "the offset of the first sequence for all": Mutant(
         "positions.cuh", "offsets[sequence * args.axis]", "offsets[0]", WRONG, PACKED
+    ),
+    "a token counted from the first of all": Mutant(
+        "positions.cuh",
+        "return sum_of(token, args.first);",
+        "return token;",
+        WRONG,
+        COMPUTED._replace(positions="int"),
+    ),
+    "a quarter of a turn that ends where the next begins": Mutant(
+        "angles.cuh", "quarter = high + (1u << 29)", "quarter = high", WRONG, COMPUTED
+    ),
+    "a sine of the wrong sign": Mutant(
+        "angles.cuh", "sin_bits ^ (quarter & 1u << 31)", "sin_bits", WRONG, COMPUTED
+    ),
+    "a cosine of the wrong sign": Mutant(
+        "angles.cuh", "(quarter + (1u << 30)) & 1u << 31", "quarter & 1u << 31", WRONG, COMPUTED
+    ),
+    "half of a position's bits": Mutant(
+        "angles.cuh",
+        "static_cast<unsigned long long>(position_of(i))",
+        "static_cast<unsigned char>(position_of(i))",
+        WRONG,
+        COMPUTED._replace(positions="int64 bs"),
+    ),
+    "angles of pairs in turn by the lane's first": Mutant(
+        "rotary.cu",
+        "kIsMixed<Position> ? pair + i : pair",
+        "pair",
+        WRONG,
+        COMPUTED._replace(positions="int64 3bs mixed"),
     ),
     "float for double": Mutant(
         "numeric.cuh", "double, float>::Type", "float, float>::Type", WRONG, Case("float64")

@@ -71,8 +71,8 @@ def test_every_kernel_of_the_matrix_compiles_and_keeps_all_in_registers(kernels,
 def test_the_matrix_launches_kernels_of_every_kind(kernels):
     kinds = Template(*map(set, zip(*map(template, kernels), strict=True)))
     numbers, flags = {"float16", "bfloat16", "float", "double"}, {"true", "false"}
-    assert (kinds.dtype, kinds.table) == (numbers, numbers)
-    assert kinds.position == {"void", "int", "long long"} | {
+    assert (kinds.dtype, kinds.table) == (numbers, numbers | {"frequency"})
+    assert kinds.position == {"void", "int", "long long", "Counted"} | {
         f"{kind}<{index}>"
         for kind in ("Offset", "Packed", "Sections", "Mixed")
         for index in ("int", "long long")
@@ -100,10 +100,11 @@ def test_the_kernels_of_plain_models_leave_room_for_40_warps(pairing, position):
     assert int(registers) <= 48
 
 
-@pytest.mark.parametrize("table", ["float", "double"])
+@pytest.mark.parametrize("table", ["float", "double", "frequency"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float", "double"])
 def test_subnormal_numbers_are_not_flushed_to_zero(dtype, table):
-    name = f"rotary_kernel<{dtype}, {table}, void, true, true, 2, 2, 1, 0, 0, true, false, true>"
+    types = f"{dtype}, {table}, {'Counted' if table == 'frequency' else 'void'}"
+    name = f"rotary_kernel<{types}, true, true, 2, 2, 1, 0, 0, true, false, true>"
     code = ptx((jit.sources() / "rotary.cu").read_text(), name, (*OPTIONS, "-arch=compute_80"))
     instructions = re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.]*)\s", code, re.MULTILINE)
     assert any(instruction.startswith("fma.rn.f") for instruction in instructions)

@@ -9,7 +9,15 @@ import pytest
 
 from rope_cupy.memory import array_spec
 from rope_cupy.plan import BLOCK_BYTES, divisor, launch_plan
-from rope_cupy.problem import MAX_ROWS, Options, Pointers, TableSpec, check_options, rotary_problem
+from rope_cupy.problem import (
+    ANY_POSITION,
+    MAX_ROWS,
+    Options,
+    Pointers,
+    TableSpec,
+    check_options,
+    rotary_problem,
+)
 
 # The integers of the argument block, in the order of kernels/rotary.cu (test_kernels.py compares).
 VIEW = ("outer", "middle", "inner", "element", "width")
@@ -90,6 +98,14 @@ def matrices(rotary_dim, dtype="float32"):
     num_pairs = rotary_dim // 2
     part = spec((4096, num_pairs), dtype, strides=(4 * num_pairs, 4))
     return TableSpec(part, part, 4, 2)
+
+
+def frequencies(rotary_dim, address=0):
+    """A table of frequencies, of which every position has the same row."""
+    num_pairs = rotary_dim // 2
+    part = spec((ANY_POSITION, num_pairs), "frequency", strides=(0, 1), address=address)
+    scale = spec((ANY_POSITION, num_pairs), "frequency", strides=(0, 0), address=8 * num_pairs)
+    return TableSpec(part, scale, 1, 0)
 
 
 def template(kernel):
@@ -567,6 +583,7 @@ NOT_TILED = {
     "positions of batches": lambda: head_major(positions=spec((2, 8192), "int64")),
     "a prime number of tokens": lambda: head_major(tokens=8191),
     "a small table": lambda: head_major(tokens=2048),
+    "frequencies": lambda: head_major(table=frequencies(64)),
 }
 LARGE = TableSpec(spec((8192, 32), "float32"), spec((8192, 32), "float32"), 1, 0)
 
@@ -773,6 +790,25 @@ def test_the_integers_of_an_offset_for_every_batch():
     assert [packed[f"token.{axis}"] for axis in ("outer", "middle", "inner")] == [0, 1, 0]
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("num_pairs", [64, 63])  # of an odd number the scale is off 16 bytes
+def test_the_integers_of_frequencies(interleaved, num_pairs):
+    x = spec((2, 5, 8, 128))
+    options = {"table": frequencies(2 * num_pairs), "interleaved": interleaved}
+    plan = launch_plan(problem([x], 2 * num_pairs, **options))
+    packed, chosen = fields(plan), template(plan.kernel)
+    assert (chosen.table, chosen.position) == ("frequency", "Counted")
+    if num_pairs == 64:
+        assert (chosen.rows, chosen.pairs, chosen.common) == ("4", "4", "true")
+    assert [packed[f"cos.{part}"] for part in VIEW] == [0, 0, 0, 1, 2]
+    assert (packed["num_positions"], packed["cos_row"]) == (2**63 - 1, 0)
+    assert [packed[f"token.{axis}"] for axis in ("outer", "middle", "inner")] == [0, 1, 0]
+    assert packed["position.middle"] == 0
+    positions = {"positions": spec((5,), "int64")}
+    chosen = template_of([x], 2 * num_pairs, **options | positions)
+    assert (chosen.table, chosen.position) == ("frequency", "long long")
+
+
 def test_the_pointers_lead_to_the_slice_in_bytes():
     q, k = spec((1, 5, 4, 90), strides=(4000, 800, 200, 2)), spec((1, 5, 2, 90))
     outs = [spec((1, 5, 4, 90)), spec((1, 5, 2, 90), strides=(4000, 800, 400, 3))]
@@ -855,7 +891,7 @@ def test_angles_of_single_pairs_are_beside_each_other_and_whole_on_the_common_pa
 
 def test_2_31_positions_leave_the_common_path():
     for size, common in ((2**31 - 1, "true"), (2**31, "false")):
-        part = spec((size, 64), "float32", strides=(0, 1))
+        part = spec((size, 64), "float32")
         options = {"table": TableSpec(part, part, 1, 0), "positions": spec((5,), "int64")}
         assert template_of([spec((2, 5, 4, 128))], 128, **options).common == common
 
