@@ -67,7 +67,8 @@ def _positions(case: Case, num_positions: int) -> tuple[torch.Tensor | None, dic
         positions = _of_sequences(tokens, num_positions, device)
         return positions, {"positions": positions}
     if case.variant == "offsets":
-        offsets = torch.randint(num_positions - tokens + 1, (case.shape.batch,), device=device)
+        offsets = torch.randint(num_positions - tokens + 1, (1,), device=device)
+        offsets = offsets.repeat(case.shape.batch)
         return count + offsets[0], {"seqlen_offsets": offsets}
     if case.variant == "sequences":
         ends = torch.arange(0, tokens + SEQUENCE, SEQUENCE, device=device).clamp(max=tokens)

@@ -227,6 +227,8 @@ def copy(case: Case, inputs: Inputs) -> Call:
 
 def rope_cupy(case: Case, inputs: Inputs) -> Call:
     """rope_cupy.apply_rotary_qk."""
+    if case.variant == "sequences" and case.shape.batch > 1:
+        raise UnsupportedError("packed sequences of one batch only")
     q, k = inputs.q, inputs.k
     table = inputs.table.form(_rope_cupy_table, case.table)
     how = inputs.how

@@ -118,7 +118,7 @@ def test_no_two_calls_rotate_the_same_addresses(monkeypatch):
 def test_the_yardstick_takes_the_argument_of_our_kernels():
     options = (*jit.compile_options(), "-arch=sm_90")
     code = ptx(bench_host.EMPTY_KERNEL, "empty_kernel", options)
-    size = 8 * (7 + len(FIELDS))  # seven pointers, then integers
+    size = 8 * (7 + len(FIELDS) + 2)  # seven pointers, integers, a pointer and an integer
     assert f"empty_kernel_param_0[{size}]" in code
     assert size <= len(bench_host.ARGUMENTS)
 

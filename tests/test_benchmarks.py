@@ -100,15 +100,25 @@ def test_every_provider_is_right_or_says_why_not(measure):
     options = ["--shapes", ",".join(TINY), "--variants", "all", "--dtypes", "bfloat16,float32"]
     rows = measure(*options)
     rest = len(peers.PROVIDERS) - 1
-    assert len(rows) == 3 * 5 * 2 * rest + 2  # "limit, same places": a slice, in place, two dtypes
+    assert (
+        len(rows) == 3 * len(peers.VARIANTS) * 2 * rest + 2
+    )  # "limit, same places": a slice, in place, two dtypes
     for row in rows:
         name, whole = row["provider"], row["shape"] != "slice"
         assert row["status"] in ("ok", "absent", "unsupported"), row
         assert (row["status"] == "ok") == (row["reason"] == ""), row
         assert (row["status"] == "ok") == (row["microseconds"] != ""), row
-        if name in ("limit", "copy", "rope_cupy", "torch eager"):
-            assert row["status"] == "ok", row
-        can = whole and row["variant"] != "positions"
+        by_axes = row["variant"] in peers.BY_AXES
+        packed_batches = row["variant"] == "sequences" and row["batch"] != "1"
+        cannot = {
+            "rope_cupy": packed_batches,
+            "torch eager": by_axes,
+            "limit": False,
+            "copy": False,
+        }
+        if name in cannot:
+            assert (row["status"] == "ok") != cannot[name], row
+        can = whole and row["variant"] in ("in place", "new", "bhsd", "packed")
         if name == "transformers":
             assert (row["status"] == "ok") == (can and row["pairing"] == "half"), row
         if name == "diffusers" and row["status"] != "absent":
@@ -227,6 +237,10 @@ def test_an_unknown_name_ends_the_run_with_the_names_there_are(measure, capsys, 
         (True, {"variant": "packed"}, 1152, 96),
         (False, {"variant": "new"}, 2 * (2 * 3 * 6 * 16 * 2), 96),
         (False, {"variant": "positions"}, 1152, 96 + 3 * 8),
+        (False, {"variant": "offsets"}, 1152, 96 + 2 * 8),
+        (False, {"variant": "sequences"}, 1152, 96 + 2 * 8),
+        (False, {"variant": "axes"}, 1152, 96 + 3 * 3 * 8),
+        (False, {"table": "frequencies"}, 1152, 4 * 8),
         (False, {"dtype": "float32"}, 2304, 96),
         (False, {"table": "cache"}, 1152, 96),
         (True, {"table": "complex"}, 1152, 96),
