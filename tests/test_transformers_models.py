@@ -185,3 +185,80 @@ def test_a_model_gives_the_same_logits_with_this_rotary_embedding(name, replaced
     model.model.rotary_emb = Tables(model.config, seq_len, stretch=1.01)
     astray = logits(model, inputs)
     assert np.abs(astray - expected).max() > 100 * TOLERANCE * largest
+
+
+# Text models that see images: three positions of a token, (3, batch, tokens).
+
+VISION = {
+    "Qwen2-VL": ("qwen2_vl", "Qwen2VLText", {"mrope_section": [2, 3, 3]}),
+    "Qwen3-VL": (
+        "qwen3_vl",
+        "Qwen3VLText",
+        {"mrope_section": [4, 2, 2], "mrope_interleaved": True},
+    ),
+}
+
+
+def vision_model(name):
+    package, prefix, sections = VISION[name]
+    configuration = importlib.import_module(
+        f"transformers.models.{package}.configuration_{package}"
+    )
+    modeling = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+    config = getattr(configuration, f"{prefix}Config")(
+        **SIZES,
+        head_dim=16,
+        max_position_embeddings=NUM_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4} | sections,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    return getattr(modeling, f"{prefix}Model")(config).eval()
+
+
+def seen_tokens():
+    """Text, two images of 2 x 3 and 3 x 2 patches and text again, in a batch of two."""
+    image = [[3, 3 + row, 3 + column] for row in range(2) for column in range(3)]
+    other = [[40, 40 + row, 40 + column] for row in range(3) for column in range(2)]
+    text = [[place] * 3 for place in (0, 1, 2)], [[place] * 3 for place in (50, 51, 90)]
+    first = torch.tensor(text[0] + image + other + text[1])
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "input_ids": torch.randint(1, SIZES["vocab_size"], (2, len(first)), generator=generator),
+        "position_ids": torch.stack([first, first.flip(0)]).permute(2, 0, 1),
+    }
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+@pytest.mark.parametrize("name", VISION)
+def test_a_text_model_that_sees_images_gives_the_same(name, precompute, monkeypatch):
+    model, inputs, used = vision_model(name), seen_tokens(), []
+    table = RotaryTable.from_config(
+        model.config,
+        NUM_POSITIONS if precompute else None,
+        like=torch.empty(1),
+        precompute=precompute,
+    )
+
+    class Table(torch.nn.Module):
+        def forward(self, x, position_ids):
+            return table, position_ids
+
+    def rotate(q, k, table, positions):
+        used.append(table)
+        sections = VISION[name][2]
+        return apply_rotary_qk(q, k, table, positions=positions, layout="bhsd", **sections)
+
+    def hidden():
+        with torch.no_grad():
+            return model(**inputs, use_cache=False).last_hidden_state.numpy()
+
+    expected = hidden()
+    module = importlib.import_module(type(model).__module__)
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", rotate)
+    model.rotary_emb = Table()
+    largest = np.abs(expected).max()
+    assert np.abs(hidden() - expected).max() <= TOLERANCE * largest
+    assert used == [table] * NUM_LAYERS
+    inputs["position_ids"] = inputs["position_ids"].flip(0)  # height for width
+    assert np.abs(hidden() - expected).max() > 100 * TOLERANCE * largest
