@@ -129,6 +129,13 @@ def sequence_places(cu_seqlens: list[int], offsets: list[int], tokens: int) -> n
     return places
 
 
+def pair_norms(x: np.ndarray, interleaved: bool) -> np.ndarray:
+    """The norm of the pair that each element of (..., rotary_dim) belongs to."""
+    pairs = (-1, 2) if interleaved else (2, -1)
+    norms = np.linalg.norm(x.reshape(*x.shape[:-1], *pairs), axis=pairs.index(2) - 2)
+    return np.repeat(norms, 2, -1) if interleaved else np.tile(norms, 2)
+
+
 PI = 0x3243F6A8885A308D313198A2E03707344A4093822299F31D0082EFA98EC4E6C89  # units of 2^-256
 
 

@@ -27,7 +27,7 @@ COLLECTIVES = Path(host_cuda.__file__).with_name("collectives.cu")
 
 @pytest.mark.parametrize("case", test_rotary.CASES, ids=str)
 def test_a_call_of_any_kind_is_right(case, record):
-    record(case.dtype, *verify(case))
+    record(case.kind, *verify(case))
 
 
 def test_the_kernel_compiles_without_a_warning(tmp_path):
