@@ -59,7 +59,7 @@ struct PositionsOf {
   static constexpr bool kSearches = false;
 
   static __device__ __forceinline__ long long read(const PositionArguments&, const Index* address,
-                                                   int, long long) {
+                                                   int, int) {
     return *address;
   }
 };
@@ -80,7 +80,7 @@ struct PositionsOf<Counted> {
   static constexpr bool kSearches = false;
 
   static __device__ __forceinline__ long long read(const PositionArguments& args, const Index*, int,
-                                                   long long token) {
+                                                   int token) {
     return sum_of(token, args.first);
   }
 };
@@ -93,7 +93,7 @@ struct PositionsOf<Offset<Index_>> {
   static constexpr bool kSearches = false;
 
   static __device__ __forceinline__ long long read(const PositionArguments& args,
-                                                   const Index* address, int, long long token) {
+                                                   const Index* address, int, int token) {
     return sum_of(token, args.first, *address);
   }
 };
@@ -107,7 +107,7 @@ struct PositionsOf<Packed<Index_>> {
 
   // The last sequence that begins at or before the token holds it, unless it is the end of all.
   static __device__ __forceinline__ long long read(const PositionArguments& args,
-                                                   const Index* offsets, int, long long token) {
+                                                   const Index* offsets, int, int token) {
     const auto* begins = static_cast<const Index*>(args.cu_seqlens);
     const int end = static_cast<int>(args.num_sequences);
     int sequence = 0;
@@ -134,7 +134,7 @@ struct PositionsOf<Sections<Index_>> {
   static constexpr bool kSearches = false;
 
   static __device__ __forceinline__ long long read(const PositionArguments& args,
-                                                   const Index* address, int axis, long long) {
+                                                   const Index* address, int axis, int) {
     return address[axis * args.axis];
   }
 

@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position
   const Table* cos_run = args.cos_data + pair * kTableStep * cos_access.stride;
   const Table* sin_run = args.sin_data + pair * kTableStep * sin_access.stride;
   [[maybe_unused]] const typename Positions::Index* position_of_row = nullptr;
-  [[maybe_unused]] long long token = 0;
+  [[maybe_unused]] int token = 0;
   if constexpr (Positions::kAxes == 0) {
     const long long cos_offset = args.cos.template offset<kCommon>(at);
     cos_run += cos_offset;
@@ -188,7 +188,9 @@ __global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position
   } else {
     position_of_row = static_cast<const typename Positions::Index*>(args.positions) +
                       args.position.template offset<kCommon>(at);
-    if constexpr (Positions::kCountsTokens) token = args.token.template offset<kCommon>(at);
+    if constexpr (Positions::kCountsTokens) {
+      token = static_cast<int>(args.token.template offset<kCommon>(at));
+    }
   }
 
   if (any_is_odd(x_run, cos_run, sin_run, position_of_row)) return;
