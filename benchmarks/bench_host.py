@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
+import numpy as np
 import providers as peers
 import timing
 import torch
@@ -130,6 +131,16 @@ def tuple_for_the_table(case: Case, inputs: Inputs) -> Call:
     return functools.partial(rotate, q, k, table, positions=inputs.positions, out=(q, k))
 
 
+def computed_table(case: Case, inputs: Inputs) -> Call:
+    """Rotate in place by a table that rope_cupy has computed: no one else can change its arrays."""
+    q, k, table = inputs.q, inputs.k, inputs.table
+    positions = np.arange(len(table.cos)) + table.first
+    angles = np.outer(positions, table.inv_freq.cpu().numpy())
+    computed = rope_cupy.RotaryTable.from_angles(angles, like=table.cos)
+    rotate = rope_cupy.apply_rotary_qk
+    return functools.partial(rotate, q, k, computed, positions=inputs.positions, out=(q, k))
+
+
 def cupy_arrays(case: Case, inputs: Inputs) -> Call:
     """Rotate CuPy's views of q and k in place."""
     view = _cupy(case).asarray
@@ -163,6 +174,7 @@ CALLS_OF_OURS = [
     Task("addresses never seen", OURS, addresses_never_seen),
     Task("slicing alone", "torch", slicing, rotates=False),
     Task("a tuple for the table", OURS, tuple_for_the_table),
+    Task("a computed table", OURS, computed_table),
     Task("CuPy arrays, in place, positions", OURS, cupy_arrays, dtype="float16"),
 ]
 
