@@ -116,13 +116,17 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
   return narrow<T>(numbers);
 }
 
-// Eight pairs and their angles fill 24 registers. Where all of them can be asked for at once, the
-// compiler is told that 1,280 threads of a multiprocessor are enough: else it asks for some of them
-// late, to hold fewer. No block has more than 512 threads; 0 blocks tell the compiler nothing.
+// How many blocks of a multiprocessor the compiler is told of; 0 tell it nothing. No block has more
+// than 512 threads.
+//
+// Eight pairs and their angles fill 24 registers. Where all of them can be asked for at once, 1,280
+// threads are enough: else it asks for some of them late, to hold fewer. Where a row is looked for,
+// off the common path, 640 are: else it puts a register or two into local memory, to hold fewer.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 template <typename Real, typename Position, int kPairs, bool kCommon>
 constexpr int kFewestBlocks =
-    sizeof(Real) == 4 && kIsVoid<Position> && kPairs >= 8 && kCommon ? 2 : 0;
+    kCommon ? (sizeof(Real) == 4 && kIsVoid<Position> && kPairs >= 8 ? 2 : 0)
+            : (PositionsOf<Position>::kCountsTokens || PositionsOf<Position>::kAxes > 1 ? 1 : 0);
 #else
 template <typename Real, typename Position, int kPairs, bool kCommon>
 constexpr int kFewestBlocks = 0;
