@@ -120,15 +120,19 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 // than 512 threads.
 //
 // Eight pairs and their angles fill 24 registers. Where all of them can be asked for at once, 1,280
-// threads are enough: else it asks for some of them late, to hold fewer. Where a row is looked for,
-// off the common path, 640 are: else it puts a register or two into local memory, to hold fewer.
+// threads are enough: else it asks for some of them late, to hold fewer. Where a row is looked for
+// or angles are computed, off the common path, 640 are: else it puts a register or two into local
+// memory, to hold fewer.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-template <typename Real, typename Position, int kPairs, bool kCommon>
+template <typename T, typename Table, typename Position, int kPairs, bool kCommon>
 constexpr int kFewestBlocks =
-    kCommon ? (sizeof(Real) == 4 && kIsVoid<Position> && kPairs >= 8 ? 2 : 0)
-            : (PositionsOf<Position>::kCountsTokens || PositionsOf<Position>::kAxes > 1 ? 1 : 0);
+    kCommon ? (!kIsDouble<T, Table> && kIsVoid<Position> && kPairs >= 8 ? 2 : 0)
+            : (PositionsOf<Position>::kCountsTokens || PositionsOf<Position>::kAxes > 1 ||
+                       kIsFrequency<Table>
+                   ? 1
+                   : 0);
 #else
-template <typename Real, typename Position, int kPairs, bool kCommon>
+template <typename T, typename Table, typename Position, int kPairs, bool kCommon>
 constexpr int kFewestBlocks = 0;
 #endif
 
@@ -142,7 +146,7 @@ constexpr int kFewestBlocks = 0;
 template <typename T, typename Table, typename Position, bool kInterleaved, bool kConjugate,
           int kRows, int kPairs, int kTableStep, int kSinOffset, int kPassRun, bool kInPlace,
           bool kPastL1, bool kCommon>
-__global__ void __launch_bounds__(640, kFewestBlocks<Compute<T, Table>, Position, kPairs, kCommon>)
+__global__ void __launch_bounds__(640, kFewestBlocks<T, Table, Position, kPairs, kCommon>)
     rotary_kernel(const __grid_constant__ Arguments<T, Table> args) {
   using Real = Compute<T, Table>;
   using Positions = PositionsOf<Position>;

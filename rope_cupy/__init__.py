@@ -1,8 +1,32 @@
 """Rotary position embeddings for CuPy, PyTorch, NumPy and any DLPack array, at memory speed."""
 
-from . import frequencies, positions
+from typing import TYPE_CHECKING, Any
+
 from .rotary import apply_rotary, apply_rotary_qk
 from .tables import RotaryTable
 
+if TYPE_CHECKING:
+    from . import diffusion, frequencies, positions
+
 __version__ = "0.1.0"
-__all__ = ["RotaryTable", "apply_rotary", "apply_rotary_qk", "frequencies", "positions"]
+__all__ = [
+    "RotaryTable",
+    "apply_rotary",
+    "apply_rotary_qk",
+    "diffusion",
+    "frequencies",
+    "positions",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the modules of tables and positions when they are asked for."""
+    if name in ("diffusion", "frequencies", "positions"):
+        from importlib import import_module
+
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,15 +8,13 @@ overlaps, and the positions that an int starts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from operator import eq
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import cpu, jit, tensor
+from . import cpu, tensor
 from .checks import described, index
 from .memory import ACCESS_BYTES, ITEMSIZE, ArraySpec, cuda_index, overlap, span
-from .plan import launch_plan
 from .problem import (
     COUNTED,
     IMPLICIT,
@@ -33,6 +31,9 @@ from .problem import (
 )
 from .recall import keep
 from .tables import TableSource, TableView, source_of
+
+if TYPE_CHECKING:  # arrays on the CPU need it not
+    from .jit import Launcher
 
 
 class Positions(NamedTuple):
@@ -72,12 +73,11 @@ class _Place(NamedTuple):
     number: int  # of its address, where those of Pointers are counted through
 
 
-@dataclass(eq=False)
-class _Call:
+class _Call(NamedTuple):
     """A call that has been checked, to be repeated on arrays that differ in nothing but address."""
 
     problem: RotaryProblem
-    launcher: jit.Launcher | None  # where a GPU has anything to rotate
+    launcher: Launcher | None  # where a GPU has anything to rotate
     table: TableSpec
     to_sin: int  # bytes from the address of the table's last array to that of the first sine
     apart: tuple[tuple[_Place, _Place], ...]  # pairs that must share no memory
@@ -333,8 +333,11 @@ def _checked(
     device = inputs[0].spec.device
     launcher = None
     if device != "cpu" and problem.num_rows:
+        from .jit import Launcher
+        from .plan import launch_plan
+
         stream_of = outputs[0].library.streams()
-        launcher = jit.Launcher(launch_plan(problem), cuda_index(device), stream_of)
+        launcher = Launcher(launch_plan(problem), cuda_index(device), stream_of)
     return _Call(
         problem=problem,
         launcher=launcher,
@@ -409,7 +412,7 @@ def _check_apart(call: _Call, pointers: Pointers) -> None:
 def _writer(call: _Call, pointers: Pointers) -> Callable[[], None]:
     """Return what writes the outputs at these addresses."""
     if call.launcher:
-        return jit.Launch(call.launcher, call.launcher.plan.argument_block(pointers))
+        return call.launcher.with_arguments(call.launcher.plan.argument_block(pointers))
     if call.problem.num_rows:
         return lambda: cpu.rotate(call.problem, pointers)
     return lambda: None

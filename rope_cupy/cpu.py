@@ -108,7 +108,7 @@ def _packed_positions(problem: RotaryProblem, pointers: Pointers, storage: str) 
 def _of_pairs(problem: RotaryProblem, positions: Array) -> Array:
     """Return (batch, tokens, 1, pairs) from (axes, batch, tokens); 1 for all pairs, of one axis."""
     if len(positions) == 1:
-        return positions[0][:, :, None, None]
+        return np.expand_dims(positions[0], (2, 3))
     pair = np.arange(problem.rotary_dim // 2)
     if problem.position_kind == MIXED:
         axis = pair % NUM_AXES

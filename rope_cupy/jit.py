@@ -130,33 +130,32 @@ class Launcher:
         ready = config, ctypes.addressof(config), function.ptr
         return keep(self.ready, stream, ready, MAX_STREAMS)
 
-
-class Launch:
-    """A launch with its arguments, to be made as often as wanted, by any thread."""
-
-    def __init__(self, launcher: Launcher, argument_block: bytes) -> None:
-        self._launcher = launcher
+    def with_arguments(self, argument_block: bytes) -> Callable[[], None]:
+        """Return what launches with these arguments, as often as wanted, in any thread."""
         # The driver is given the address of the address of the block, which lies behind it.
-        self._parameters = ctypes.create_string_buffer(bytes(8) + argument_block)
-        self._address = ctypes.addressof(self._parameters)
-        struct.pack_into("Q", self._parameters, 0, self._address + 8)
+        parameters = ctypes.create_string_buffer(bytes(8) + argument_block)
+        address = ctypes.addressof(parameters)
+        struct.pack_into("Q", parameters, 0, address + 8)
+        # A launch looks for nothing that can be found before, and so for no attribute.
+        current_device, own_device, stream_of = self.current_device, self.device, self.stream_of
+        ready, prepared, launch = self.ready.get, self.prepared, self.launch
 
-    def __call__(self) -> None:
-        """Launch. The arguments are read before this returns."""
-        launcher = self._launcher
-        device = launcher.current_device()
-        if not _thread.has_context:
-            # Which the driver needs, and the runtime does by itself.
-            cupy().cuda.runtime.setDevice(device)
-            _thread.has_context = True
-        if device != launcher.device:
-            with cupy().cuda.Device(launcher.device):
-                return self()
-        stream = launcher.stream_of(device)
-        _, config, function = launcher.ready.get(stream) or launcher.prepared(stream)
-        status = launcher.launch(config, function, self._address, None)
-        if status:
-            cupy().cuda.driver.check_status(status)
+        def launch_here(_kept: Any = parameters) -> None:
+            device = current_device()
+            if not _thread.has_context:
+                # Which the driver needs, and the runtime does by itself.
+                cupy().cuda.runtime.setDevice(device)
+                _thread.has_context = True
+            if device != own_device:
+                with cupy().cuda.Device(own_device):
+                    return launch_here()
+            stream = stream_of(device)
+            _, config, function = ready(stream) or prepared(stream)
+            status = launch(config, function, address, None)  # which has read the arguments then
+            if status:
+                cupy().cuda.driver.check_status(status)
+
+        return launch_here
 
 
 def _check_not_captured(stream: int) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 
 from . import tensor
 from .checks import count, described
-from .frequencies import from_config
 from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
 from .problem import ANY_POSITION, FREQUENCY, TableSpec, check_dtype
 
@@ -186,6 +185,8 @@ class RotaryTable:
         >>> RotaryTable.from_config(config, 16, like=np.zeros(1))
         RotaryTable(shape=(16, 4), rotary_dim=8, dtype='float32', device='cpu')
         """
+        from .frequencies import from_config  # which most programs need not import
+
         inv_freq, scaling = from_config(config, seq_len=seq_len, layer_type=layer_type)
         return cls.from_inverse_frequencies(
             inv_freq,

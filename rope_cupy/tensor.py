@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import dlpack
-from .environment import cupy
+from .environment import cupy, explained
 from .memory import ACCESS_BYTES, ArraySpec, array_spec, cuda_index
 from .recall import keep
 
@@ -173,9 +172,8 @@ class _CuPy(Library):
     def computed(
         self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
     ) -> tuple[Any, ...]:
-        module = sys.modules["cupy"]
         with like.device:
-            return function(module, *map(module.asarray, arrays))
+            return _computed(sys.modules["cupy"], function, arrays)
 
     def download(self, array: Any) -> NDArray[Any]:
         return array.get()  # type: ignore[no-any-return]
@@ -339,7 +337,7 @@ class _DLPack(Library):
         self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
     ) -> tuple[Any, ...]:
         with _module_of(dlpack.device_of(like)) as module:
-            results = function(module, *map(module.asarray, arrays))
+            results = _computed(module, function, arrays)
             return tuple(map(like.__array_namespace__().from_dlpack, results))
 
     def download(self, array: Any) -> NDArray[Any]:
@@ -382,15 +380,16 @@ class Look:
     __slots__ = ()
 
 
-@dataclass(eq=False)
 class Glance:
     """What is seen of arrays without describing them."""
 
-    at: tuple[int, ...]  # their addresses
-    look: Look
-    requires_grad: bool  # of one of them at least
-    kept: dict[Any, Any]  # what the caller keeps for arrays of this look at these addresses
-    guard: Callable[..., bool] | None = None
+    __slots__ = ("at", "guard", "kept", "look", "requires_grad")
+
+    def __init__(self, at: tuple[int, ...], look: Look, requires_grad: bool) -> None:
+        self.at, self.look = at, look  # their addresses, and all else
+        self.requires_grad = requires_grad  # of one of them at least
+        self.kept: dict[Any, Any] = {}  # by the caller, for arrays of this look at these addresses
+        self.guard: Callable[..., bool] | None = None
 
 
 _looks: dict[tuple[Any, ...], Look] = {}  # by the libraries, alignments and attributes of arrays
@@ -438,7 +437,7 @@ def _glance_at_each(arrays: tuple[Any, ...]) -> Glance | None:
     look = _looks.get(key)
     if look is None:
         look = keep(_looks, key, Look(), MAX_KEPT)
-    return Glance(tuple(pointers), look, requires_grad, {})
+    return Glance(tuple(pointers), look, requires_grad)
 
 
 def _guard_by(
@@ -561,6 +560,21 @@ def _module_of(device: str) -> Iterator[Any]:
     else:
         with cupy().cuda.Device(cuda_index(device)):
             yield cupy()
+
+
+def _computed(
+    module: Any, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]]
+) -> tuple[Any, ...]:
+    """Compute with NumPy or CuPy, on its current device: see `Library.computed`.
+
+    CuPy compiles what it computes with, by way of a cache on the disk. Where the disk fails, NumPy
+    takes its place.
+    """
+    try:
+        with explained():
+            return function(module, *map(module.asarray, arrays))
+    except OSError:
+        return tuple(map(module.asarray, function(np, *arrays)))
 
 
 def _supported(name: str, device: str) -> str:

@@ -104,9 +104,12 @@ class Module:
         return self.cubin, name
 
 
-def prepared(name, device=0, stream_of=lambda device: 7):
-    plan = SimpleNamespace(kernel=name, grid=(2, 3), block=(4, 5))
-    return jit.Launch(jit.Launcher(plan, device, stream_of), BLOCK)
+def launcher(name, device=0, stream_of=lambda device: 7):
+    return jit.Launcher(SimpleNamespace(kernel=name, grid=(2, 3), block=(4, 5)), device, stream_of)
+
+
+def prepared(*arguments):
+    return launcher(*arguments).with_arguments(BLOCK)
 
 
 def launch(name, device=0):
@@ -177,7 +180,7 @@ def test_a_launch_on_another_device_is_made_there_and_leaves_the_current_one(cup
 
 def test_what_is_prepared_is_launched_on_the_stream_that_is_current(cupy):
     streams = [7, 7, 9, 0, 7]
-    launch = prepared("a", stream_of=lambda device: streams[len(cupy.launched)])
+    launch = prepared("a", 0, lambda device: streams[len(cupy.launched)])
     for _ in streams:
         launch()
     assert [stream or 0 for _, _, _, stream in cupy.launched] == streams
@@ -188,17 +191,18 @@ def test_the_first_call_in_a_capture_says_to_make_it_once_before(cupy):
     with pytest.raises(RuntimeError, match="make the call once before the capture"):
         launch("a")
     assert not cupy.compiled and not cupy.launched
-    prepared("a", stream_of=lambda device: 9)()  # on a stream that is not captured
+    prepared("a", 0, lambda device: 9)()  # on a stream that is not captured
     launch("a")
     assert [stream for *_, stream in cupy.launched] == [9, 7]
 
 
 def test_streams_that_come_and_go_are_forgotten(cupy, monkeypatch):
     monkeypatch.setattr(jit, "MAX_STREAMS", 3)
-    launch = prepared("a", stream_of=lambda device: 1 + len(cupy.launched))
+    of_many = launcher("a", stream_of=lambda device: 1 + len(cupy.launched))
+    launch = of_many.with_arguments(BLOCK)
     for _ in range(10):
         launch()
-        assert len(launch._launcher.ready) <= 3
+        assert len(of_many.ready) <= 3
     assert [stream for _, _, _, stream in cupy.launched] == [*range(1, 11)]
 
 
