@@ -95,6 +95,7 @@ class Ready(NamedTuple):
 
 _calls: dict[Any, _Call] = {}  # by what is seen of a call at a glance
 MAX_CALLS = 4096
+SECTION = Options._fields.index("mrope_section")
 AN_INT_OR_ARRAY = "None, an int or an int32 or int64 array"  # positions are
 MAX_KEPT = 16  # ways to call the same arrays
 
@@ -111,8 +112,10 @@ def rotate(
 
     `positions` are the fields of Positions and `options` those of Options: they are checked here.
     """
+    section = options[SECTION]
     try:
-        options = known_options(*options)
+        types = () if section is None else map(type, section)
+        options = known_options(*options, *types)
     except TypeError:  # one of a wrong type, which may not even be hashable: it is named
         options = check_options(*options)
     row_names: tuple[str, ...] = ()
@@ -166,7 +169,7 @@ def _counted(
     there = {name: array for name, array in arrays.items() if array is not None}
     if first >= 2**63 or first < (-(2**63) if there else 0):
         wanted = "fit 64 bits" if there else "be 0 or more"
-        raise ValueError(f"positions and seqlen_offsets that are ints must {wanted}, got {first}")
+        raise ValueError(f"positions must {wanted} with seqlen_offsets added, got {first}")
     return (*there,), (*there.values(),), first
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .checks import described, index
 from .memory import FLOATS, ITEMSIZE, ArraySpec, may_overlap_itself
@@ -298,7 +298,10 @@ def _checked_sections(mrope_section: object) -> tuple[int, int, int] | None:
     return first, second, third
 
 
-known_options = lru_cache(maxsize=256, typed=True)(check_options)
+@lru_cache(maxsize=256, typed=True)
+def known_options(*options_and_types: Any) -> Options:
+    """Check options that can be hashed, with the types of what mrope_section holds behind them."""
+    return check_options(*options_and_types[: len(Options._fields)])
 
 
 def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) -> int:

@@ -223,6 +223,16 @@ def test_an_output_over_the_table_or_the_positions_is_refused(part, in_place, wr
     assert_refused(buffer, "k_out", apply_rotary_qk, other, x, out=(other, out), **call)
 
 
+@pytest.mark.parametrize("name", ["seqlen_offsets", "cu_seqlens"])
+def test_an_output_over_what_counts_tokens_is_refused(name, wrap):
+    buffer = np.zeros((1, S, H, D), np.float32)
+    out, memory = wrap(buffer), buffer.view(np.int32)
+    rows = memory[0, :2, 0, 0] if name == "cu_seqlens" else memory[:, 1, 0, 0]
+    call = {"table": tables(wrap), name: wrap(rows)}
+    assert_refused(buffer, "out", apply_rotary, out, out=out, **call)
+    assert_refused(buffer, "out", apply_rotary, wrap(fresh(1, S, H, D)), out=out, **call)
+
+
 def test_outputs_over_the_other_input_or_the_other_output_are_refused(wrap):
     buffer = fresh(3, S, H, D)
     q, k, other = (wrap(part) for part in buffer)

@@ -88,6 +88,51 @@ def test_one_graph_gives_the_same_bits(backend, function, positions, device):
     assert_same(compiled(q, k, table, positions), function(q, k, table, positions))
 
 
+def by_offsets(q, k, table, rows):
+    return apply_rotary_qk(q, k, table, positions=1, seqlen_offsets=rows["offsets"])
+
+
+def by_an_offset(q, k, table, rows):
+    return apply_rotary_qk(q, k, table, seqlen_offsets=3)
+
+
+def by_sequences(q, k, table, rows):
+    q, k = q[:1], k[:1]
+    return apply_rotary_qk(
+        q, k, table, cu_seqlens=rows["ends"], seqlen_offsets=rows["offsets"], out_of_range="keep"
+    )
+
+
+def by_axes(q, k, table, rows):
+    sections = {"mrope_section": (8, 12, 12), "mrope_interleaved": True}
+    q = apply_rotary(q, table, positions=rows["axes"], mrope_section=(16, 8, 8))
+    return q, apply_rotary(k, table, positions=rows["axes"], **sections)
+
+
+@pytest.mark.parametrize("computed", [False, True], ids=["a table", "frequencies"])
+@pytest.mark.parametrize("function", [by_offsets, by_an_offset, by_sequences, by_axes])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_what_tells_the_positions_of_tokens_is_in_the_graph(backend, function, computed, device):
+    table, (q, k) = RotaryTable(*parts(device)), q_and_k(device, grad=True)
+    if computed:
+        inv_freq = torch.rand(PAIRS)
+        table = RotaryTable.from_inverse_frequencies(inv_freq, like=q, precompute=False)
+    rows = {
+        "offsets": torch.tensor([7, 30], device=device),
+        "ends": torch.tensor([2, 5, 16], device=device),
+        "axes": torch.randint(64, (3, 2, 16), device=device),
+    }
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    gradients = []
+    for call in (function, compiled):
+        results = call(q, k, table, rows)
+        torch.autograd.backward(results, [torch.ones_like(result) for result in results])
+        gradients.append((*results, q.grad, k.grad))
+        q.grad = k.grad = None
+    for eager, result in zip(*gradients, strict=True):
+        assert torch.equal(result, eager)
+
+
 def compare_with_inductor(function, device):
     table, (q, k) = RotaryTable(*parts(device)), q_and_k(device, grad=True)
     positions = torch.arange(16, device=device)

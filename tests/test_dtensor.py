@@ -123,6 +123,20 @@ def check_axes(mesh, device):
     q, k = (x.transpose(1, 2).contiguous() for x in (q, k))
     for axis in "bsh":
         compare(mesh, axis, q, k, table, "bhsd", layout="bhsd", positions=by_batch)
+    offsets, axes = torch.tensor([3, 40], device=device), by_batch.repeat(3, 1, 1) * 5 % 64
+    for axis in "bsh":
+        q, k = (torch.randn(2, 7, heads, 64, device=device) for heads in (4, 2))
+        compare(mesh, axis, q, k, table, seqlen_offsets=offsets)
+        compare(mesh, axis, q, k, table, seqlen_offsets=offsets, positions=2)
+        compare(mesh, axis, q, k, table, seqlen_offsets=9)
+        for rows in (axes, axes[:, :1], axes[:, 0]):
+            sections = {"positions": rows, "mrope_section": (8, 12, 12)}
+            compare(mesh, axis, q, k, table, **sections)
+            compare(mesh, axis, q, k, table, **sections, mrope_interleaved=True)
+    ends = torch.tensor([0, 3, 7], device=device)
+    compare(mesh, "h", q[:1], k[:1], table, cu_seqlens=ends, seqlen_offsets=offsets)
+    with pytest.raises(ValueError, match="cu_seqlens must be None where tokens are sharded"):
+        apply_rotary(distribute(q[:1], mesh, "s"), table, cu_seqlens=ends)
     one = torch.randn(1, 1, 1, 64, device=device)  # which one process has, and the other not
     for axis in "bsh":
         compare(mesh, axis, one, one + 1, table, positions=by_batch[:1, :1])
@@ -135,6 +149,11 @@ def check_axes(mesh, device):
 
 def check_tables(mesh, device):
     q, k = (torch.randn(2, 6, 4, 64, device=device) for _ in "qk")
+    computed = {"like": q, "precompute": False}
+    table = RotaryTable.from_inverse_frequencies(torch.rand(32), **computed)
+    for axis, positions in itertools.product("bsh", (None, 10**6, torch.randint(99, (2, 6)))):
+        rows = positions.to(device) if isinstance(positions, torch.Tensor) else positions
+        compare(mesh, axis, q, k, table, positions=rows)
     for shape in ((2, 6), (1, 6), (2, 6, 4), (2, 6, 1)):
         cos, sin = parts(device, *shape)
         matrices = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))

@@ -64,7 +64,7 @@ def contents(value):
         return [contents(item) for item in value]
     if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
         plain = value.detach().resolve_conj().resolve_neg().flatten()
-        return plain.view(torch.uint8).numpy().tobytes()
+        return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
     return value.tobytes() if isinstance(value, np.ndarray) else None
 
 
@@ -270,6 +270,125 @@ def wrong_positions(make):
     }
 
 
+def wrong_counts(make):
+    """Of offsets, packed sequences and positions on three axes."""
+
+    def offsets(shape, dtype="int64"):
+        return {"seqlen_offsets": make(shape, dtype)}
+
+    def ends(shape, dtype="int64"):
+        return {"cu_seqlens": make(shape, dtype)}
+
+    positions, axes = {"positions": make(5, "int64")}, {"positions": make((3, 5), "int64")}
+    by_batch = {"table": pair_of(make, (1, 5, 4))}
+    both = {"x": make((2, *X))}
+    return {
+        "offsets of float32": (
+            TypeError,
+            "seqlen_offsets",
+            "int32",
+            "float32",
+            offsets(1, "float32"),
+        ),
+        "offsets of int16": (TypeError, "seqlen_offsets", "int32", "int16", offsets(1, "int16")),
+        "offsets in a list": (TypeError, "seqlen_offsets", "int", "list", {"seqlen_offsets": [1]}),
+        "offsets 1.5": (TypeError, "seqlen_offsets", "int", "1.5", {"seqlen_offsets": 1.5}),
+        "an offset below 0": (ValueError, "positions", "0 or more", "-1", {"seqlen_offsets": -1}),
+        "offsets of 70 bits": (
+            ValueError,
+            "positions",
+            "64",
+            str(2**70),
+            offsets(1) | {"positions": 2**70},
+        ),
+        "offsets of 3 batches": (ValueError, "seqlen_offsets", "2", r"\(3,\)", both | offsets(3)),
+        "offsets by tokens": (ValueError, "seqlen_offsets", "1", r"\(1, 5\)", offsets((1, 5))),
+        "offsets and positions": (
+            ValueError,
+            "seqlen_offsets",
+            "None",
+            "both",
+            offsets(1) | positions,
+        ),
+        "offsets elsewhere": (
+            *(ValueError, "seqlen_offsets", DEVICE, "meta"),
+            {"seqlen_offsets": torch_array(1, "int64").to("meta")},
+        ),
+        "offsets into a table by batch": (
+            ValueError,
+            "seqlen_offsets",
+            "None",
+            "",
+            by_batch | offsets(1),
+        ),
+        "an offset into a table by batch": (
+            *(ValueError, "positions", "None", "2"),
+            by_batch | {"seqlen_offsets": 2},
+        ),
+        "ends of uint64": (TypeError, "cu_seqlens", "int32", "uint64", ends(3, "uint64")),
+        "ends an int": (TypeError, "cu_seqlens", ARRAY, "5", {"cu_seqlens": 5}),
+        "no ends": (ValueError, "cu_seqlens", "sequences", r"\(0,\)", ends(0)),
+        "ends of two axes": (ValueError, "cu_seqlens", "sequences", r"\(1, 3\)", ends((1, 3))),
+        "ends of batches": (ValueError, "cu_seqlens", "None", "", both | ends(3)),
+        "ends and positions": (ValueError, "cu_seqlens", "None", "both", ends(3) | positions),
+        "ends of another dtype": (
+            *(TypeError, "cu_seqlens", "seqlen_offsets's dtype", "int32"),
+            ends(3, "int32") | offsets(2),
+        ),
+        "offsets of other sequences": (
+            ValueError,
+            "seqlen_offsets",
+            "2",
+            r"\(3,\)",
+            ends(3) | offsets(3),
+        ),
+        "ends into a table by batch": (ValueError, "cu_seqlens", "None", "", by_batch | ends(3)),
+        "sections of two": (
+            TypeError,
+            "mrope_section",
+            "three",
+            "2",
+            axes | {"mrope_section": (2, 2)},
+        ),
+        "sections a string": (
+            TypeError,
+            "mrope_section",
+            "three",
+            "'112'",
+            axes | {"mrope_section": "112"},
+        ),
+        "sections of floats": (
+            *(TypeError, "mrope_section", "int", "1.0"),
+            axes | {"mrope_section": (1.0, 1, 2)},
+        ),
+        "sections below 0": (
+            *(ValueError, "mrope_section", "0 or more", "-1"),
+            axes | {"mrope_section": (-1, 3, 2)},
+        ),
+        "sections of 5 pairs": (
+            *(ValueError, "mrope_section", "4", r"\(1, 2, 2\)"),
+            axes | {"mrope_section": (1, 2, 2)},
+        ),
+        "sections of no positions": (
+            *(ValueError, "positions", "three axes", "none"),
+            {"mrope_section": (1, 1, 2)},
+        ),
+        "sections of one axis": (
+            *(ValueError, "positions", r"\(3, 5\)", r"\(5,\)"),
+            positions | {"mrope_section": (1, 1, 2)},
+        ),
+        "three axes of no sections": (ValueError, "positions", r"\(5,\)", r"\(3, 5\)", axes),
+        "in turn 1": (
+            *(TypeError, "mrope_interleaved", "True", "1"),
+            axes | {"mrope_section": (1, 1, 2), "mrope_interleaved": 1},
+        ),
+        "in turn of no sections": (
+            *(ValueError, "mrope_section", "mrope_interleaved", "None"),
+            {"mrope_interleaved": True},
+        ),
+    }
+
+
 def wrong_table(make):
     def of(shape):
         return {"table": pair_of(make, shape)}
@@ -329,7 +448,7 @@ def wrong_calls(make):
         name: (error, "positions", wanted, got, changed)
         for name, (error, wanted, got, changed) in wrong_positions(make).items()
     }
-    calls |= wrong_table(make)
+    calls |= wrong_table(make) | wrong_counts(make)
     calls |= {
         name: (error, "out", wanted, got, {"out": out})
         for name, (error, wanted, got, out) in wrong_out(make).items()
@@ -348,6 +467,17 @@ def test_a_wrong_argument_of_apply_rotary_is_refused(case, make):
 
 
 RIGHT_AND_WRONG = {"rotary_offset": (0, False), "interleaved": (True, 1), "positions": (1, True)}
+
+
+def test_sections_of_a_wrong_type_are_refused_after_equal_ones_were_right(make):
+    x, table, positions = make(X), pair_of(make), make((3, 5), "int64") * 0
+    for _ in range(2):
+        apply_rotary(x, table, positions=positions, mrope_section=(1, 1, 2))
+        for wrong in ((1, 1.0, 2), (True, 1, 2)):
+            with pytest.raises(
+                TypeError, match=r"^mrope_section must be three ints, got (1.0|True)"
+            ):
+                apply_rotary(x, table, positions=positions, mrope_section=wrong)
 
 
 @pytest.mark.parametrize("option", RIGHT_AND_WRONG)

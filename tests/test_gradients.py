@@ -42,6 +42,11 @@ def complex_numbers(device):
     return RotaryTable.from_complex(torch.complex(*by_position(device)))
 
 
+def frequencies(device):
+    like = torch.empty(1, device=device, dtype=torch.float64)
+    return RotaryTable.from_inverse_frequencies([1.0, 0.3, 0.1], like=like, precompute=False)
+
+
 def matrices(device):
     cos, sin = by_position(device)
     stacked = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
@@ -65,6 +70,27 @@ CALLS = {  # shapes of q and k, a table, and options
         *((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), by_position),
         {"positions": [0, 1, 2, -1, 100], "out_of_range": "keep"},
     ),
+    "an offset of each batch": (
+        *((2, TOKENS, 2, 6), (2, TOKENS, 2, 6), by_position),
+        {"seqlen_offsets": [3, 5], "positions": -1},
+    ),
+    "sequences": (
+        *((TOKENS, 4, 6), (TOKENS, 2, 6), by_position),
+        {"cu_seqlens": [0, 2, 5], "seqlen_offsets": [4, 0]},
+    ),
+    "three axes": (
+        *((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), by_position),
+        {"positions": [[0, 1, 2, 3, 4], [8, 7, 6, 5, 4], [0] * 5], "mrope_section": (1, 1, 1)},
+    ),
+    "three axes in turn": (
+        *((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), by_position),
+        {
+            "positions": [[0, 1, 2, 3, 4], [8, 7, 6, 5, 4], [0] * 5],
+            "mrope_section": (1, 1, 1),
+            "mrope_interleaved": True,
+        },
+    ),
+    "frequencies": ((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), frequencies, {"positions": 10**6}),
     "full width": ((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), full_width, {}),
     "complex": ((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), complex_numbers, {"interleaved": True}),
     "matrices": ((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), matrices, {"interleaved": True}),
@@ -80,10 +106,9 @@ CALLS = {  # shapes of q and k, a table, and options
 
 
 def options_on(device, options):
-    """Options whose positions, if they are a list, are a tensor."""
-    if isinstance(options.get("positions"), list):
-        return options | {"positions": torch.tensor(options["positions"], device=device)}
-    return options
+    """Options whose lists are tensors."""
+    lists = {name: value for name, value in options.items() if isinstance(value, list)}
+    return options | {name: torch.tensor(lists[name], device=device) for name in lists}
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -94,6 +94,31 @@ def q_like(k, library):
 
 
 @in_every_library
+def test_one_array_tells_of_positions_in_calls_of_its_own(library):
+    """By another name, or of other sections, it means others."""
+    table, (x, values) = make_table(library), fresh(library, (TOKENS, TOKENS, HEADS, HEAD_DIM))
+    rows = np.array([5, 0, 3, 3, 12, 1])
+    held = hold(rows, "int64", library).array
+    out = fresh(library, values.shape)[0]
+    counted = np.arange(TOKENS) + rows[:, None]
+    for _ in range(3):
+        for name, expected in (("positions", rows), ("seqlen_offsets", counted)):
+            for start in (None, 2) if name == "seqlen_offsets" else (None,):
+                where = {name: held} | ({} if start is None else {"positions": start})
+                assert apply_rotary(x, table, **where, out=out) is out
+                assert_right(out, values, positions=expected + (start or 0))
+
+    axes = RNG.integers(0, 20, (3, TOKENS))
+    held = hold(axes, "int64", library).array
+    for _ in range(3):
+        for section in ((1, 2, 3), (3, 2, 1)):
+            for in_turn in (False, True):
+                options = {"mrope_section": section, "mrope_interleaved": in_turn}
+                apply_rotary(x, table, positions=held, **options, out=out)
+                assert_right(out, values, positions=axes, **options)
+
+
+@in_every_library
 def test_in_place_and_apart_are_two_calls(library):
     table = make_table(library)
     for _ in range(2):
