@@ -133,3 +133,22 @@ def test_kernel_sources_are_found_from(kind, checkout, tmp_path, request):
 def test_importing_the_package_imports_no_array_library_but_numpy():
     script = "import sys, rope_cupy.jit; print(*{'cupy', 'jax', 'torch'} & set(sys.modules))"
     assert run("-c", script, cwd=ROOT).strip() == ""
+
+
+def test_what_a_program_may_never_need_is_imported_when_it_is_asked_for():
+    later = ["diffusion", "frequencies", "positions", "jit", "plan"]
+    script = f"""
+import sys, rope_cupy
+assert not [name for name in {later} if f"rope_cupy.{{name}}" in sys.modules]
+assert {{*{later[:3]}}} <= {{*dir(rope_cupy)}}
+print(*(getattr(rope_cupy, name).__name__ for name in {later[:3]}))
+try:
+    rope_cupy.nothing
+except AttributeError as error:
+    print(error)
+"""
+    said = run("-c", script, cwd=ROOT).splitlines()
+    assert said == [
+        "rope_cupy.diffusion rope_cupy.frequencies rope_cupy.positions",
+        "module 'rope_cupy' has no attribute 'nothing'",
+    ]
