@@ -154,23 +154,33 @@ def _counted(
     positions: Any, seqlen_offsets: Any, cu_seqlens: Any
 ) -> tuple[tuple[str, ...], tuple[Any, ...], int]:
     """Return what is known of tokens that are counted: the names of arrays, they, and an int."""
+
+    def is_array(value: Any) -> bool:
+        return tensor.is_kind_of_array(type(value))  # type: ignore[arg-type]
+
+    check_counted(positions, seqlen_offsets, cu_seqlens, is_array)
     arrays = {"seqlen_offsets": seqlen_offsets, "cu_seqlens": cu_seqlens}
-    if tensor.is_kind_of_array(type(positions)):  # type: ignore[arg-type]
-        name = next(name for name, array in arrays.items() if array is not None)
-        raise ValueError(f"{name} must be None where positions are an array, got both")
     first = 0 if positions is None else index("positions", positions, AN_INT_OR_ARRAY)
-    are_arrays = {name: tensor.is_kind_of_array(type(array)) for name, array in arrays.items()}  # type: ignore[arg-type]
-    if seqlen_offsets is not None and not are_arrays["seqlen_offsets"]:
+    if seqlen_offsets is not None and not is_array(seqlen_offsets):
         first += index("seqlen_offsets", arrays.pop("seqlen_offsets"), AN_INT_OR_ARRAY)
-    if cu_seqlens is not None and not are_arrays["cu_seqlens"]:
-        raise TypeError(
-            f"cu_seqlens must be None or an int32 or int64 array, got {described(cu_seqlens)}"
-        )
     there = {name: array for name, array in arrays.items() if array is not None}
     if first >= 2**63 or first < (-(2**63) if there else 0):
         wanted = "fit 64 bits" if there else "be 0 or more"
         raise ValueError(f"positions must {wanted} with seqlen_offsets added, got {first}")
     return (*there,), (*there.values(),), first
+
+
+def check_counted(
+    positions: Any, seqlen_offsets: Any, cu_seqlens: Any, is_array: Callable[[Any], bool]
+) -> None:
+    """Refuse what tokens that are counted cannot have, of which one of the last two is given."""
+    if is_array(positions):
+        name = "cu_seqlens" if seqlen_offsets is None else "seqlen_offsets"
+        raise ValueError(f"{name} must be None where positions are an array, got both")
+    if cu_seqlens is not None and not is_array(cu_seqlens):
+        raise TypeError(
+            f"cu_seqlens must be None or an int32 or int64 array, got {described(cu_seqlens)}"
+        )
 
 
 def _traced(*call: Any) -> tuple[Any, ...]:

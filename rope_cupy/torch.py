@@ -414,6 +414,8 @@ _ROWS = calls.Positions._fields
 
 def _arrays_and_int(positions: tuple[Any, Any, Any]) -> tuple[list[torch.Tensor | None], Any]:
     """Return the tensors among what tells the positions of tokens, and what their ints add to."""
+    if positions[1] is not None or positions[2] is not None:
+        calls.check_counted(*positions, lambda each: isinstance(each, torch.Tensor))
     rows, ints = [], []
     for each in positions:
         is_tensor = isinstance(each, torch.Tensor)

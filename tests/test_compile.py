@@ -1,5 +1,6 @@
 """torch.compile, torch.export, fake tensors: one graph, the same bits, compiled once."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -240,6 +241,7 @@ SAMPLES = {
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_operator_of_new_results_passes_opcheck(name, grad, device):
+    importlib.import_module("rope_cupy.torch")  # defines it
     positions, *rest = SAMPLES[name]
     positions = None if positions is None else torch.arange(16, device=device)
     arguments = q_and_k(device, grad=grad), list(parts(device)), "_half_width", positions, *rest
@@ -250,6 +252,7 @@ def test_the_operator_of_new_results_passes_opcheck(name, grad, device):
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_the_operator_that_writes_passes_opcheck(name, device):
+    importlib.import_module("rope_cupy.torch")  # defines it
     positions, *rest = SAMPLES[name]
     positions = None if positions is None else torch.arange(16, device=device)
     outs = [torch.zeros_like(x) for x in q_and_k(device)]
@@ -320,6 +323,15 @@ def test_fake_and_meta_tensors_give_shapes_and_strides(layout):
         ({"out_of_range": "clip"}, "out_of_range must be 'nan' or 'keep'"),
         ({"rotary_offset": 1}, "rotary_offset must be in"),
         ({"positions": 60}, "table must hold the positions 60 to 75"),
+        (
+            {"positions": torch.arange(16), "seqlen_offsets": 3},
+            "seqlen_offsets must be None where positions are an array",
+        ),
+        (
+            {"positions": torch.arange(16), "cu_seqlens": torch.arange(2)},
+            "cu_seqlens must be None where positions are an array",
+        ),
+        ({"cu_seqlens": 5}, "cu_seqlens must be None or an int32 or int64 array"),
     ],
 )
 def test_a_mistake_is_told_when_it_is_compiled_or_when_it_runs(options, message, device):
