@@ -27,7 +27,8 @@ Call = Callable[[], Any]
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 BY_AXES = ("axes", "mixed axes")
-VARIANTS = ("in place", "new", "bhsd", "packed", "positions", "offsets", "sequences", *BY_AXES)
+TOLD = ("offsets", "sequences", *BY_AXES)  # how rope_cupy alone, or hardly another, finds positions
+VARIANTS = ("in place", "new", "bhsd", "packed", "positions", *TOLD)
 TABLES = ("half", "full", "cache", "complex", "matrices", "frequencies")
 SEQUENCE = 512  # tokens of a packed sequence
 WORD = 16  # bytes that the limit kernel moves at once

@@ -21,7 +21,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the modules of tables and positions when they are asked for."""
-    if name in ("diffusion", "frequencies", "positions"):
+    if name in __all__:  # all others are here
         from importlib import import_module
 
         return import_module(f"{__name__}.{name}")

@@ -479,15 +479,14 @@ def _computed(
 
     With `on_host`, PyTorch computes in the memory of the CPU, wherever `like` lies.
     """
-    library = tensor.describe("like", like).library
     if not on_host:
-        return library.computed(function, arrays, like)
+        return tensor.computed(function, arrays, like)
 
     def there(module: Any) -> tuple[Any, ...]:
         return function(module, *map(module.asarray, arrays))
 
-    results = [_downloaded(result, like) for result in library.computed(there, (), like)]
-    return library.computed(lambda _, *results: results, results, like)
+    results = tensor.computed(there, (), like)
+    return tuple(tensor.placed(_downloaded(result, like), like) for result in results)
 
 
 def _downloaded(array: Any, like: Any) -> NDArray[np.float32]:

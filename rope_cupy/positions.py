@@ -64,7 +64,4 @@ def context_parallel(
         )
     mine = np.concatenate([np.arange(i * size, (i + 1) * size) for i in pieces[scheme]])
     mine = mine.astype(np.int64)
-    if like is None:
-        return mine
-    library = tensor.describe("like", like).library
-    return library.computed(lambda module, array: (array,), (mine,), like)[0]
+    return mine if like is None else tensor.placed(mine, like)

@@ -154,11 +154,8 @@ class RotaryTable:
             raise ValueError(f"attention_scaling must be finite, got {attention_scaling}")
         radians = _radians(inv_freq)
         if not precompute:
-            library = tensor.describe("like", like).library
             words = _frequency_words(radians, float(attention_scaling))
-            return cls._own(
-                _frequencies, *library.computed(lambda _, words: (words,), [words], like)
-            )
+            return cls._own(_frequencies, tensor.placed(words, like))
         positions = np.arange(num_positions, dtype=np.float64)[:, None]
         return cls._computed(like, float(attention_scaling), positions, radians)
 
@@ -224,8 +221,7 @@ class RotaryTable:
             cos = module.asarray(scale * module.cos(angles), dtype=single)
             return cos, module.asarray(scale * module.sin(angles), dtype=single)
 
-        library = tensor.describe("like", like).library
-        return cls._own(_half_width, *library.computed(cos_and_sin, factors, like))
+        return cls._own(_half_width, *tensor.computed(cos_and_sin, factors, like))
 
     @classmethod
     def _own(cls, form: Callable[..., TableView], *arrays: Any) -> RotaryTable:

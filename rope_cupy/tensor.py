@@ -371,6 +371,19 @@ def describe(name: str, array: Any, stream: int | None = None) -> Array:
     return library_of(name, array).describe(name, array, stream)
 
 
+def computed(
+    function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
+) -> tuple[Any, ...]:
+    """Compute with NumPy arrays where `like` lies, for its library: see `Library.computed`."""
+    return describe("like", like).library.computed(function, arrays, like)
+
+
+def placed(array: NDArray[Any], like: Any) -> Any:
+    """Return a NumPy array where `like` lies, as an array of its library."""
+    (there,) = computed(lambda _, array: (array,), (array,), like)
+    return there
+
+
 class Look:
     """Stands for all of some arrays but their addresses: equal where descriptions are equal.
 

@@ -425,6 +425,12 @@ def _arrays_and_int(positions: tuple[Any, Any, Any]) -> tuple[list[torch.Tensor 
     return rows, sum(ints) if ints else None
 
 
+def _apart(arguments: Sequence[Any]) -> tuple[Sequence[Any], int | None, Sequence[Any]]:
+    """Return the tensors, the int and the options of an operator's last arguments."""
+    num = len(_ROWS)
+    return arguments[:num], arguments[num], arguments[num + 1 :]
+
+
 def _run(
     xs: Sequence[torch.Tensor],
     outs: tuple[torch.Tensor, ...] | None,
@@ -467,8 +473,8 @@ def _check_fakes(
     *rows_and_options: Any,
 ) -> None:
     """Check what a trace will not change; a run checks the rest."""
-    *rows, _ = rows_and_options[: len(_ROWS) + 1]
-    check_options(*rows_and_options[len(_ROWS) + 1 :])
+    rows, _, options = _apart(rows_and_options)
+    check_options(*options)
     device = arrays[0].device
     named = [("k or out", arrays), ("table", table)]
     named += [(name, [row]) for name, row in zip(_ROWS, rows, strict=True)]
@@ -495,7 +501,7 @@ class _TracedRotation(torch.autograd.Function):
     def forward(ctx: Any, arguments: tuple[Any, ...], *xs: Any) -> tuple[Any, ...]:
         """Rotate into new tensors."""
         table, form, *rest = arguments
-        rows, first, options = rest[: len(_ROWS)], rest[len(_ROWS)], rest[len(_ROWS) + 1 :]
+        rows, first, options = _apart(rest)
         ctx.save_for_backward(*table, *rows)
         ctx.arguments = len(table), form, first, check_options(*options)
         ctx.set_materialize_grads(False)
