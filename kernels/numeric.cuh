@@ -13,6 +13,15 @@ struct bfloat16 {
   unsigned short bits;
 };
 
+// Of caches, which are written and never read here.
+struct float8_e4m3fn {
+  unsigned char bits;
+};
+
+struct float8_e5m2 {
+  unsigned char bits;
+};
+
 // Of a table that holds no cosines and sines: see angles.cuh.
 struct frequency {
   unsigned long long turns;  // from one position to the next, in units of 2^-64, modulo 1
@@ -33,6 +42,12 @@ constexpr bool kIsVoid = false;
 
 template <>
 constexpr bool kIsVoid<void> = true;
+
+template <typename A, typename B>
+constexpr bool kIsSame = false;
+
+template <typename T>
+constexpr bool kIsSame<T, T> = true;
 
 template <typename T>
 constexpr bool kIsFrequency = false;
@@ -66,6 +81,12 @@ __device__ __forceinline__ float negate(float a) {
   return result;
 }
 
+__device__ __forceinline__ float add(float a, float b) {
+  float result;
+  asm("add.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 __device__ __forceinline__ float subtract(float a, float b) {
   float result;
   asm("sub.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
@@ -84,6 +105,25 @@ __device__ __forceinline__ float multiply_add(float a, float b, float c) {
   return result;
 }
 
+__device__ __forceinline__ float divide(float a, float b) {
+  float result;
+  asm("div.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+__device__ __forceinline__ float square_root(float a) {
+  float result;
+  asm("sqrt.rn.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
+// No product of doubles is to be rounded together with a sum, unless it is asked for.
+__device__ __forceinline__ double multiply(double a, double b) {
+  double result;
+  asm("mul.rn.f64 %0, %1, %2;" : "=d"(result) : "d"(a), "d"(b));
+  return result;
+}
+
 __device__ __forceinline__ float to_float(double value) {
   float result;
   asm("cvt.rn.f32.f64 %0, %1;" : "=f"(result) : "d"(value));
@@ -97,16 +137,22 @@ __device__ __forceinline__ double to_double(float value) {
 }
 #else
 inline float negate(float a) { return -a; }
+inline float add(float a, float b) { return a + b; }
 inline float subtract(float a, float b) { return a - b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+inline float divide(float a, float b) { return a / b; }
+inline float square_root(float a) { return sqrtf(a); }
+inline double multiply(double a, double b) { return a * b; }
 inline float to_float(double value) { return static_cast<float>(value); }
 inline double to_double(float value) { return value; }
 #endif
 
 __device__ __forceinline__ double negate(double a) { return -a; }
+__device__ __forceinline__ double add(double a, double b) { return a + b; }
 __device__ __forceinline__ double subtract(double a, double b) { return a - b; }
-__device__ __forceinline__ double multiply(double a, double b) { return a * b; }
+__device__ __forceinline__ double divide(double a, double b) { return a / b; }
+__device__ __forceinline__ double square_root(double a) { return sqrt(a); }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
 }
@@ -212,9 +258,51 @@ __device__ __forceinline__ float16 narrow<float16>(float value) {
 #endif
 }
 
+// To the nearest number that is finite, ties to even; kMagic's last place is the format's least
+// number above 0.
+template <int kMantissaBits, int kBias, unsigned kLargest>
+__device__ __forceinline__ unsigned char narrow_to_8_bits(float value) {
+  constexpr int kDropped = 23 - kMantissaBits;
+  constexpr unsigned kLeastNormal = static_cast<unsigned>(128 - kBias) << 23;
+  constexpr unsigned kMagic = static_cast<unsigned>(128 - kBias + kDropped) << 23;
+  const unsigned sign = bit_cast<unsigned>(value) >> 24 & 0x80u;
+  const unsigned magnitude = bit_cast<unsigned>(value) & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<unsigned char>(0x7fu);  // NaN
+  unsigned code;
+  if (magnitude < kLeastNormal) {
+    code = bit_cast<unsigned>(bit_cast<float>(magnitude) + bit_cast<float>(kMagic)) - kMagic;
+  } else {
+    const unsigned half = (1u << (kDropped - 1)) - 1 + (magnitude >> kDropped & 1u);
+    code = (magnitude + half - (static_cast<unsigned>(127 - kBias) << 23)) >> kDropped;
+  }
+  return static_cast<unsigned char>(sign | (code < kLargest ? code : kLargest));
+}
+
+template <>
+__device__ __forceinline__ float8_e4m3fn narrow<float8_e4m3fn>(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  unsigned short two;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(0.0f), "f"(value));
+  return {static_cast<unsigned char>(two)};
+#else
+  return {narrow_to_8_bits<3, 7, 0x7eu>(value)};
+#endif
+}
+
+template <>
+__device__ __forceinline__ float8_e5m2 narrow<float8_e5m2>(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  unsigned short two;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(two) : "f"(0.0f), "f"(value));
+  return {static_cast<unsigned char>(two)};
+#else
+  return {narrow_to_8_bits<2, 15, 0x7bu>(value)};
+#endif
+}
+
 template <typename T>
 __device__ __forceinline__ T narrow(double value) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) <= 2) {
     return narrow<T>(round_to_odd(value));
   } else if constexpr (sizeof(T) == 4) {
     return to_float(value);

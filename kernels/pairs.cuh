@@ -38,11 +38,30 @@ __device__ __forceinline__ void store_pairs(T* run, Access access, int num_pairs
   }
 }
 
-// Turn every pair by its angle; the conjugate turns back, which is the gradient too. Rounds once.
-template <bool kInterleaved, bool kConjugate, int kPairs, typename Real, typename T>
-__device__ __forceinline__ Vec<T, 2 * kPairs> rotate(const Vec<T, 2 * kPairs>& pairs,
-                                                     const Angles<Real, kPairs>& angles) {
-  auto numbers = widen<Real>(pairs);
+// The number as it is in another type.
+template <typename To, typename Real>
+__device__ __forceinline__ Real rounded(Real value) {
+  return widen<Real>(narrow<To>(value));
+}
+
+// The numbers in another type: twice rounded on the way from double to 16 bits, as PyTorch does it,
+// or once.
+template <bool kTwice, typename T, typename Real, int kSize>
+__device__ __forceinline__ Vec<T, kSize> narrow_by(const Numbers<Real, kSize>& numbers) {
+  if constexpr (kTwice && sizeof(T) == 2) {
+    return narrow<T>(widen<float>(narrow<float>(numbers)));
+  } else {
+    return narrow<T>(numbers);
+  }
+}
+
+// Turn every pair by its angle; the conjugate turns back, which is the gradient too.
+//
+// Product is the type to which every product is rounded, as is then their sum, or void: then all is
+// as exact as one rounding.
+template <bool kInterleaved, bool kConjugate, typename Product, typename Real, int kPairs>
+__device__ __forceinline__ Numbers<Real, 2 * kPairs> rotate(Numbers<Real, 2 * kPairs> numbers,
+                                                            const Angles<Real, kPairs>& angles) {
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     Real& first = numbers.values[kInterleaved ? 2 * i : i];
@@ -50,8 +69,14 @@ __device__ __forceinline__ Vec<T, 2 * kPairs> rotate(const Vec<T, 2 * kPairs>& p
     const Real x = first, y = second;
     const Real cos = angles.cos[i];
     const Real sin = kConjugate ? negate(angles.sin[i]) : angles.sin[i];
-    first = difference_of_products(x, cos, y, sin);
-    second = difference_of_products(y, cos, negate(x), sin);
+    if constexpr (kIsVoid<Product>) {
+      first = difference_of_products(x, cos, y, sin);
+      second = difference_of_products(y, cos, negate(x), sin);
+    } else {
+      const auto product = [](Real a, Real b) { return rounded<Product>(multiply(a, b)); };
+      first = subtract(product(x, cos), product(y, sin));
+      second = add(product(y, cos), product(x, sin));
+    }
   }
-  return narrow<T>(numbers);
+  return numbers;
 }

@@ -1,6 +1,8 @@
-// Rotate a slice of every head of q and k (or of one tensor) by the angles of its token's position.
+// Normalise every head of q and k (or of one tensor), rotate a slice of it by the angles of its
+// token's position, and write it: to a tensor of its own or, of k, with v beside it, to a cache.
 //
-//   x, out      (outer, middle, inner, head_dim)   T      strided; a tensor's out may be its x
+//   x, out      (outer, middle, inner, head_dim)   T      strided; a tensor's out may be its x; a
+//                                                         third tensor is copied
 //   cos, sin    (..., num_pairs * kTableStep)      Table  strided; a pair owns kTableStep elements
 //                                                         and its cos is the first; its sin is
 //                                                         kSinOffset behind or, if that is 0, the
@@ -9,6 +11,8 @@
 //                                                         at sin the double they are scaled by
 //   positions   (outer, middle, inner)             Position  see positions.cuh; void where tokens
 //                                                         are at their own rows
+//   weights                                        Norm   see norm.cuh
+//   slots                                          Destination  see destinations.cuh
 //
 // outer, middle and inner are the batch, token and head axes in the order that the host found best.
 // A row is one head of one token. A set is kRows rows of one token, whose angles are loaded once:
@@ -17,58 +21,12 @@
 //
 // Grid   blockIdx.x  = group of blockDim.y sets     blockIdx.y  = group of blockDim.x lanes
 // Block  threadIdx.y = set in its group             threadIdx.x = lane in its group
-// Lane   kPairs neighbouring pairs of every row; the lanes behind those copy kPassRun elements each
+// Lane   kPairs neighbouring pairs of every row; the lanes behind those have kPassRun elements each
 //        from outside the slice
+#include "destinations.cuh"
 #include "pairs.cuh"
 #include "pdl.cuh"
 #include "positions.cuh"
-
-struct Coordinates {
-  int outer;
-  int middle;
-  int inner;
-};
-
-// Every field of the argument block is 8 bytes wide, so the host packs it as an array of 64-bit
-// integers. Strides count elements.
-struct View {
-  long long outer;
-  long long middle;
-  long long inner;
-  long long element;
-  long long width;
-
-  template <bool kCommon>
-  __device__ __forceinline__ long long offset(const Coordinates& at) const {
-    if constexpr (kCommon) {
-      const long long rows = multiply_add(at.outer, static_cast<int>(outer), 0);
-      return multiply_add(at.inner, static_cast<int>(inner),
-                          multiply_add(at.middle, static_cast<int>(middle), rows));
-    } else {
-      return at.outer * outer + at.middle * middle + at.inner * inner;
-    }
-  }
-
-  template <typename T, bool kCommon>
-  __device__ __forceinline__ Access access() const {
-    if constexpr (kCommon) return {1, kWidestAccess<T>};
-    return {element, static_cast<int>(width)};
-  }
-};
-
-// Division of numbers below 2^31: Granlund and Montgomery, "Division by Invariant Integers using
-// Multiplication" (1994).
-struct Divisor {
-  long long value;
-  long long multiplier;
-  long long shift;
-
-  __device__ __forceinline__ unsigned divide(unsigned number) const {
-    const auto product =
-        static_cast<unsigned long long>(2 * number) * static_cast<unsigned>(multiplier);
-    return static_cast<unsigned>(product >> 32) >> static_cast<unsigned>(shift);
-  }
-};
 
 struct Tensor {
   long long blocks;  // of a period
@@ -82,10 +40,10 @@ struct Tensor {
 };
 
 // What dense tensors need comes first: every line of it is one more to wait for in a short launch.
-template <typename T, typename Table>
-struct Arguments {
-  const T* x[2];  // at the rotated slice of the first head
-  T* out[2];
+template <typename T, typename Table, int kTensors>
+struct TensorsAndTable {
+  const T* x[kTensors];  // at the rotated slice of the first head
+  void* out[kTensors];   // of T, but for a cache's Element
   const Table* cos_data;
   const Table* sin_data;
   const void* positions;
@@ -97,7 +55,7 @@ struct Arguments {
   View position;
   long long num_positions;
   long long cos_row;  // from one position to the next
-  Tensor tensors[2];
+  Tensor tensors[kTensors];
 
   View sin;
   long long sin_row;
@@ -108,6 +66,12 @@ struct Arguments {
   PositionArguments position_arguments;
 };
 
+// One base behind the other; one that is empty takes no place.
+template <typename T, typename Table, typename Norm, typename Destination, int kTensors>
+struct Arguments : TensorsAndTable<T, Table, kTensors>,
+                   Norm::template Arguments<Compute<T, Table>>,
+                   Destination::template Arguments<Compute<T, Table>> {};
+
 template <typename T, int kSize>
 __device__ __forceinline__ Vec<T, kSize> nans() {
   Numbers<float, kSize> numbers;
@@ -117,51 +81,70 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 }
 
 // How many blocks of a multiprocessor the compiler is told of; 0 tell it nothing. No block has more
-// than 512 threads.
+// than 512 threads, but those of whole tokens.
 //
 // Eight pairs and their angles fill 24 registers. Where all of them can be asked for at once, 1,280
 // threads are enough: else it asks for some of them late, to hold fewer. Where a row is looked for
 // or angles are computed, off the common path, 640 are: else it puts a register or two into local
 // memory, to hold fewer.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-template <typename T, typename Table, typename Position, int kPairs, bool kCommon>
+template <typename T, typename Table, typename Position, typename Norm, int kPairs, bool kCommon>
 constexpr int kFewestBlocks =
-    kCommon ? (!kIsDouble<T, Table> && kIsVoid<Position> && kPairs >= 8 ? 2 : 0)
-            : (PositionsOf<Position>::kCountsTokens || PositionsOf<Position>::kAxes > 1 ||
-                       kIsFrequency<Table>
-                   ? 1
-                   : 0);
+    Norm::kIsThere ? 1
+    : kCommon      ? (!kIsDouble<T, Table> && kIsVoid<Position> && kPairs >= 8 ? 2 : 0)
+                   : (PositionsOf<Position>::kCountsTokens || PositionsOf<Position>::kAxes > 1 ||
+                              kIsFrequency<Table>
+                          ? 1
+                          : 0);
 #else
-template <typename T, typename Table, typename Position, int kPairs, bool kCommon>
+template <typename T, typename Table, typename Position, typename Norm, int kPairs, bool kCommon>
 constexpr int kFewestBlocks = 0;
 #endif
 
-// kCommon: every access is whole, an output has its input's strides, sin has cos's, the table has
-// no heads, and strides fit 32 bits. Dense tensors give this, and it takes the fewest instructions.
-// The products of strides stay 64-bit.
+// kEager: every product and every sum is rounded, to T where cosines and sines are 16-bit numbers of
+// this type, as PyTorch's operations do one by one.
+//
+// kCommon: every access is whole, an output of T has its input's strides, sin has cos's, the table
+// has no heads, and strides fit 32 bits. Dense tensors give this, and it takes the fewest
+// instructions. The products of strides stay 64-bit.
 //
 // kInPlace: an output is its input.
 //
 // kPastL1: x and out pass L1 by, which the table has for itself.
-template <typename T, typename Table, typename Position, bool kInterleaved, bool kConjugate,
-          int kRows, int kPairs, int kTableStep, int kSinOffset, int kPassRun, bool kInPlace,
-          bool kPastL1, bool kCommon>
-__global__ void __launch_bounds__(640, kFewestBlocks<T, Table, Position, kPairs, kCommon>)
-    rotary_kernel(const __grid_constant__ Arguments<T, Table> args) {
+template <typename T, typename Table, typename Position, typename Norm, typename Destination,
+          int kTensors, bool kInterleaved, bool kConjugate, bool kEager, int kRows, int kPairs,
+          int kTableStep, int kSinOffset, int kPassRun, bool kInPlace, bool kPastL1, bool kCommon>
+__global__ void __launch_bounds__(Norm::kOfToken ? kMostThreads<Compute<T, Table>> : 640,
+                                  kFewestBlocks<T, Table, Position, Norm, kPairs, kCommon>)
+    rotary_kernel(const __grid_constant__ Arguments<T, Table, Norm, Destination, kTensors> args) {
   using Real = Compute<T, Table>;
   using Positions = PositionsOf<Position>;
+  using Product =
+      typename Conditional<kEager, typename Conditional<kIsSame<T, Table>, T, Real>::Type,
+                           void>::Type;
 
   const unsigned period = args.period.divide(blockIdx.x);
   const int block = blockIdx.x - period * static_cast<unsigned>(args.period.value);
   const int q_blocks = static_cast<int>(args.tensors[0].blocks);
-  const int which = block >= q_blocks;
+  int which = block >= q_blocks;
+  int first_block = which * q_blocks;
+  if constexpr (kTensors > 2) {
+    const int q_and_k_blocks = q_blocks + static_cast<int>(args.tensors[1].blocks);
+    if (block >= q_and_k_blocks) {
+      which = 2;
+      first_block = q_and_k_blocks;
+    }
+  }
   const Tensor& tensor = args.tensors[which];
-  const unsigned group = period * static_cast<unsigned>(tensor.blocks) + block - which * q_blocks;
-  const unsigned set = group * blockDim.y + threadIdx.y;
+  const unsigned group = period * static_cast<unsigned>(tensor.blocks) + block - first_block;
+  const unsigned sets_of_block =
+      Norm::kOfToken ? static_cast<unsigned>(tensor.inner.value) : blockDim.y;
+  const unsigned set = group * sets_of_block + threadIdx.y;
   const int lane = blockIdx.y * blockDim.x + threadIdx.x;
   if (set >= static_cast<unsigned>(tensor.num_sets) || lane >= static_cast<int>(args.num_lanes)) {
     return;
   }
+  if (Norm::kOfToken && threadIdx.y >= sets_of_block) return;
 
   Coordinates at;
   const unsigned outer_and_middle = tensor.inner.divide(set);
@@ -172,9 +155,10 @@ __global__ void __launch_bounds__(640, kFewestBlocks<T, Table, Position, kPairs,
   const Access x_access = tensor.x.template access<T, kCommon>();
   const Access out_access = tensor.out.template access<T, kCommon>();
   const long long x_offset = tensor.x.template offset<kCommon>(at);
-  const long long out_offset =
-      kInPlace || kCommon ? x_offset : tensor.out.template offset<kCommon>(at);
-  T* out_slice = args.out[which] + out_offset;
+  const long long out_offset = kInPlace || (kCommon && !Destination::kScatters)
+                                   ? x_offset
+                                   : tensor.out.template offset<kCommon>(at);
+  T* out_slice = static_cast<T*>(args.out[which]) + out_offset;
   const T* x_slice = kInPlace ? out_slice : args.x[which] + x_offset;
   const long long out_step = kInPlace ? tensor.x_step : tensor.out_step;
   const int num_pairs = static_cast<int>(args.num_pairs);
@@ -200,55 +184,189 @@ __global__ void __launch_bounds__(640, kFewestBlocks<T, Table, Position, kPairs,
       token = static_cast<int>(args.token.template offset<kCommon>(at));
     }
   }
+  [[maybe_unused]] const typename Destination::Index* slot_of_row = nullptr;
+  if constexpr (Destination::kScatters) {
+    slot_of_row = args.slots + args.slot.template offset<kCommon>(at);
+  }
 
-  if (any_is_odd(x_run, cos_run, sin_run, position_of_row)) return;
+  if (any_is_odd(x_run, cos_run, sin_run, position_of_row, slot_of_row)) return;
   wait_for_earlier_grids();
   let_later_grids_start();
 
-  // Lanes that pass elements through load them beside those that rotate, and store at the end.
+  using Element = typename Destination::template ElementOf<T>;
+  constexpr bool kScales = !kIsSame<Element, T>;
+  [[maybe_unused]] const bool is_cached = Destination::kScatters && which > 0;
+  [[maybe_unused]] Element* cache_slice = nullptr;
+  [[maybe_unused]] Element* cache_run = nullptr;
+  [[maybe_unused]] float cache_scale = 1;
+  if constexpr (Destination::kScatters) {
+    if (which > 0) {
+      const typename Destination::template Arguments<Real>& cache = args;
+      const long long slot = *slot_of_row;
+      if (static_cast<unsigned long long>(slot) >=
+          static_cast<unsigned long long>(cache.num_slots)) {
+        return;
+      }
+      const unsigned block_of_slot = cache.block_size.divide(static_cast<unsigned>(slot));
+      const long long place = slot - block_of_slot * cache.block_size.value;
+      cache_slice = static_cast<Element*>(args.out[which]) + out_offset +
+                    block_of_slot * cache.block[which - 1] + place * cache.place[which - 1];
+      cache_run = cache_slice + run_of<kInterleaved>(pair) * out_access.stride;
+      if constexpr (kScales) {
+        const float* scale = cache.scales[which - 1];
+        cache_scale = scale == nullptr ? cache.scale[which - 1].value : *scale;
+      } else {
+        out_slice = cache_slice;
+        out_run = cache_run;
+      }
+    }
+  }
+
+  // Lanes behind those that rotate have elements from outside the slice.
   const int pass_lane = lane - static_cast<int>(args.num_pair_lanes);
   const bool passes = kPassRun > 0 && pass_lane >= 0;
   int element = pass_lane * kPassRun - static_cast<int>(args.rotary_offset);
   if (element >= 0) element += 2 * num_pairs;
-  [[maybe_unused]] Vec<T, kPassRun ? kPassRun : 1> passed[kRows];
-  if constexpr (kPassRun > 0) {
-    if (passes) {
+  constexpr int kPassed = kPassRun ? kPassRun : 1;
+  [[maybe_unused]] Vec<T, kPassed> passed[kRows];
+  Vec<T, 2 * kPairs> pairs[kRows];
+
+  constexpr int kAxes = Positions::kAxes;
+  [[maybe_unused]] long long position[kAxes ? kAxes : 1];
+  [[maybe_unused]] bool is_inside = true;
+  [[maybe_unused]] const auto read_positions = [&] {
+    if constexpr (kAxes > 0) {
+#pragma unroll
+      for (int axis = 0; axis < kAxes; ++axis) {
+        position[axis] = Positions::read(args.position_arguments, position_of_row, axis, token);
+        is_inside &= static_cast<unsigned long long>(position[axis]) <
+                     static_cast<unsigned long long>(args.num_positions);
+      }
+    }
+  };
+
+  if (passes) {
+    if constexpr (kPassRun > 0) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const T* from = x_slice + i * tensor.x_step + element * x_access.stride;
         passed[i] = load<kPassRun>(from, x_access);
       }
     }
-  }
-
-  if (!passes) {
-    constexpr int kAxes = Positions::kAxes;
-    [[maybe_unused]] long long position[kAxes ? kAxes : 1];
-    [[maybe_unused]] bool is_inside = true;
-    [[maybe_unused]] const auto read_positions = [&] {
-      if constexpr (kAxes > 0) {
-#pragma unroll
-        for (int axis = 0; axis < kAxes; ++axis) {
-          position[axis] = Positions::read(args.position_arguments, position_of_row, axis, token);
-          is_inside &= static_cast<unsigned long long>(position[axis]) <
-                       static_cast<unsigned long long>(args.num_positions);
-        }
-      }
-    };
+  } else {
     // A search has more registers before the tensors are loaded.
     if constexpr (Positions::kSearches) read_positions();
-
-    Vec<T, 2 * kPairs> pairs[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       pairs[i] =
           load_pairs<kInterleaved, kPairs, kPastL1>(x_run + i * tensor.x_step, x_access, num_pairs);
     }
-    const auto store_row = [&](int i, const Vec<T, 2 * kPairs>& run) {
-      store_pairs<kInterleaved, kPairs, kPastL1>(out_run + i * out_step, out_access, num_pairs,
-                                                 run);
-    };
+  }
 
+  // A row's pairs, or what a lane passes of it, are written as numbers or as they came.
+  const auto write_pairs = [&](int i, const Numbers<Real, 2 * kPairs>& numbers) {
+    if constexpr (kScales) {
+      if (is_cached) {
+        store_pairs<kInterleaved, kPairs, kPastL1>(cache_run + i * out_step, out_access, num_pairs,
+                                                   scaled<Element>(numbers, cache_scale));
+        return;
+      }
+    }
+    store_pairs<kInterleaved, kPairs, kPastL1>(out_run + i * out_step, out_access, num_pairs,
+                                               narrow_by<kEager, T>(numbers));
+  };
+  const auto copy_pairs = [&](int i, const Vec<T, 2 * kPairs>& run) {
+    if constexpr (kScales) {
+      if (is_cached) return write_pairs(i, widen<Real>(run));
+    }
+    store_pairs<kInterleaved, kPairs, kPastL1>(out_run + i * out_step, out_access, num_pairs, run);
+  };
+  const long long to_element = element * out_access.stride;
+  [[maybe_unused]] const auto write_passed = [&](int i, const Numbers<Real, kPassed>& numbers) {
+    if constexpr (kScales) {
+      if (is_cached) {
+        store(cache_slice + i * out_step + to_element, out_access,
+              scaled<Element>(numbers, cache_scale));
+        return;
+      }
+    }
+    store(out_slice + i * out_step + to_element, out_access, narrow_by<kEager, T>(numbers));
+  };
+  [[maybe_unused]] const auto copy_passed = [&](int i) {
+    if constexpr (kScales) {
+      if (is_cached) return write_passed(i, widen<Real>(passed[i]));
+    }
+    store(out_slice + i * out_step + to_element, out_access, passed[i]);
+  };
+  if (kTensors > 2 && which == 2) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (passes) {
+        copy_passed(i);
+      } else {
+        copy_pairs(i, pairs[i]);
+      }
+    }
+    return;
+  }
+
+  // Every lane of a row takes part in its norm.
+  using Weight = typename Norm::Weight;
+  constexpr int kWeights = Norm::kOfToken ? kRows : 1;
+  [[maybe_unused]] Vec<Weight, 2 * kPairs> pair_weights[kWeights] = {};
+  [[maybe_unused]] Vec<Weight, kPassed> passed_weights[kWeights] = {};
+  [[maybe_unused]] Real scales[kRows];
+  [[maybe_unused]] bool has_weights = false;
+  if constexpr (Norm::kIsThere) {
+    const Weights& layout = args.layout[which];
+    const Access access = layout.template access<Weight, kCommon>();
+    const auto* weights = static_cast<const Weight*>(args.weights[which]);
+    has_weights = weights != nullptr;
+    if (has_weights) {
+      if constexpr (Norm::kOfToken) weights += at.inner * layout.head;
+      weights += (passes ? element : run_of<kInterleaved>(pair)) * access.stride;
+#pragma unroll
+      for (int i = 0; i < kWeights; ++i) {
+        const Weight* from = weights + i * layout.step;
+        if (passes) {
+          passed_weights[i] = load<kPassed>(from, access);
+        } else {
+          pair_weights[i] = load_pairs<kInterleaved, kPairs, false>(from, access, num_pairs);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      scales[i] =
+          passes ? sum_of_squares(widen<Real>(passed[i])) : sum_of_squares(widen<Real>(pairs[i]));
+    }
+    if constexpr (Norm::kOfToken) {
+      Real sum[1] = {scales[0]};
+#pragma unroll
+      for (int i = 1; i < kRows; ++i) sum[0] = add(sum[0], scales[i]);
+      Norm::add_up(sum, 0, sets_of_block * blockDim.x);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) scales[i] = sum[0];
+    } else {
+      Norm::add_up(scales, threadIdx.y * blockDim.x, blockDim.x);
+    }
+    const Real share = args.share[which].value;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const Real mean = multiply_add(scales[i], share, args.eps.value);
+      scales[i] = divide(static_cast<Real>(1), square_root(mean));
+    }
+  }
+  const auto numbers_of = [&](int i) {
+    if constexpr (Norm::kIsThere) {
+      return Norm::template normalised<T>(pairs[i], scales[i], pair_weights[i % kWeights],
+                                          has_weights, args.offset.value);
+    } else {
+      return widen<Real>(pairs[i]);
+    }
+  };
+
+  if (!passes) {
     Angles<Real, kPairs> angles;
     if constexpr (Positions::kAxes == 0) {
       angles = load_angles<Real, kPairs, kTableStep, kSinOffset>(cos_run, cos_access, sin_run,
@@ -257,7 +375,13 @@ __global__ void __launch_bounds__(640, kFewestBlocks<T, Table, Position, kPairs,
       if constexpr (!Positions::kSearches) read_positions();
       if (!is_inside) {
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) store_row(i, args.keep ? pairs[i] : nans<T, 2 * kPairs>());
+        for (int i = 0; i < kRows; ++i) {
+          if (Norm::kIsThere && args.keep) {
+            write_pairs(i, numbers_of(i));
+          } else {
+            copy_pairs(i, args.keep ? pairs[i] : nans<T, 2 * kPairs>());
+          }
+        }
         return;
       }
       const auto position_of = [&](int of) {
@@ -305,7 +429,7 @@ __global__ void __launch_bounds__(640, kFewestBlocks<T, Table, Position, kPairs,
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      store_row(i, rotate<kInterleaved, kConjugate, kPairs>(pairs[i], angles));
+      write_pairs(i, rotate<kInterleaved, kConjugate, Product>(numbers_of(i), angles));
     }
   }
 
@@ -313,8 +437,13 @@ __global__ void __launch_bounds__(640, kFewestBlocks<T, Table, Position, kPairs,
     if (passes) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        T* to = out_slice + i * out_step + element * out_access.stride;
-        store(to, out_access, passed[i]);
+        if constexpr (Norm::kIsThere) {
+          write_passed(
+              i, Norm::template normalised<T>(passed[i], scales[i], passed_weights[i % kWeights],
+                                              has_weights, args.offset.value));
+        } else {
+          copy_passed(i);
+        }
       }
     }
   }

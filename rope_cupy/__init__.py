@@ -2,7 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .rotary import apply_rotary, apply_rotary_qk
+from .rotary import (
+    apply_norm_rotary,
+    apply_qk_norm_rotary,
+    apply_rotary,
+    apply_rotary_kv_cache,
+    apply_rotary_qk,
+    apply_rotary_qkv,
+)
 from .tables import RotaryTable
 
 if TYPE_CHECKING:
@@ -11,8 +18,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "RotaryTable",
+    "apply_norm_rotary",
+    "apply_qk_norm_rotary",
     "apply_rotary",
+    "apply_rotary_kv_cache",
     "apply_rotary_qk",
+    "apply_rotary_qkv",
     "diffusion",
     "frequencies",
     "positions",

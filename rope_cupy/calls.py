@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import cpu, tensor
 from .checks import described, index
 from .memory import ACCESS_BYTES, ITEMSIZE, ArraySpec, cuda_index, overlap, span
+from .options import TOKEN_NORM, Options, check_options, known_options
 from .problem import (
     COUNTED,
     IMPLICIT,
-    Options,
+    OF_POSITIONS,
+    POINTER_OF,
     Pointers,
     RotaryProblem,
     TableSpec,
     check_inputs,
-    check_options,
     implicit_position,
-    known_options,
-    out_names,
+    output_names,
     rotary_problem,
 )
 from .recall import keep
@@ -51,16 +51,31 @@ class Given(NamedTuple):
     xs: tuple[Any, ...]
     table: TableSource
     row_names: tuple[str, ...]
-    rows: tuple[Any, ...]  # the arrays that tell which rows of the table tokens have
-    first: int | None  # or the first of them, or what is added to those that are counted
+    rows: tuple[Any, ...]  # that tell which rows of the table tokens have, and all other arrays
+    first: int | None  # or the first of those rows, or what is added to those that are counted
     options: Options
     out: tuple[Any, ...] | None
 
     @property
     def positions(self) -> Positions:
         """What says so, as a caller gives it."""
-        rows = dict(zip(self.row_names, self.rows, strict=True))
+        rows = {name: row for name, row in self.named_rows if name in OF_POSITIONS}
         return Positions(**{"positions": self.first} | rows)
+
+    @property
+    def more(self) -> tuple[tuple[str, Any], ...]:
+        """The other arrays, by their names."""
+        return tuple((name, row) for name, row in self.named_rows if name not in OF_POSITIONS)
+
+    @property
+    def named_rows(self) -> tuple[tuple[str, Any], ...]:
+        """The rows by their names."""
+        return tuple(zip(self.row_names, self.rows, strict=True))
+
+    @property
+    def out_names(self) -> tuple[str, ...]:
+        """What the outputs are called in messages."""
+        return output_names(self.names, self.options)
 
 
 class _Place(NamedTuple):
@@ -107,10 +122,12 @@ def rotate(
     positions: tuple[Any, Any, Any],
     options: tuple[Any, ...],
     out: tuple[Any, ...] | None,
+    more: tuple[tuple[str, Any], ...] = (),
 ) -> tuple[Any, ...]:
     """Rotate the xs, which messages call by `names`; return `out`, or new arrays of their kind.
 
     `positions` are the fields of Positions and `options` those of Options: they are checked here.
+    An output may be None for a new array. `more` are other arrays, by their names.
     """
     section = options[SECTION]
     try:
@@ -130,6 +147,13 @@ def rotate(
         row_names, rows = ("positions",), (row,)
     else:
         first = index("positions", row, AN_INT_OR_ARRAY)
+    if more:
+        more_names, arrays = zip(*more, strict=True)
+        row_names, rows = row_names + more_names, rows + arrays
+        if out is not None:
+            out = tuple(
+                tensor.empty_like(x) if y is None else y for x, y in zip(xs, out, strict=True)
+            )
     source = source_of(table)
     in_place = out is not None and xs[0] is out[0] and xs[-1] is out[-1]
     parts = () if source.fixed else source.arrays
@@ -198,9 +222,10 @@ def _rotate_with_care(given: Given) -> tuple[Any, ...]:
     if any(map(tensor.is_distributed, given.xs)):
         return _of_torch().sharded(given)  # type: ignore[no-any-return]
     if all(map(tensor.is_traced, (*given.xs, *given.table.arrays))):
-        positions, options, out = given.positions, given.options, given.out
-        return _of_torch().traced(given.names, given.xs, given.table, positions, options, out)  # type: ignore[no-any-return]
-    if any(map(tensor.wants_gradient, (*given.xs, *given.table.arrays, *(given.out or ())))):
+        last = given.positions, given.options, given.out, given.more
+        return _of_torch().traced(given.names, given.xs, given.table, *last)  # type: ignore[no-any-return]
+    arrays = *given.xs, *given.table.arrays, *given.rows, *(given.out or ())
+    if any(map(tensor.wants_gradient, arrays)):
         return _of_torch().recorded(given, None, None)  # type: ignore[no-any-return]
     return rotate_unseen(given)
 
@@ -284,7 +309,7 @@ def _ready_at(
 def _unseen(given: Given) -> tuple[_Call, Ready, tuple[Any, ...], tuple[tensor.Array, ...]]:
     """Check everything; return that, what will have been written, and what owns the memory."""
     # A given output says on which stream the inputs must be ready.
-    outputs = _describe(out_names(given.names), given.out or ())
+    outputs = _describe(given.out_names, given.out or ())
     stream = tensor.stream_of(outputs[0]) if outputs else None
     inputs = _describe(given.names, given.xs, stream)
     check_inputs(given.names, tuple(array.spec for array in inputs))
@@ -293,7 +318,7 @@ def _unseen(given: Given) -> tuple[_Call, Ready, tuple[Any, ...], tuple[tensor.A
     outs = given.out
     if outs is None:
         outs = tuple(array.library.empty_like(x) for array, x in zip(inputs, given.xs, strict=True))
-        outputs = _describe(out_names(given.names), outs)
+        outputs = _describe(given.out_names, outs)
     call = _checked(given, inputs, outputs, table, rows)
     pointers = Pointers(
         x=tuple(array.pointer for array in inputs),
@@ -308,12 +333,8 @@ def _unseen(given: Given) -> tuple[_Call, Ready, tuple[Any, ...], tuple[tensor.A
 
 def _with_rows(pointers: Pointers, given: Given, rows: tuple[int, ...]) -> Pointers:
     """Return the pointers with the addresses of the arrays that tell the rows of tokens."""
-    at = dict(zip(given.row_names, rows, strict=True))
-    return pointers._replace(
-        positions=at.get("positions", at.get("seqlen_offsets", 0)),
-        cu_seqlens=at.get("cu_seqlens", 0),
-        first=given.first or 0,
-    )
+    at = {POINTER_OF[name]: pointer for name, pointer in zip(given.row_names, rows, strict=True)}
+    return pointers._replace(**at, first=given.first or 0)
 
 
 def _describe(
@@ -345,6 +366,11 @@ def _checked(
     )
     device = inputs[0].spec.device
     launcher = None
+    norm = given.options.norm
+    if norm and norm.kind == TOKEN_NORM:
+        from .plan import launch_plan
+
+        launch_plan(problem)  # refuses on every device what no block can hold
     if device != "cpu" and problem.num_rows:
         from .jit import Launcher
         from .plan import launch_plan
@@ -380,12 +406,13 @@ def _must_be_apart(
     names, num = given.names, len(given.names)
     arrays = [
         *zip(names, (x.spec for x in inputs), range(num), strict=True),
-        *zip(out_names(names), (y.spec for y in outputs), range(num, 2 * num), strict=True),
+        *zip(given.out_names, (y.spec for y in outputs), range(num, 2 * num), strict=True),
         ("table", table.cos, 2 * num),
         ("table", table.sin, 2 * num + 1),
     ]
     for name, array in zip(given.row_names, rows, strict=True):
-        arrays.append((name, array.spec, 2 * num + (3 if name == "cu_seqlens" else 2)))
+        behind = Pointers._fields.index(POINTER_OF[name]) - Pointers._fields.index("cos")
+        arrays.append((name, array.spec, 2 * num + behind))
     places = [_Place(name, spec, *span(spec), number) for name, spec, number in arrays]
     return tuple(
         (places[y], places[other])

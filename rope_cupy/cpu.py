@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .memory import ndarray_at
+from .memory import FLOATS_8, ITEMSIZE, ndarray_at
+from .options import NUM_AXES, TOKEN_NORM
 from .problem import (
     FREQUENCY,
     GIVEN,
     IMPLICIT,
     MIXED,
-    NUM_AXES,
     OFFSET,
     PACKED,
+    CacheProblem,
     Pointers,
     RotaryProblem,
+    RotaryTensor,
     View,
 )
 
@@ -38,21 +41,30 @@ _STORAGE = {
     "int32": "i4",
     "int64": "i8",
     FREQUENCY: "u8",
+    "float8_e4m3fn": "u1",
+    "float8_e5m2": "u1",
 }
+COPIED = 2  # the number of the tensor that is copied
 RADIANS = 2 * np.pi / 2**64  # of a unit of 2^-64 turns
 
 
 def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
     """Solve the problem on arrays at these addresses, which the caller keeps alive."""
     sizes = problem.batch, problem.num_tokens
-    storage = _STORAGE[problem.dtype]
     positions = _positions(problem, pointers)
-    for tensor, x_at, out_at in zip(problem.tensors, pointers.x, pointers.out, strict=True):
-        shape = (*sizes, tensor.num_heads, problem.head_dim)
-        x = ndarray_at(x_at, storage, shape, tensor.x.strides)
-        out = ndarray_at(out_at, storage, shape, tensor.out.strides)
+    for i, tensor in enumerate(problem.tensors):
+        x_at, out_at = pointers.of_tensor(i)
+        x = _heads(problem, tensor, x_at, tensor.x)
+        stored = _to_words(problem, pointers, i)
+        if problem.cache and i:
+            out = np.empty(x.shape, _STORAGE[problem.cache.dtype])
+        else:
+            out = _heads(problem, tensor, out_at, tensor.out)
         angles_at = _angles(problem, pointers, tensor.num_heads)
         for block in _blocks(*sizes, tensor.num_heads * problem.head_dim):
+            if i == COPIED:
+                out[block] = stored.as_they_are(x[block])
+                continue
             rows: Any = block
             in_range = None
             if positions is not None:
@@ -60,7 +72,86 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
                 inside = (of_block >= 0) & (of_block < problem.num_positions)
                 in_range = np.logical_and.reduce(inside)
                 rows = _of_pairs(problem, np.where(in_range, of_block, 0))
-            _rotate_block(problem, x[block], out[block], *angles_at(rows), in_range)
+            norm = _normalised(problem, pointers, i, x[block])
+            _rotate_block(problem, x[block], out[block], *angles_at(rows), in_range, norm, stored)
+        if problem.cache and i:
+            _write_slots(problem, problem.cache, pointers, tensor, out_at, out)
+
+
+def _heads(problem: RotaryProblem, tensor: RotaryTensor, pointer: int, view: View) -> Array:
+    """View a tensor, which may begin at a later head of its array, as storage words."""
+    shape = problem.batch, problem.num_tokens, tensor.num_heads, problem.head_dim
+    start = pointer + tensor.start * view.strides[2] * ITEMSIZE[problem.dtype]
+    return ndarray_at(start, _STORAGE[problem.dtype], shape, view.strides)
+
+
+class _Words(NamedTuple):
+    """How numbers are stored."""
+
+    dtype: str  # of the result
+    x_dtype: str
+    scale: float  # by which they are divided
+    eager: bool
+
+    def of(self, numbers: Array) -> Array:
+        """Return numbers as words: rounded once, but twice on the way from double in PyTorch."""
+        if self.dtype in FLOATS_8:
+            return _narrow_to_8_bits(numbers / self.scale, self.dtype)
+        if self.eager and ITEMSIZE[self.dtype] == 2:
+            numbers = numbers.astype(np.float32)
+        return _narrow(numbers.astype(np.float64), self.dtype)
+
+    def as_they_are(self, words: Array) -> Array:
+        """Return words of the input as those of the result."""
+        return words if self.dtype == self.x_dtype else self.of(_widen(words, self.x_dtype))
+
+
+def _to_words(problem: RotaryProblem, pointers: Pointers, i: int) -> _Words:
+    """Return how a tensor's numbers are stored."""
+    dtype, scale = problem.dtype, 1.0
+    if problem.cache and i:
+        dtype, scale = problem.cache.dtype, problem.cache.scales[i - 1]
+        pointer = (pointers.k_scale, pointers.v_scale)[i - 1]
+        if pointer:
+            scale = float(ndarray_at(pointer, "f4", (1,), (1,))[0])
+    return _Words(dtype, problem.dtype, scale, problem.eager)
+
+
+def _normalised(problem: RotaryProblem, pointers: Pointers, i: int, x: Array) -> Doubles | None:
+    """Return (batch, tokens, heads, head_dim) of words normalised, None where there is no norm."""
+    if problem.norm is None:
+        return None
+    norm, pointer = problem.norm.norm, (pointers.q_weight, pointers.k_weight)[i]
+    numbers, of_token = _widen(x, problem.dtype), norm.kind == TOKEN_NORM
+    axes = (2, 3) if of_token else 3
+    with np.errstate(all="ignore"):
+        mean = np.mean(numbers * numbers, axis=axes, keepdims=True)
+        numbers = numbers / np.sqrt(mean + norm.eps)
+        if pointer:
+            stride, heads = problem.norm.strides[i], x.shape[2] if of_token else 1
+            shape, strides = (heads, problem.head_dim), (problem.head_dim * stride, stride)
+            weights = ndarray_at(pointer, _STORAGE[problem.norm.dtype], shape, strides)
+            numbers = numbers * (_widen(weights, problem.norm.dtype) + norm.weight_offset)
+        if norm.round_norm:
+            numbers = _widen(_narrow(numbers, problem.dtype), problem.dtype)
+    return numbers
+
+
+def _write_slots(
+    problem: RotaryProblem,
+    cache: CacheProblem,
+    pointers: Pointers,
+    tensor: RotaryTensor,
+    pointer: int,
+    words: Array,
+) -> None:
+    """Write the rows of tokens to their slots, but for those that the cache does not hold."""
+    sizes = problem.batch, problem.num_tokens
+    slots = ndarray_at(pointers.slots, _STORAGE[cache.slot_dtype], sizes, cache.slot_strides)
+    shape = cache.num_blocks, cache.block_size, tensor.num_heads, problem.head_dim
+    at = ndarray_at(pointer, _STORAGE[cache.dtype], shape, tensor.out.strides)
+    held = (slots >= 0) & (slots < cache.num_blocks * cache.block_size)
+    at[np.divmod(slots[held], max(1, cache.block_size))] = words[held]
 
 
 def _blocks(batch: int, num_tokens: int, token_size: int) -> Iterator[tuple[slice, slice]]:
@@ -159,29 +250,70 @@ def _table(problem: RotaryProblem, num_heads: int, pointer: int, view: View, row
 
 
 def _rotate_block(
-    problem: RotaryProblem, x: Array, out: Array, cos: Doubles, sin: Doubles, in_range: Array | None
+    problem: RotaryProblem,
+    x: Array,
+    out: Array,
+    cos: Doubles,
+    sin: Doubles,
+    in_range: Array | None,
+    norm: Doubles | None,
+    stored: _Words,
 ) -> None:
-    """Rotate (batch, tokens, heads, head_dim) of storage words; `out` may be `x`."""
+    """Rotate (batch, tokens, heads, head_dim) of storage words; `out` may be `x`.
+
+    `norm` are the numbers of the words once they are normalised, None where that is not asked.
+    """
     start, num_pairs = problem.rotary_offset, problem.rotary_dim // 2
     end = start + problem.rotary_dim
     if problem.interleaved:
         places = slice(start, end, 2), slice(start + 1, end, 2)
     else:
         places = slice(start, start + num_pairs), slice(start + num_pairs, end)
-    first, second = (_widen(x[..., place], problem.dtype) for place in places)
+
+    def not_turned(place: slice) -> Array:
+        return stored.as_they_are(x[..., place]) if norm is None else stored.of(norm[..., place])
+
+    first, second = (
+        _widen(x[..., place], problem.dtype) if norm is None else norm[..., place]
+        for place in places
+    )
     if problem.conjugate:
         sin = -sin
+    turn = _turned_eagerly if problem.eager else _turned
     with np.errstate(all="ignore"):
-        turned = first * cos - second * sin, second * cos + first * sin
-        rotated = [_narrow(values, problem.dtype) for values in turned]
-    if not problem.in_place:
-        out[..., :start] = x[..., :start]
-        out[..., end:] = x[..., end:]
-    for place, values in zip(places, rotated, strict=True):
+        rotated = [stored.of(numbers) for numbers in turn(problem, first, second, cos, sin)]
+    if not problem.in_place or norm is not None:
+        for place in (slice(0, start), slice(end, None)):
+            out[..., place] = not_turned(place)
+    outside = [not_turned(place) for place in places] if in_range is not None else []
+    for i, (place, values) in enumerate(zip(places, rotated, strict=True)):
         if in_range is not None:
-            outside = x[..., place] if problem.keep else _narrow(np.array(np.nan), problem.dtype)
-            values = np.where(in_range[..., None, None], values, outside)
+            lost = outside[i] if problem.keep else stored.of(np.array(np.nan))
+            values = np.where(in_range[..., None, None], values, lost)
         out[..., place] = values
+
+
+def _turned(
+    problem: RotaryProblem, first: Doubles, second: Doubles, cos: Doubles, sin: Doubles
+) -> tuple[Array, Array]:
+    """Return both elements of every pair, turned."""
+    return first * cos - second * sin, second * cos + first * sin
+
+
+def _turned_eagerly(
+    problem: RotaryProblem, first: Doubles, second: Doubles, cos: Doubles, sin: Doubles
+) -> tuple[Array, Array]:
+    """Return the same with each product and each sum rounded, as PyTorch's operations do it."""
+    real = np.float64 if "float64" in (problem.dtype, problem.table_dtype) else np.float32
+    a, b, cos, sin = (numbers.astype(real) for numbers in (first, second, cos, sin))
+
+    def product(x: Array, y: Array) -> Array:
+        if problem.dtype != problem.table_dtype:
+            return x * y
+        words = _narrow((x * y).astype(np.float64), problem.dtype)
+        return _widen(words, problem.dtype).astype(real)
+
+    return product(a, cos) - product(b, sin), product(b, cos) + product(a, sin)
 
 
 def _widen(words: Array, dtype: str) -> Doubles:
@@ -198,6 +330,29 @@ def _narrow(values: Doubles, dtype: str) -> Array:
     bits = _round_to_odd(values).view(np.uint32)
     rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _narrow_to_8_bits(values: Doubles, dtype: str) -> Array:
+    """Round float64 to the words of 8 bits, to nearest even, and to the largest what is larger."""
+    numbers = _numbers_of_8_bits(dtype)
+    magnitude = np.minimum(np.abs(values), numbers[-1])
+    below = np.searchsorted(numbers, magnitude, side="right") - 1
+    below = np.minimum(below, len(numbers) - 2)
+    middle = (numbers[below] + numbers[below + 1]) / 2
+    up = (magnitude > middle) | ((magnitude == middle) & (below % 2 == 1))
+    words = np.where(np.isnan(values), 0x7F, (below + up) | np.where(np.signbit(values), 0x80, 0))
+    return words.astype(np.uint8)
+
+
+@cache
+def _numbers_of_8_bits(dtype: str) -> Doubles:
+    """Return the numbers of 8 bits that are not negative, in order, which is that of their words."""
+    mantissa_bits, bias, largest = {"float8_e4m3fn": (3, 7, 0x7E), "float8_e5m2": (2, 15, 0x7B)}[
+        dtype
+    ]
+    exponent, fraction = np.divmod(np.arange(largest + 1), 1 << mantissa_bits)
+    significand = fraction + np.where(exponent, 1 << mantissa_bits, 0)
+    return np.ldexp(significand.astype(np.float64), np.maximum(exponent, 1) - bias - mantissa_bits)
 
 
 def _round_to_odd(values: Doubles) -> NDArray[np.float32]:

@@ -17,8 +17,12 @@ ITEMSIZE = {
     "complex64": 8,
     "complex128": 16,
     "frequency": 8,  # of kernels/angles.cuh
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "uint8": 1,
 }
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+FLOATS_8 = ("float8_e4m3fn", "float8_e5m2")  # of caches
 ACCESS_BYTES = 16  # the widest load and store of a thread; kernels/vec.cuh says the same
 
 

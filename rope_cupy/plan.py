@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .memory import ACCESS_BYTES, ITEMSIZE
+from .options import HEAD_NORM, TOKEN_NORM
 from .problem import (
     COUNTED,
     FREQUENCY,
@@ -18,8 +19,10 @@ from .problem import (
     IMPLICIT,
     MIXED,
     SECTIONS,
+    NormProblem,
     Pointers,
     RotaryProblem,
+    RotaryTensor,
     View,
 )
 
@@ -27,6 +30,9 @@ WARP = 32
 BLOCK_BYTES = 4096  # of x: with less, GPUs cannot start blocks as fast as the memory serves them
 BLOCK_THREADS = range(128, 257)  # as wanted; a block of whole warps may have up to 512
 MAX_LANES = 256  # of a block
+MOST_THREADS = 1024  # of a block that has a whole token; of those that compute in double half of it
+TOKEN_THREADS = 640  # of such a block, as wanted
+MOST_ROWS = 8  # of its threads
 BATCH, TOKEN, HEAD = 0, 1, 2  # axes
 L2_BYTES = 2**23  # of a table that stays in the L2 while other data passes through
 TILE_BYTES = L2_BYTES // 2  # of a table, at most
@@ -37,6 +43,8 @@ C_TYPES = {
     "float32": "float",
     "float64": "double",
     FREQUENCY: "frequency",
+    "float8_e4m3fn": "float8_e4m3fn",
+    "float8_e5m2": "float8_e5m2",
     "int32": "int",
     "int64": "long long",
     None: "void",
@@ -47,16 +55,28 @@ class LaunchPlan(NamedTuple):
     kernel: str  # the C++ name: a template and its arguments
     grid: tuple[int, int]
     block: tuple[int, int]
-    to_slice: tuple[int, ...]  # bytes from a tensor to its rotated slice: of the two x and outs
-    arguments: bytes  # what lies between the pointers and the last two words of the argument block
+    to_slice: tuple[tuple[int, int], ...]  # bytes from where x and out of each tensor begin
+    arguments: bytes  # what lies between the first pointers and cu_seqlens
+    norm: bytes | None  # what lies before the pointers of weights
+    to_weight: tuple[int, int]  # bytes to the rotated slice's
+    cache: bytes | None  # what lies before the pointers of slots and scales
 
     def argument_block(self, pointers: Pointers) -> bytes:
         """Return the kernel's one argument; a launch of one tensor repeats it as the second."""
-        x, out, *data, cu_seqlens, first = pointers
-        to_x, to_second_x, to_out, to_second_out = self.to_slice
-        slices = x[0] + to_x, x[-1] + to_second_x, out[0] + to_out, out[-1] + to_second_out
-        heads = struct.pack("<7Q", *slices, *data)
-        return heads + self.arguments + struct.pack("<Qq", cu_seqlens, first)
+        slices: list[int] = []
+        for side in range(2):
+            slices += [pointers.of_tensor(i)[side] + to[side] for i, to in enumerate(self.to_slice)]
+        data = pointers.cos, pointers.sin, pointers.positions
+        block = struct.pack(f"<{len(slices) + 3}Q", *slices, *data) + self.arguments
+        block += struct.pack("<Qq", pointers.cu_seqlens, pointers.first)
+        if self.norm:
+            weights = pointers.q_weight, pointers.k_weight
+            at = [at and at + to for at, to in zip(weights, self.to_weight, strict=True)]
+            block += self.norm + struct.pack("<2Q", *at)
+        if self.cache:
+            last = pointers.slots, pointers.k_scale, pointers.v_scale
+            block += self.cache + struct.pack("<3Q", *last)
+        return block
 
 
 class Order(NamedTuple):
@@ -97,16 +117,76 @@ def launch_plan(problem: RotaryProblem) -> LaunchPlan:
     num_lanes = num_pair_lanes
     if pass_run:
         num_lanes += (problem.head_dim - problem.rotary_dim) // pass_run
-    share = Share(_rows_per_thread(problem, pairs, num_lanes, order), pairs, pass_run)
-    block, grid_y = _block(num_lanes, share.rows * 2 * pairs * ITEMSIZE[problem.dtype])
-    blocks, num_periods = _periods(problem, share.rows * block[1])
+    if _norm_kind(problem) == TOKEN_NORM:
+        share = Share(_rows_of_whole_tokens(problem, num_lanes), pairs, pass_run)
+        num_sets = max(tensor.num_heads for tensor in problem.tensors) // share.rows
+        block, grid_y = (num_lanes, num_sets), 1
+        tokens = problem.batch * problem.num_tokens
+        needed = tuple(tokens if tensor.num_heads else 0 for tensor in problem.tensors)
+        blocks, num_periods = _periods(needed, needed)
+    else:
+        share = Share(_rows_per_thread(problem, pairs, num_lanes, order), pairs, pass_run)
+        thread_bytes = share.rows * 2 * pairs * ITEMSIZE[problem.dtype]
+        block, grid_y = _block(num_lanes, thread_bytes, whole_rows=problem.norm is not None)
+        rows_of_a_block = share.rows * block[1]
+        needed = tuple(-(-problem.num_rows_of(t) // rows_of_a_block) for t in problem.tensors)
+        blocks, num_periods = _periods(needed, tuple(t.num_heads for t in problem.tensors))
+    lanes = num_pair_lanes, num_lanes
     return LaunchPlan(
-        kernel=_kernel_name(problem, widths, share, order),
+        kernel=_kernel_name(problem, widths, share, order, _span(problem, share, num_lanes)),
         grid=(num_periods * sum(blocks), grid_y),
         block=block,
         to_slice=_to_slice(problem),
-        arguments=_pack(problem, widths, share.rows, blocks, order, (num_pair_lanes, num_lanes)),
+        arguments=_pack(problem, widths, share.rows, blocks, order, lanes),
+        norm=_pack_norm(problem, widths, share.rows),
+        to_weight=_to_weight(problem),
+        cache=_pack_cache(problem, order),
     )
+
+
+def _norm_kind(problem: RotaryProblem) -> str | None:
+    """Return what is normalised as one: a head, all of a token's, or nothing.
+
+    Of a token with one head in every tensor, both are the same.
+    """
+    if problem.norm is None:
+        return None
+    one = all(tensor.num_heads == 1 for tensor in problem.tensors[:2])
+    return HEAD_NORM if one else problem.norm.norm.kind
+
+
+def _is_double(problem: RotaryProblem) -> bool:
+    """Return whether the kernel computes in double."""
+    return "float64" in (problem.dtype, problem.table_dtype)
+
+
+def _rows_of_whole_tokens(problem: RotaryProblem, num_lanes: int) -> int:
+    """Return how many heads a thread has, so that a block has all of a token."""
+    heads = [tensor.num_heads for tensor in problem.tensors]
+    most = MOST_THREADS // (2 if _is_double(problem) else 1)
+    of_heads = problem.cos.strides[HEAD] or problem.sin.strides[HEAD]
+    choices = [
+        rows
+        for rows in range(1, 2 if of_heads else MOST_ROWS + 1)
+        if math.gcd(*heads) % rows == 0 and max(heads) // rows * num_lanes <= most
+    ]
+    if not choices:
+        raise ValueError(
+            f"norm='heads' must have tokens that fit a block of {most} threads, of which each has "
+            f"up to {MOST_ROWS} heads: got {max(heads)} heads of {num_lanes} threads each, for as "
+            "wide an access as all arrays' alignments allow"
+        )
+    wanted = [rows for rows in choices if max(heads) // rows * num_lanes <= TOKEN_THREADS]
+    return (wanted or choices[-1:])[0]
+
+
+def _span(problem: RotaryProblem, share: Share, num_lanes: int) -> tuple[int, bool]:
+    """Return how many threads of a norm add up by shuffles, and whether there are more."""
+    counts = [num_lanes]
+    if _norm_kind(problem) == TOKEN_NORM:
+        counts = [t.num_heads // share.rows * num_lanes for t in problem.tensors[:2]]
+    span = math.gcd(WARP, *counts)
+    return span, max(counts) > span
 
 
 class Widths(NamedTuple):
@@ -116,16 +196,39 @@ class Widths(NamedTuple):
     out: tuple[int, ...]
     cos: int
     sin: int
+    weights: int
 
 
 def _access_widths(problem: RotaryProblem) -> Widths:
     x_dtype, table_dtype, offset = problem.dtype, problem.table_dtype, problem.rotary_offset
     return Widths(
         x=tuple(_width(tensor.x, x_dtype, 1, offset) for tensor in problem.tensors),
-        out=tuple(_width(tensor.out, x_dtype, 1, offset) for tensor in problem.tensors),
+        out=tuple(
+            _width(tensor.out, _out_dtype(problem, i), 1, offset)
+            for i, tensor in enumerate(problem.tensors)
+        ),
         cos=_width(problem.cos, table_dtype, problem.table_step, problem.cos_row),
         sin=_width(problem.sin, table_dtype, problem.table_step, problem.sin_row),
+        weights=_weight_width(problem),
     )
+
+
+def _out_dtype(problem: RotaryProblem, i: int) -> str:
+    return problem.cache.dtype if problem.cache and i else problem.dtype
+
+
+def _weight_width(problem: RotaryProblem) -> int:
+    """Return the elements of one access of the weights of both tensors, where there are any."""
+    norm = problem.norm
+    if norm is None:
+        return 1
+    views = [
+        View((0, 0, problem.head_dim * stride, stride), alignment)
+        for stride, alignment in zip(norm.strides, norm.alignments, strict=True)
+        if stride
+    ]
+    widths = [_width(view, norm.dtype, 1, problem.rotary_offset) for view in views]
+    return min(widths, default=ACCESS_BYTES // ITEMSIZE[norm.dtype])
 
 
 def _width(view: View, dtype: str, step: int, *offsets: int) -> int:
@@ -144,7 +247,8 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, pass_run: int) -> 
     angles are dear. Fewer too where no tensor moves as many elements at once.
     """
     most = ACCESS_BYTES // ITEMSIZE[problem.dtype]
-    widest = min(most, max(*widths.x, *widths.out))
+    outs = [width for i, width in enumerate(widths.out) if _out_dtype(problem, i) == problem.dtype]
+    widest = min(most, max(*widths.x, *outs))
     mixed = problem.position_kind == MIXED  # for which a thread loads three angles a pair
     one_access = problem.interleaved or pass_run or _has_dear_angles(problem) or mixed
     pairs = widest // 2 if one_access else widest
@@ -162,6 +266,8 @@ def _rows_per_thread(problem: RotaryProblem, pairs: int, num_lanes: int, order: 
     of_heads = problem.cos.strides[HEAD] or problem.sin.strides[HEAD]
     if of_heads or row_bytes > ACCESS_BYTES or order.axes[2] != HEAD or WARP % min(num_lanes, WARP):
         return 1
+    if problem.norm and num_lanes > WARP:  # shared memory holds one sum of a thread
+        return 1
     rows = 4 if _has_dear_angles(problem) else 2
     return math.gcd(rows, *(tensor.num_heads for tensor in problem.tensors))
 
@@ -175,15 +281,15 @@ def _has_dear_angles(problem: RotaryProblem) -> bool:
 def _pass_run(problem: RotaryProblem) -> int:
     """Return how many elements a thread copies from outside the slice; 0 with nothing to copy."""
     rest = problem.head_dim - problem.rotary_dim
-    if problem.in_place or not rest:
+    if not rest or (problem.in_place and not problem.norm):
         return 0
     widest = ACCESS_BYTES // ITEMSIZE[problem.dtype]
     return math.gcd(widest, problem.rotary_offset, problem.rotary_dim, rest)
 
 
-def _block(num_lanes: int, thread_bytes: int) -> tuple[tuple[int, int], int]:
+def _block(num_lanes: int, thread_bytes: int, whole_rows: bool) -> tuple[tuple[int, int], int]:
     """Return the lanes and sets of rows of a block, and the blocks over the lanes of a row."""
-    grid_y = -(-num_lanes // MAX_LANES)
+    grid_y = 1 if whole_rows else -(-num_lanes // MAX_LANES)
     lanes = -(-num_lanes // grid_y)
     threads = min(max(BLOCK_BYTES // thread_bytes, BLOCK_THREADS[0]), BLOCK_THREADS[-1])
     sets = WARP // math.gcd(WARP, lanes)  # of whole warps
@@ -192,34 +298,39 @@ def _block(num_lanes: int, thread_bytes: int) -> tuple[tuple[int, int], int]:
     return (lanes, sets * max(1, threads // (lanes * sets))), grid_y
 
 
-def _periods(problem: RotaryProblem, rows_of_a_block: int) -> tuple[tuple[int, ...], int]:
+def _periods(needed: tuple[int, ...], heads: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     """Return how many blocks each tensor has in a period, and how many periods there are.
 
     In a period the blocks of a tensor are to the other's as its heads are; a launch of few blocks
     is one period, so that none is left without rows.
     """
-    heads = [tensor.num_heads for tensor in problem.tensors]
-    needed = [-(-problem.num_rows_of(t) // rows_of_a_block) for t in problem.tensors]
     blocks = tuple(num_heads // (math.gcd(*heads) or 1) for num_heads in heads)
     if sum(blocks) > min(sum(needed) // 16, 512):
         return tuple(needed), 1
     return blocks, max(-(-num // each) for num, each in zip(needed, blocks, strict=True) if each)
 
 
-def _kernel_name(problem: RotaryProblem, widths: Widths, share: Share, order: Order) -> str:
+def _kernel_name(
+    problem: RotaryProblem, widths: Widths, share: Share, order: Order, span: tuple[int, bool]
+) -> str:
     x_run = share.pairs * (2 if problem.interleaved else 1)
     table_run = share.pairs * problem.table_step
     is_common = _is_common(problem, widths, x_run, share.pass_run, table_run)
     # With positions: faster alone, and the same within the noise with attention behind it. Without
     # them it is not: see the results of 2026-11-25 in benchmarks/results.
     has_positions = problem.position_dtype is not None
-    past_l1 = is_common and problem.in_place and has_positions and order.axes[2] == HEAD
+    is_light = problem.in_place or problem.cache is not None
+    past_l1 = is_common and is_light and has_positions and order.axes[2] == HEAD
     arguments = (
         C_TYPES[problem.dtype],
         C_TYPES[problem.table_dtype],
         _position_type(problem),
+        _norm_type(problem, span),
+        _destination_type(problem),
+        max(2, len(problem.tensors)),
         _cpp(problem.interleaved),
         _cpp(problem.conjugate),
+        _cpp(problem.eager),
         share.rows,
         share.pairs,
         problem.table_step,
@@ -241,6 +352,21 @@ def _position_type(problem: RotaryProblem) -> str:
     return f"{problem.position_kind.capitalize()}<{index}>"
 
 
+def _norm_type(problem: RotaryProblem, span: tuple[int, bool]) -> str:
+    if problem.norm is None:
+        return "NoNorm"
+    threads, shares = span
+    of_token = _norm_kind(problem) == TOKEN_NORM
+    flags = _cpp(of_token), threads, _cpp(shares), _cpp(problem.norm.norm.round_norm)
+    return f"RmsNorm<{', '.join(map(str, (C_TYPES[problem.norm.dtype], *flags)))}>"
+
+
+def _destination_type(problem: RotaryProblem) -> str:
+    if problem.cache is None:
+        return "Outputs"
+    return f"Slots<{C_TYPES[problem.cache.slot_dtype]}, {C_TYPES[problem.cache.dtype]}>"
+
+
 def _is_common(
     problem: RotaryProblem, widths: Widths, x_run: int, pass_run: int, table_run: int
 ) -> bool:
@@ -250,19 +376,28 @@ def _is_common(
     tensors, cos, sin = problem.tensors, problem.cos, problem.sin
     numbers = [
         *cos.strides,
-        *(stride for tensor in tensors for stride in tensor.x.strides),
+        *(stride for tensor in tensors for stride in (*tensor.x.strides, *tensor.out.strides)),
         *problem.position_strides,
+        *(problem.cache.slot_strides if problem.cache else ()),
         problem.num_positions if problem.cos_row else 0,
         problem.cos_row,
     ]
     return (
         min(*widths.x, *widths.out) >= x_whole
         and min(widths.cos, widths.sin) >= table_whole
-        and all(t.x.strides == t.out.strides and t.x.strides[3] == 1 for t in tensors)
+        and all(t.x.strides == t.out.strides or problem.cache for t in tensors)
+        and all(t.x.strides[3] == t.out.strides[3] == 1 for t in tensors)
+        and (
+            problem.norm is None or widths.weights >= _whole_weights(problem.norm, x_run, pass_run)
+        )
         and (cos.strides, problem.cos_row) == (sin.strides, problem.sin_row)
         and cos.strides[2:] == (0, problem.table_step)
         and all(abs(number) < 2**31 for number in numbers)
     )
+
+
+def _whole_weights(norm: NormProblem, *runs: int) -> int:
+    return min(max(runs), ACCESS_BYTES // ITEMSIZE[norm.dtype])
 
 
 def _cpp(flag: bool) -> str:
@@ -276,6 +411,8 @@ def _order(problem: RotaryProblem) -> Order:
     outer, middle, inner = sorted(
         range(3), key=lambda axis: (sizes[axis] != 1, -abs(strides[axis]))
     )
+    if _norm_kind(problem) == TOKEN_NORM:
+        outer, middle, inner = (*(axis for axis in (outer, middle, inner) if axis != HEAD), HEAD)
     return Order((outer, middle, inner), _tile(problem) if inner == TOKEN else 0)
 
 
@@ -313,10 +450,25 @@ def divisor(value: int) -> tuple[int, int, int]:
     return value, (1 << 31 + shift) // value + 1, shift
 
 
-def _to_slice(problem: RotaryProblem) -> tuple[int, ...]:
-    tensors = (problem.tensors * 2)[:2]
-    strides = [tensor.x.strides[3] for tensor in tensors] + [t.out.strides[3] for t in tensors]
-    return tuple(problem.rotary_offset * stride * ITEMSIZE[problem.dtype] for stride in strides)
+def _to_slice(problem: RotaryProblem) -> tuple[tuple[int, int], ...]:
+    def to_slice(tensor: RotaryTensor, i: int) -> tuple[int, int]:
+        views = (tensor.x, problem.dtype), (tensor.out, _out_dtype(problem, i))
+        to_x, to_out = (
+            (tensor.start * view.strides[HEAD] + problem.rotary_offset * view.strides[3])
+            * ITEMSIZE[dtype]
+            for view, dtype in views
+        )
+        return to_x, to_out
+
+    tensors = problem.tensors if len(problem.tensors) > 1 else problem.tensors * 2
+    return tuple(to_slice(tensor, i) for i, tensor in enumerate(tensors))
+
+
+def _to_weight(problem: RotaryProblem) -> tuple[int, int]:
+    if problem.norm is None:
+        return 0, 0
+    q, k = (problem.rotary_offset * stride for stride in problem.norm.strides)
+    return q * ITEMSIZE[problem.norm.dtype], k * ITEMSIZE[problem.norm.dtype]
 
 
 def _pack(
@@ -338,7 +490,7 @@ def _pack(
     words += table(problem.cos, widths.cos)
     words += view((*problem.position_strides, 0), 0, 0)
     words += [problem.num_positions, problem.cos_row]
-    for which in range(2):
+    for which in range(max(2, len(problem.tensors))):
         # A launch of one tensor fills the second place with the first, which no block asks for.
         which %= len(problem.tensors)
         tensor = problem.tensors[which]
@@ -347,10 +499,40 @@ def _pack(
         words += [blocks[which], outer * middle * inner]
         words += [*divisor(max(1, inner)), *divisor(max(1, middle))]
         for y, width in ((tensor.x, widths.x[which]), (tensor.out, widths.out[which])):
-            words += [*view(y.strides, y.strides[3], width), num_sets * y.strides[HEAD]]
+            strides: tuple[int, ...] = y.strides
+            if problem.cache and which and y is tensor.out:
+                strides = (0, 0, strides[HEAD])  # the slot's place is found in the kernel
+            words += [*view(strides, y.strides[3], width), num_sets * y.strides[HEAD]]
     words += table(problem.sin, widths.sin)
     words += [problem.sin_row, problem.keep, problem.rotary_offset, num_pair_lanes]
     words += view((0, 1, 0), 0, 0)  # the numbers of tokens
     words += [problem.position_axis, *problem.section_ends]
     words += [problem.num_sequences, problem.cu_stride]
     return struct.pack(f"<{len(words)}q", *words)
+
+
+def _pack_norm(problem: RotaryProblem, widths: Widths, rows: int) -> bytes | None:
+    if problem.norm is None:
+        return None
+    norm, of_token = problem.norm, _norm_kind(problem) == TOKEN_NORM
+    tensors = (problem.tensors * 2)[:2]
+    words = []
+    for tensor, stride in zip(tensors, norm.strides, strict=True):
+        head = problem.head_dim * stride if of_token else 0
+        words += [head, tensor.num_heads // rows * head, stride, widths.weights]
+    counts = [problem.head_dim * (t.num_heads if of_token else 1) for t in tensors]
+    numbers = [*(1 / count if count else 0.0 for count in counts)]
+    numbers += [norm.norm.eps, norm.norm.weight_offset]
+    number = "d" if _is_double(problem) else "f4x"
+    return struct.pack("<8q" + len(numbers) * number, *words, *numbers)
+
+
+def _pack_cache(problem: RotaryProblem, order: Order) -> bytes | None:
+    cache = problem.cache
+    if cache is None:
+        return None
+    words = [*order.strides((*cache.slot_strides, 0)), 0, 0]
+    words += [cache.num_blocks * cache.block_size, *divisor(max(1, cache.block_size))]
+    outs = [tensor.out.strides for tensor in problem.tensors[1:]]
+    words += [*(strides[0] for strides in outs), *(strides[1] for strides in outs)]
+    return struct.pack(f"<{len(words)}q" + 2 * "f4x", *words, *cache.scales)

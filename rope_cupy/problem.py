@@ -5,14 +5,15 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from .checks import described, index
-from .memory import FLOATS, ITEMSIZE, ArraySpec, may_overlap_itself
+from .memory import FLOATS, FLOATS_8, ITEMSIZE, ArraySpec, may_overlap_itself
+from .options import DEFAULT_LAYOUTS, NUM_AXES, TOKEN_NORM, Cache, Norm, Options
 
 MAX_ROWS = 2**31 - 2**10  # the last block may reach beyond them, and counts in 32 bits too
 MAX_HEAD_DIM = 2**22  # its lanes fit a grid of 65,535 blocks
 FREQUENCY = "frequency"  # the dtype of a table that angles are made of: see kernels/angles.cuh
 ANY_POSITION = 2**63 - 1  # that is not negative: how many such a table holds
-DEFAULT_LAYOUTS = {3: "shd", 4: "bshd"}
+
+MAX_NORM_DIM = 512  # a head that is normalised lies in one block of threads
 
 Four = tuple[int, int, int, int]
 
@@ -32,19 +33,6 @@ class TableSpec(NamedTuple):
     sin_offset: int
 
 
-class Options(NamedTuple):
-    """The keyword arguments of a call that are not arrays."""
-
-    interleaved: bool
-    layout: str | None
-    head_dim: int | None
-    rotary_offset: int
-    conjugate: bool
-    out_of_range: str
-    mrope_section: tuple[int, int, int] | None
-    mrope_interleaved: bool
-
-
 class Canonical(NamedTuple):
     """An array seen as (batch, tokens, heads, head_dim)."""
 
@@ -62,11 +50,35 @@ class View(NamedTuple):
 class RotaryTensor(NamedTuple):
     num_heads: int
     x: View
-    out: View
+    out: View  # in a cache over (block, place in it, head, element)
+    start: int = 0  # the first of its heads in the array that it lies in
+
+
+class NormProblem(NamedTuple):
+    """RMSNorm of the first two tensors."""
+
+    norm: Norm
+    dtype: str  # of weights
+    strides: tuple[int, int]  # of each tensor's weights; of none 0
+    alignments: tuple[int, int]
+
+
+class CacheProblem(NamedTuple):
+    """Where the second and third tensor go."""
+
+    dtype: str
+    slot_dtype: str
+    slot_strides: tuple[int, int]  # over batch and token
+    num_blocks: int
+    block_size: int
+    scales: tuple[float, float]
 
 
 class RotaryProblem(NamedTuple):
-    """One launch: rotate `tensors`, each (batch, num_tokens, num_heads, head_dim), by a table."""
+    """One launch: rotate `tensors`, each (batch, num_tokens, num_heads, head_dim), by a table.
+
+    A third one is copied.
+    """
 
     dtype: str
     batch: int
@@ -94,6 +106,9 @@ class RotaryProblem(NamedTuple):
     interleaved: bool
     conjugate: bool
     keep: bool
+    eager: bool
+    norm: NormProblem | None
+    cache: CacheProblem | None
 
     @property
     def num_rows(self) -> int:
@@ -115,14 +130,36 @@ class Pointers(NamedTuple):
     sin: int
     positions: int = 0  # or of seqlen_offsets
     cu_seqlens: int = 0
+    q_weight: int = 0
+    k_weight: int = 0
+    slots: int = 0
+    k_scale: int = 0
+    v_scale: int = 0
     first: int = 0
 
+    def of_tensor(self, i: int) -> tuple[int, int]:
+        """Return the addresses of the arrays that a problem's tensor and its output lie in."""
+        return self.x[min(i, len(self.x) - 1)], self.out[min(i, len(self.out) - 1)]
 
+
+# The fields of Pointers by the names of what is given besides the tensors and the table.
+POINTER_OF = {
+    "positions": "positions",
+    "seqlen_offsets": "positions",
+    "cu_seqlens": "cu_seqlens",
+    "weight": "q_weight",
+    "q_weight": "q_weight",
+    "k_weight": "k_weight",
+    "slot_mapping": "slots",
+    "k_scale": "k_scale",
+    "v_scale": "v_scale",
+}
+OF_POSITIONS = "positions", "seqlen_offsets", "cu_seqlens"
+OF_WEIGHTS = "weight", "q_weight", "k_weight"
 # What tells the positions of tokens, by the names of the arrays that are given.
 IMPLICIT, GIVEN, OFFSET, PACKED = "implicit", "given", "offset", "packed"
 COUNTED = "counted"  # as IMPLICIT, with a table of frequencies, where no row stands for a token
 OF_AXES = SECTIONS, MIXED = "sections", "mixed"  # given for three axes
-NUM_AXES = 3
 
 
 def check_inputs(names: tuple[str, ...], xs: tuple[ArraySpec, ...]) -> None:
@@ -165,26 +202,19 @@ def rotary_problem(
     first = xs[0]
     views = _canonical_inputs(names, xs, options)
     batch, num_tokens, _, head_dim = views[0].shape
-    num_heads = tuple(view.shape[2] for view in views)
-    for name, out, x in zip(out_names(names), outs, xs, strict=True):
-        _check_out(name, out, x)
-    tensors = tuple(
-        RotaryTensor(
-            num_heads=view.shape[2],
-            x=View(view.strides, x.alignment),
-            out=View(_canonical("out", out, options).strides, out.alignment),
-        )
-        for view, x, out in zip(views, xs, outs, strict=True)
-    )
+    tensors = _tensors(names, xs, outs, views, in_place, options)
+    num_heads = tuple(tensor.num_heads for tensor in tensors)
     rotary_dim = _check_rotary_dim(table, head_dim, options.rotary_offset)
     if table.cos.device != first.device:
         raise ValueError(
             f"table must be on {names[0]}'s device {first.device}, got {table.cos.device}"
         )
-    _check_table(table.cos.shape, batch, num_tokens, num_heads, rows)
-    named = [*zip(names, xs, strict=True), *zip(out_names(names), outs, strict=True)]
+    given = dict(rows)
+    of_positions = {name: array for name, array in rows if name in OF_POSITIONS}
+    _check_table(table.cos.shape, batch, num_tokens, num_heads, of_positions)
+    named = [*zip(names, xs, strict=True), *zip(output_names(names, options), outs, strict=True)]
     named += [("table", table.cos), ("table", table.sin), *rows]
-    kind = _position_kind(rows, batch, num_tokens, rotary_dim // 2, options)
+    kind = _position_kind(of_positions, batch, num_tokens, rotary_dim // 2, options)
     if kind == IMPLICIT and table.cos.dtype == FREQUENCY:
         kind = COUNTED
     for name, array in rows:
@@ -196,7 +226,6 @@ def rotary_problem(
         _check_alignment(name, array)
     by_position = kind != IMPLICIT
     sin = table.cos if table.cos.dtype == FREQUENCY else table.sin
-    given = dict(rows)
     positions = given.get("positions", given.get("seqlen_offsets"))
     cu_seqlens = given.get("cu_seqlens")
     return RotaryProblem(
@@ -217,7 +246,7 @@ def rotary_problem(
         cos_row=table.cos.strides[0] if by_position else 0,
         sin_row=sin.strides[0] if by_position else 0,
         position_kind=kind,
-        position_dtype=rows[0][1].dtype if rows else None,
+        position_dtype=next((array.dtype for array in of_positions.values()), None),
         position_strides=_position_strides(kind, positions),
         position_axis=positions.strides[0] if kind in (PACKED, *OF_AXES) and positions else 0,
         section_ends=_section_ends(options),
@@ -226,82 +255,184 @@ def rotary_problem(
         interleaved=options.interleaved,
         conjugate=options.conjugate,
         keep=options.out_of_range == "keep",
+        eager=options.rounding == "eager",
+        norm=_norm_problem(given, num_heads, head_dim, options),
+        cache=_cache_problem(given, first.dtype, (batch, num_tokens), outs[1:], options),
     )
+
+
+def _tensors(
+    names: tuple[str, ...],
+    xs: tuple[ArraySpec, ...],
+    outs: tuple[ArraySpec, ...],
+    views: list[Canonical],
+    in_place: bool,
+    options: Options,
+) -> tuple[RotaryTensor, ...]:
+    """Check the outputs; return the tensors, of which one array may hold three."""
+    if options.cache and views[2].shape != views[1].shape:
+        raise ValueError(f"v must have k's shape {xs[1].shape}, got {xs[2].shape}")
+    out_views = []
+    for name, out, x, view in zip(output_names(names, options), outs, xs, views, strict=True):
+        if options.cache and name != "q_out":
+            out_views.append(_cache_view(name, out, x, view, options.cache))
+        else:
+            _check_out(name, out, x)
+            out_views.append(_canonical("out", out, options))
+    tensors = [
+        RotaryTensor(
+            view.shape[2], View(view.strides, x.alignment), View(to.strides, out.alignment)
+        )
+        for view, x, to, out in zip(views, xs, out_views, outs, strict=True)
+    ]
+    if options.packed:
+        (whole,), (num_heads, num_kv_heads) = tensors, options.packed
+        if whole.num_heads != num_heads + 2 * num_kv_heads:
+            raise ValueError(
+                f"{names[0]} must have num_heads + 2 num_kv_heads = {num_heads + 2 * num_kv_heads} "
+                f"heads, got {whole.num_heads}"
+            )
+        parts = (num_heads, 0), (num_kv_heads, num_heads), (num_kv_heads, num_heads + num_kv_heads)
+        tensors = [
+            whole._replace(num_heads=heads, start=start)
+            for heads, start in parts[: 2 if in_place else 3]  # v stays as it is
+        ]
+    return tuple(tensors)
+
+
+def output_names(names: tuple[str, ...], options: Options) -> tuple[str, ...]:
+    """Return what the outputs are called in messages."""
+    return ("q_out", "k_cache", "v_cache") if options.cache else out_names(names)
+
+
+def _norm_problem(
+    given: dict[str, ArraySpec], num_heads: tuple[int, ...], head_dim: int, options: Options
+) -> NormProblem | None:
+    """Check the weights of a norm."""
+    norm = options.norm
+    if norm is None:
+        return None
+    if head_dim > MAX_NORM_DIM:
+        raise ValueError(f"head_dim must be at most {MAX_NORM_DIM} with a norm, got {head_dim}")
+    of_weights = {name: array for name, array in given.items() if name in OF_WEIGHTS}
+    for name, array in of_weights.items():
+        check_dtype(name, array, FLOATS)
+        first = next(iter(of_weights))
+        if array.dtype != of_weights[first].dtype:
+            raise TypeError(
+                f"{name} must have {first}'s dtype {of_weights[first].dtype}, got {array.dtype}"
+            )
+        heads = num_heads[name == "k_weight"] if norm.kind == TOKEN_NORM else 1
+        if array.shape != (heads * head_dim,):
+            raise ValueError(
+                f"{name} must have the shape {(heads * head_dim,)} with norm={norm.kind!r}, got "
+                f"{array.shape}"
+            )
+    weights = [
+        of_weights.get("q_weight", of_weights.get("weight")),
+        of_weights.get("k_weight"),
+    ]
+    return NormProblem(
+        norm=norm,
+        dtype=next((array.dtype for array in of_weights.values()), "float32"),
+        strides=tuple(array.strides[0] if array else 0 for array in weights),  # type: ignore[arg-type]
+        alignments=tuple(array.alignment if array else 16 for array in weights),  # type: ignore[arg-type]
+    )
+
+
+def _cache_view(
+    name: str, cache: ArraySpec, x: ArraySpec, view: Canonical, how: Cache
+) -> Canonical:
+    """See a cache as (blocks, places in a block, heads, head_dim)."""
+    *_, num_heads, head_dim = view.shape
+    check_dtype(name, cache, ("uint8", how.dtype) if how.dtype else (x.dtype, *FLOATS_8))
+    shape, strides = cache.shape, cache.strides
+    if len(shape) == 2:  # (slots, heads * head_dim)
+        if shape[1] != num_heads * head_dim:
+            raise ValueError(
+                f"{name} must have the shape (slots, {num_heads * head_dim}), got {shape}"
+            )
+        shape = shape[0], num_heads, head_dim
+        strides = strides[0], head_dim * strides[1], strides[1]
+    heads, place = (-3, -2) if how.layout == "HND" else (-2, -3)
+    if len(shape) not in (3, 4) or (shape[heads], shape[-1]) != (num_heads, head_dim):
+        wanted = "heads, slots, head_dim" if how.layout == "HND" else "slots, heads, head_dim"
+        raise ValueError(
+            f"{name} must have the shape ({wanted}) or (blocks, {wanted}), with {num_heads} heads "
+            f"and head_dim {head_dim}, got {cache.shape}"
+        )
+    if cache.device != x.device:
+        raise ValueError(f"{name} must be on its input's device {x.device}, got {cache.device}")
+    if not cache.writable:
+        raise ValueError(f"{name} must be writable, got an array that is read-only or does not say")
+    if may_overlap_itself(cache):
+        raise ValueError(
+            f"{name} must not overlap itself, got strides {cache.strides} for shape {cache.shape}"
+        )
+    block = (shape[0], strides[0]) if len(shape) == 4 else (1, 0)
+    return Canonical(
+        (block[0], shape[place], num_heads, head_dim),
+        (block[1], strides[place], strides[heads], strides[-1]),
+    )
+
+
+def _cache_problem(
+    given: dict[str, ArraySpec],
+    dtype: str,
+    tokens: tuple[int, int],
+    caches: tuple[ArraySpec, ...],
+    options: Options,
+) -> CacheProblem | None:
+    """Check the slots and scales of caches."""
+    if options.cache is None:
+        return None
+    of_each = [_blocks(cache, options.cache.layout) for cache in caches]
+    if of_each[0] != of_each[1] or caches[0].dtype != caches[1].dtype:
+        raise ValueError(
+            f"v_cache must have k_cache's blocks, block size and dtype, {of_each[0]} of "
+            f"{caches[0].dtype}, got {of_each[1]} of {caches[1].dtype}"
+        )
+    num_blocks, block_size = of_each[0]
+    if num_blocks * block_size > MAX_ROWS:
+        raise ValueError(
+            f"k_cache must have at most {MAX_ROWS} slots, got {num_blocks * block_size}"
+        )
+    slots = given["slot_mapping"]
+    check_dtype("slot_mapping", slots, ("int32", "int64"))
+    if slots.shape not in (tokens, *([tokens[1:]] if tokens[0] == 1 else [])):
+        raise ValueError(
+            f"slot_mapping must have the shape {tokens}, one for each token, or {tokens[1:]} of "
+            f"one batch, got {slots.shape}"
+        )
+    element = options.cache.dtype or caches[0].dtype
+    for name in ("k_scale", "v_scale"):
+        if name in given:
+            check_dtype(name, given[name], ("float32",))
+            if given[name].shape not in ((), (1,)):
+                raise ValueError(f"{name} must be of one element, got shape {given[name].shape}")
+        if element == dtype and (name in given or getattr(options.cache, name) != 1):
+            raise ValueError(f"{name} must be None or 1 with a cache of {dtype}, got a scale")
+    return CacheProblem(
+        dtype=element,
+        slot_dtype=slots.dtype,
+        slot_strides=(slots.strides[0] if len(slots.shape) == 2 else 0, slots.strides[-1]),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        scales=(options.cache.k_scale, options.cache.v_scale),
+    )
+
+
+def _blocks(cache: ArraySpec, layout: str) -> tuple[int, int]:
+    """Return how many blocks a cache has, of how many slots; one where it has none."""
+    if len(cache.shape) == 2:
+        return 1, cache.shape[0]
+    size = cache.shape[-2 if layout == "HND" else -3]
+    return cache.shape[0] if len(cache.shape) == 4 else 1, size
 
 
 def out_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return what the outputs are called in messages."""
     return ("out",) if len(names) == 1 else tuple(f"{name}_out" for name in names)
-
-
-def check_options(
-    interleaved: object,
-    layout: object,
-    head_dim: object,
-    rotary_offset: object,
-    conjugate: object,
-    out_of_range: object,
-    mrope_section: object,
-    mrope_interleaved: object,
-) -> Options:
-    """Check what needs no array of the fields of Options, which are given one by one."""
-    if not isinstance(interleaved, bool):
-        raise TypeError(f"interleaved must be True or False, got {interleaved!r}")
-    if not isinstance(conjugate, bool):
-        raise TypeError(f"conjugate must be True or False, got {conjugate!r}")
-    if not isinstance(layout, str | None):
-        raise TypeError(f"layout must be a string of axis names or None, got {layout!r}")
-    if layout is not None and not (
-        layout[-1:] == "d" and _axes(layout) in (["h", "s"], ["b", "h", "s"])
-    ):
-        raise ValueError(
-            "layout must name the axes b (optional), s or t, and h in any order, then d, such as "
-            f"'bshd', 'bhsd', 'sbhd', 'shd' or 'thd', got {layout!r}"
-        )
-    head_dim = None if head_dim is None else index("head_dim", head_dim)
-    if head_dim is not None and head_dim <= 0:
-        raise ValueError(f"head_dim must be positive, got {head_dim}")
-    if head_dim is not None and layout is not None and layout[-2:] != "hd":
-        raise ValueError(
-            f"layout must end in 'hd' where head_dim splits the last axis, got {layout!r}"
-        )
-    if not isinstance(out_of_range, str):
-        raise TypeError(f"out_of_range must be 'nan' or 'keep', got {out_of_range!r}")
-    if out_of_range not in ("nan", "keep"):
-        raise ValueError(f"out_of_range must be 'nan' or 'keep', got {out_of_range!r}")
-    offset = index("rotary_offset", rotary_offset)
-    if not isinstance(mrope_interleaved, bool):
-        raise TypeError(f"mrope_interleaved must be True or False, got {mrope_interleaved!r}")
-    sections = _checked_sections(mrope_section)
-    if mrope_interleaved and sections is None:
-        raise ValueError("mrope_section must be given with mrope_interleaved=True, got None")
-    return Options(
-        interleaved,
-        layout,
-        head_dim,
-        offset,
-        conjugate,
-        out_of_range,
-        sections,
-        mrope_interleaved,
-    )
-
-
-def _checked_sections(mrope_section: object) -> tuple[int, int, int] | None:
-    if mrope_section is None:
-        return None
-    if not isinstance(mrope_section, tuple | list) or len(mrope_section) != NUM_AXES:
-        raise TypeError(f"mrope_section must be None or three ints, got {described(mrope_section)}")
-    first, second, third = (index("mrope_section", each, "three ints") for each in mrope_section)
-    if min(first, second, third) < 0:
-        raise ValueError(f"mrope_section must be of 0 or more pairs, got {mrope_section}")
-    return first, second, third
-
-
-@lru_cache(maxsize=256, typed=True)
-def known_options(*options_and_types: Any) -> Options:
-    """Check options that can be hashed, with the types of what mrope_section holds behind them."""
-    return check_options(*options_and_types[: len(Options._fields)])
 
 
 def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) -> int:
@@ -322,17 +453,6 @@ def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) 
             f"{num_tokens} tokens, got {shape[0]} positions"
         )
     return first
-
-
-def axis_names(rank: int, options: Options) -> str:
-    """Return the names of an array's axes, "h" for a last one that head_dim splits, t as s."""
-    split = options.head_dim is not None
-    layout = options.layout or DEFAULT_LAYOUTS.get(rank + split, "")
-    return layout.replace("t", "s")[: -1 if split else None]
-
-
-def _axes(layout: str) -> list[str]:
-    return sorted(layout[:-1].replace("t", "s"))
 
 
 def _canonical(name: str, x: ArraySpec, options: Options) -> Canonical:
@@ -431,12 +551,12 @@ def _check_table(
     batch: int,
     num_tokens: int,
     num_heads: tuple[int, ...],
-    rows: tuple[tuple[str, ArraySpec], ...],
+    rows: dict[str, ArraySpec],
 ) -> None:
     """Refuse a table by batch and token (and head) that does not match the tensors."""
     if len(shape) == 2:
         return
-    for name, array in rows:
+    for name, array in rows.items():
         raise ValueError(
             f"{name} must be None with a table by batch and token, {shape}, got an array of "
             f"shape {array.shape}"
@@ -479,18 +599,18 @@ def _section_ends(options: Options) -> tuple[int, int]:
 
 
 def _position_kind(
-    rows: tuple[tuple[str, ArraySpec], ...],
+    given: dict[str, ArraySpec],
     batch: int,
     num_tokens: int,
     num_pairs: int,
     options: Options,
 ) -> str:
     """Check the arrays that tell the positions of tokens; return what they are."""
-    given = dict(rows)
-    for name, array in rows:
+    for name, array in given.items():
         check_dtype(name, array, ("int32", "int64"))
-        if array.dtype != rows[0][1].dtype:
-            raise TypeError(f"{name} must have {rows[0][0]}'s dtype, got {array.dtype}")
+        first = next(iter(given))
+        if array.dtype != given[first].dtype:
+            raise TypeError(f"{name} must have {first}'s dtype, got {array.dtype}")
     sections = options.mrope_section
     if sections is not None:
         if "positions" not in given:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from .calls import rotate
 from .checks import described
+from .options import Norm, checked_cache, checked_norm, checked_packed
 
 Array = TypeVar("Array")  # of any library, whose kind the results have too
 
@@ -27,6 +28,7 @@ def apply_rotary(
     out_of_range: str = "nan",
     mrope_section: Sequence[int] | None = None,
     mrope_interleaved: bool = False,
+    rounding: str = "once",
 ) -> Array:
     """Rotate the heads of one array x, such as (b, s, h, d), and return an array of its kind.
 
@@ -47,6 +49,10 @@ def apply_rotary(
         out_of_range,
         mrope_section,
         mrope_interleaved,
+        rounding,
+        None,
+        None,
+        None,
     )
     (result,) = rotate(("x",), (x,), table, rows, options, None if out is None else (out,))
     return result  # type: ignore[no-any-return]
@@ -69,6 +75,7 @@ def apply_rotary_qk(
     out_of_range: str = "nan",
     mrope_section: Sequence[int] | None = None,
     mrope_interleaved: bool = False,
+    rounding: str = "once",
 ) -> tuple[Array, Array]:
     """Rotate the heads of q and k by the angles of their tokens' positions, in one launch.
 
@@ -104,6 +111,11 @@ def apply_rotary_qk(
             rotary_dim / 2. A token is out of range where one of its positions is.
         mrope_interleaved: False for sections one behind the other (Qwen2-VL), True for pairs in
             turn, the first axis once the others have theirs (Qwen3-VL).
+        rounding: "once", at the store; or "eager", which rounds every product and every sum as
+            PyTorch's operations do one by one, and so gives bit by bit what models were trained
+            with: `apply_rotary_pos_emb` of Hugging Face transformers, by its table in q's dtype,
+            and diffusers' functions, by a float32 one. The table decides: where cosines and sines
+            are of q's dtype, products are rounded to it, else to float32 or float64.
 
     Returns:
         (q_out, k_out): new arrays of the caller's library, dense, with the axes in memory in the
@@ -138,8 +150,326 @@ def apply_rotary_qk(
         out_of_range,
         mrope_section,
         mrope_interleaved,
+        rounding,
+        None,
+        None,
+        None,
     )
-    if out is not None and not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(f"out must be None or a tuple of two arrays, got {described(out)}")
+    _check_two(out)
     q_out, k_out = rotate(("q", "k"), (q, k), table, rows, options, out)
     return q_out, k_out
+
+
+def apply_norm_rotary(
+    x: Array,
+    weight: Any,
+    table: Any,
+    *,
+    eps: float = 1e-6,
+    norm: str = "head",
+    weight_offset: float = 0.0,
+    round_norm: bool = True,
+    positions: Any = None,
+    seqlen_offsets: Any = None,
+    cu_seqlens: Any = None,
+    interleaved: bool = False,
+    layout: str | None = None,
+    head_dim: int | None = None,
+    rotary_offset: int = 0,
+    conjugate: bool = False,
+    out: Array | None = None,
+    out_of_range: str = "nan",
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+    rounding: str = "once",
+) -> Array:
+    """Normalise the heads of one array x, then rotate them: see `apply_qk_norm_rotary`.
+
+    >>> import numpy as np
+    >>> quarter_turn = np.array([[0.0]]), np.array([[1.0]])  # cos, sin
+    >>> apply_norm_rotary(np.array([[[3.0, 3.0]]]), None, quarter_turn, eps=0.0)
+    array([[[-1.,  1.]]])
+    """
+    rows = positions, seqlen_offsets, cu_seqlens
+    options = (
+        interleaved,
+        layout,
+        head_dim,
+        rotary_offset,
+        conjugate,
+        out_of_range,
+        mrope_section,
+        mrope_interleaved,
+        rounding,
+        checked_norm(norm, eps, weight_offset, round_norm),
+        None,
+        None,
+    )
+    outs = None if out is None else (out,)
+    (result,) = rotate(("x",), (x,), table, rows, options, outs, _given(weight=weight))
+    return result  # type: ignore[no-any-return]
+
+
+def apply_qk_norm_rotary(
+    q: Array,
+    k: Array,
+    q_weight: Any,
+    k_weight: Any,
+    table: Any,
+    *,
+    eps: float = 1e-6,
+    norm: str = "head",
+    weight_offset: float = 0.0,
+    round_norm: bool = True,
+    positions: Any = None,
+    seqlen_offsets: Any = None,
+    cu_seqlens: Any = None,
+    interleaved: bool = False,
+    layout: str | None = None,
+    head_dim: int | None = None,
+    rotary_offset: int = 0,
+    conjugate: bool = False,
+    out: tuple[Array, Array] | None = None,
+    out_of_range: str = "nan",
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+    rounding: str = "once",
+) -> tuple[Array, Array]:
+    """Normalise the heads of q and k, then rotate them, in one launch that moves the same bytes.
+
+    RMSNorm, Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4:
+    x / sqrt(mean(x^2) + eps) * (weight + weight_offset). The mean is that of a whole head, also
+    where only a slice of it turns, or of all heads of a token.
+
+    Args:
+        q, k, table, and what is not named here: as for `apply_rotary_qk`, with heads of up to 512
+            elements.
+        q_weight, k_weight: None for 1, or arrays of shape (head_dim,), with ``norm="heads"`` of
+            shape (heads * head_dim,), of one of the dtypes float16, bfloat16, float32 and float64,
+            which need not be q's.
+        eps: is added to the mean of the squares.
+        norm: "head" for each head (Qwen3, Flux, Qwen-Image, Z-Image, HunyuanVideo), "heads" for all
+            heads of a token together (Wan, LTX, OLMo 2). Of these a block of 1,024 threads must
+            hold a token: with dense arrays that is 65,536 elements of 16 bits.
+        weight_offset: is added to weights; 1.0 for Gemma.
+        round_norm: True rounds what is normalised to q's dtype before it turns, as models do whose
+            norm is a module of its own; False rounds once, at the store.
+
+    Returns:
+        (q_out, k_out), as `apply_rotary_qk`.
+
+    Raises as `apply_rotary_qk`. PyTorch records gradients of q, k and both weights where new arrays
+    are returned, and refuses to where arrays are written in place.
+
+    >>> import numpy as np
+    >>> q, k = np.ones((1, 6, 8, 64), np.float32), np.ones((1, 6, 2, 64), np.float32)
+    >>> angles = np.outer(np.arange(6), 10000.0 ** -np.linspace(0, 1, 32, endpoint=False))
+    >>> table = np.cos(angles), np.sin(angles)
+    >>> weight = np.ones(64, np.float32)
+    >>> q_out, k_out = apply_qk_norm_rotary(q, k, weight, weight, table)
+    >>> q_out.shape, k_out.shape
+    ((1, 6, 8, 64), (1, 6, 2, 64))
+    """
+    _check_two(out)
+    rows = positions, seqlen_offsets, cu_seqlens
+    options = (
+        interleaved,
+        layout,
+        head_dim,
+        rotary_offset,
+        conjugate,
+        out_of_range,
+        mrope_section,
+        mrope_interleaved,
+        rounding,
+        checked_norm(norm, eps, weight_offset, round_norm),
+        None,
+        None,
+    )
+    more = _given(q_weight=q_weight, k_weight=k_weight)
+    q_out, k_out = rotate(("q", "k"), (q, k), table, rows, options, out, more)
+    return q_out, k_out
+
+
+def apply_rotary_qkv(
+    qkv: Array,
+    table: Any,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: Any = None,
+    k_weight: Any = None,
+    norm: str | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    round_norm: bool = True,
+    positions: Any = None,
+    seqlen_offsets: Any = None,
+    cu_seqlens: Any = None,
+    interleaved: bool = False,
+    layout: str | None = None,
+    head_dim: int | None = None,
+    rotary_offset: int = 0,
+    conjugate: bool = False,
+    out: Array | None = None,
+    out_of_range: str = "nan",
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+    rounding: str = "once",
+) -> Array:
+    """Rotate q and k within a packed projection, and leave v as it is, in one launch.
+
+    Args:
+        qkv: an array whose heads are the `num_heads` of q, then the `num_kv_heads` of k, then as
+            many of v: such as (b, s, num_heads + 2 num_kv_heads, d) or, with `head_dim`, (b, s,
+            (num_heads + 2 num_kv_heads) * d).
+        q_weight, k_weight, norm, eps, weight_offset, round_norm: as for `apply_qk_norm_rotary`;
+            where `norm` is None there is none, but "head" where a weight is given.
+        out: None for a new array, v included, or an array to write, such as qkv itself, of which v
+            is then neither read nor written.
+        table, and all others: as for `apply_rotary_qk`.
+
+    Returns an array like qkv; raises as `apply_rotary_qk`.
+
+    >>> import numpy as np
+    >>> qkv = np.ones((6, 12, 64), np.float32)  # 8 heads of q, 2 of k and of v
+    >>> angles = np.outer(np.arange(6), 10000.0 ** -np.linspace(0, 1, 32, endpoint=False))
+    >>> table = np.cos(angles), np.sin(angles)
+    >>> out = apply_rotary_qkv(qkv, table, num_heads=8, num_kv_heads=2, out=qkv)
+    >>> out is qkv and bool((out[:, 10:] == 1).all())
+    True
+    """
+    more = _given(q_weight=q_weight, k_weight=k_weight)
+    rows = positions, seqlen_offsets, cu_seqlens
+    options = (
+        interleaved,
+        layout,
+        head_dim,
+        rotary_offset,
+        conjugate,
+        out_of_range,
+        mrope_section,
+        mrope_interleaved,
+        rounding,
+        _norm(norm, eps, weight_offset, round_norm, more),
+        checked_packed(num_heads, num_kv_heads),
+        None,
+    )
+    outs = None if out is None else (out,)
+    (result,) = rotate(("qkv",), (qkv,), table, rows, options, outs, more)
+    return result  # type: ignore[no-any-return]
+
+
+def apply_rotary_kv_cache(
+    q: Array,
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    table: Any,
+    *,
+    slot_mapping: Any,
+    cache_layout: str = "NHD",
+    cache_dtype: str | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    q_weight: Any = None,
+    k_weight: Any = None,
+    norm: str | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    round_norm: bool = True,
+    positions: Any = None,
+    seqlen_offsets: Any = None,
+    cu_seqlens: Any = None,
+    interleaved: bool = False,
+    layout: str | None = None,
+    head_dim: int | None = None,
+    rotary_offset: int = 0,
+    conjugate: bool = False,
+    out: Array | None = None,
+    out_of_range: str = "nan",
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+    rounding: str = "once",
+) -> Array:
+    """Rotate q, rotate k straight into its cache and copy v into its own, in one launch.
+
+    Args:
+        q, k, v: as for `apply_rotary_qk`; v has k's shape. Neither k nor v is written.
+        k_cache, v_cache: arrays with any strides, of slots (slots, heads, d) or (slots, heads * d),
+            or of blocks, which are pages, of slots (blocks, block_size, heads, d). They have q's
+            dtype, or float8_e4m3fn or float8_e5m2.
+        slot_mapping: the slot of each token, an int32 or int64 array of shape (s,) or (b, s): slot
+            i is in block i // block_size, at i % block_size. A token whose slot the cache does not
+            hold, such as -1, is left out; two tokens must not share a slot.
+        cache_layout: "NHD", or "HND" for caches (heads, slots, d) or (blocks, heads, block_size,
+            d).
+        cache_dtype: "float8_e4m3fn" or "float8_e5m2" for what the elements of uint8 caches are.
+        k_scale, v_scale: what is divided by before it is rounded to 8 bits: None for 1, a number,
+            or a float32 array of one element. What is too large becomes the largest number.
+        q_weight, k_weight, norm, eps, weight_offset, round_norm: as for `apply_qk_norm_rotary`;
+            where `norm` is None there is none, but "head" where a weight is given.
+        out: None for a new q, or an array to write, such as q itself.
+        table, and all others: as for `apply_rotary_qk`.
+
+    Returns q rotated. Raises as `apply_rotary_qk`, and where a gradient is wanted, which is not
+    recorded.
+
+    >>> import numpy as np
+    >>> q, k, v = (np.ones((6, heads, 64), np.float32) for heads in (8, 2, 2))
+    >>> k_cache, v_cache = np.zeros((2, 4, 16, 2, 64), np.float32)  # 4 blocks of 16 slots
+    >>> angles = np.outer(np.arange(6), 10000.0 ** -np.linspace(0, 1, 32, endpoint=False))
+    >>> slots = np.array([16, 17, 18, 48, 49, -1])
+    >>> q_out = apply_rotary_kv_cache(
+    ...     q, k, v, k_cache, v_cache, (np.cos(angles), np.sin(angles)), slot_mapping=slots
+    ... )
+    >>> q_out.shape, v_cache[:, :, 0, 0].sum(axis=1)
+    ((6, 8, 64), array([0., 3., 0., 2.], dtype=float32))
+    """
+    k_number, v_number = (None if hasattr(s, "ndim") else s for s in (k_scale, v_scale))
+    weights = _given(q_weight=q_weight, k_weight=k_weight)
+    more = *weights, ("slot_mapping", slot_mapping)
+    if k_number is not k_scale or v_number is not v_scale:
+        more = *more, *_arrays(k_scale=k_scale, v_scale=v_scale)
+    rows = positions, seqlen_offsets, cu_seqlens
+    options = (
+        interleaved,
+        layout,
+        head_dim,
+        rotary_offset,
+        conjugate,
+        out_of_range,
+        mrope_section,
+        mrope_interleaved,
+        rounding,
+        _norm(norm, eps, weight_offset, round_norm, weights),
+        None,
+        checked_cache(cache_layout, cache_dtype, k_number, v_number),
+    )
+    xs, outs = (q, k, v), (out, k_cache, v_cache)
+    return rotate(("q", "k", "v"), xs, table, rows, options, outs, more)[0]  # type: ignore[no-any-return]
+
+
+def _check_two(out: object) -> None:
+    if out is not None and not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(f"out must be None or a tuple of two arrays, got {described(out)}")
+
+
+def _given(**arrays: Any) -> tuple[tuple[str, Any], ...]:
+    """Return the arrays that are not None, by their names."""
+    return tuple([(name, array) for name, array in arrays.items() if array is not None])
+
+
+def _arrays(**values: Any) -> tuple[tuple[str, Any], ...]:
+    """Return the values that are no numbers, by their names."""
+    return tuple([(name, value) for name, value in values.items() if hasattr(value, "ndim")])
+
+
+def _norm(
+    norm: str | None, eps: float, weight_offset: float, round_norm: bool, weights: tuple[Any, ...]
+) -> Norm | None:
+    """Return what is normalised: heads, where weights alone are given."""
+    if norm is None and not weights:
+        return None
+    return checked_norm("head" if norm is None else norm, eps, weight_offset, round_norm)

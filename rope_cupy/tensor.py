@@ -371,6 +371,11 @@ def describe(name: str, array: Any, stream: int | None = None) -> Array:
     return library_of(name, array).describe(name, array, stream)
 
 
+def empty_like(array: Any) -> Any:
+    """Return a new array like one of any library: see `Library.empty_like`."""
+    return library_of("q", array).empty_like(array)
+
+
 def computed(
     function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
 ) -> tuple[Any, ...]:

@@ -14,7 +14,8 @@ import torch
 from . import calls
 from .checks import count, described, index
 from .frequencies import cos_sin, inverse_frequencies
-from .problem import Options, axis_names, check_options, out_names
+from .options import Options, axis_names, check_options
+from .problem import out_names
 from .rotary import apply_rotary_qk
 from .tables import FORMS, TableSource, source_of
 from .tensor import Glance, check_gradient

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from rope_cupy.memory import array_spec
+from rope_cupy.options import Options, check_options
 from rope_cupy.plan import BLOCK_BYTES, divisor, launch_plan
 from rope_cupy.problem import (
     ANY_POSITION,
     MAX_ROWS,
-    Options,
     Pointers,
     TableSpec,
-    check_options,
     rotary_problem,
 )
 

@@ -25,12 +25,12 @@ import numpy as np
 
 from rope_cupy import jit
 from rope_cupy.memory import ITEMSIZE, ndarray_at
+from rope_cupy.options import NUM_AXES
 from rope_cupy.plan import launch_plan
 from rope_cupy.problem import (
     FREQUENCY,
     IMPLICIT,
     MIXED,
-    NUM_AXES,
     OFFSET,
     PACKED,
     SECTIONS,
@@ -99,15 +99,15 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
     """Solve the problem as its kernel does, on arrays at these addresses."""
     plan, arrays = launch_plan(problem), arrays_of(problem, pointers)
     moves = moves_of(arrays)
-    tensors = range(len(problem.tensors))
+    at = [pointers.of_tensor(i) for i in range(len(problem.tensors))]
+    names = Pointers._fields[Pointers._fields.index("positions") : -1]
     moved = Pointers(
-        x=tuple(pointers.x[i] + moves[f"x[{i}]"] for i in tensors),
-        out=tuple(pointers.out[i] + moves[f"out[{i}]"] for i in tensors),
+        x=tuple(x + moves[f"x[{i}]"] for i, (x, _) in enumerate(at)),
+        out=tuple(out + moves[f"out[{i}]"] for i, (_, out) in enumerate(at)),
         cos=pointers.cos + moves["cos"],
         sin=pointers.sin + moves.get("sin", moves["cos"]),
-        positions=pointers.positions + moves.get("positions", 0),
-        cu_seqlens=pointers.cu_seqlens + moves.get("cu_seqlens", 0),
         first=pointers.first,
+        **{name: getattr(pointers, name) + moves.get(name, 0) for name in names},
     )
     source = jit.sources() / "rotary.cu"
     run(source, plan.kernel, plan.grid, plan.block, plan.argument_block(moved), arrays)
@@ -117,17 +117,19 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
 def arrays_of(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
     """What the launch of a problem may touch: in place, nothing but the slice that turns."""
     arrays = {}
-    itemsize = ITEMSIZE[problem.dtype]
     first, size = 0, problem.head_dim
-    if problem.in_place:
+    if problem.in_place and not problem.norm:
         first, size = problem.rotary_offset, problem.rotary_dim
     for i, tensor in enumerate(problem.tensors):
         shape = (problem.batch, problem.num_tokens, tensor.num_heads, size)
-        for name, address, view in (
-            (f"x[{i}]", pointers.x[i], tensor.x),
-            (f"out[{i}]", pointers.out[i], tensor.out),
-        ):
-            start = address + first * view.strides[3] * itemsize
+        x, out = pointers.of_tensor(i)
+        for name, address, view in ((f"x[{i}]", x, tensor.x), (f"out[{i}]", out, tensor.out)):
+            itemsize = ITEMSIZE[problem.dtype]
+            if problem.cache and i and name.startswith("out"):
+                itemsize = ITEMSIZE[problem.cache.dtype]
+                shape = (problem.cache.num_blocks, problem.cache.block_size, *shape[2:])
+            to_first = tensor.start * view.strides[2] + first * view.strides[3]
+            start = address + to_first * itemsize
             arrays[name] = Array(start, itemsize, shape, view.strides, name.startswith("out"))
     arrays["cos"] = _table(problem, pointers.cos, problem.cos, problem.cos_row)
     if not problem.sin_offset:  # else the sines lie among the cosines
@@ -136,6 +138,33 @@ def arrays_of(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
             arrays["sin"] = Array(pointers.sin, ITEMSIZE[FREQUENCY], (1,), (1,))
     if problem.position_dtype:
         arrays |= _rows(problem, pointers)
+    return arrays | _weights(problem, pointers) | _slots(problem, pointers)
+
+
+def _weights(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
+    """The weights of a norm, of which any may be missing."""
+    if problem.norm is None:
+        return {}
+    arrays = {}
+    weights = zip(("q_weight", "k_weight"), problem.tensors, problem.norm.strides, strict=False)
+    for name, tensor, stride in weights:
+        if address := getattr(pointers, name):
+            heads = tensor.num_heads if problem.norm.norm.kind == "heads" else 1
+            shape = (heads * problem.head_dim,)
+            arrays[name] = Array(address, ITEMSIZE[problem.norm.dtype], shape, (stride,))
+    return arrays
+
+
+def _slots(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
+    """The slots of a cache and the scales that lie in memory."""
+    if problem.cache is None:
+        return {}
+    itemsize, strides = ITEMSIZE[problem.cache.slot_dtype], problem.cache.slot_strides
+    shape = (problem.batch, problem.num_tokens)
+    arrays = {"slots": Array(pointers.slots, itemsize, shape, strides)}
+    for name in ("k_scale", "v_scale"):
+        if address := getattr(pointers, name):
+            arrays[name] = Array(address, ITEMSIZE["float32"], (1,), (1,))
     return arrays
 
 

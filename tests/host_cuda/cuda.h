@@ -22,6 +22,8 @@ constexpr int warpSize = 32;
 
 inline float fmaf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+inline float sqrtf(float a) { return __builtin_sqrtf(a); }
+inline double sqrt(double a) { return __builtin_sqrt(a); }
 
 inline void sincospi(double x, double* sin, double* cos) {
   const long double angle = 3.14159265358979323846264338327950288L * x;

@@ -1,0 +1,113 @@
+// RMSNorm: elements over the root of the mean of their squares, times weights.
+//
+//   NoNorm                          leaves them as they are
+//   RmsNorm<Weight, kOfToken, ...>  of each head, with weights (head_dim,), or of all heads of a
+//                                   token, with weights (num_heads * head_dim,); Weight is their type
+//
+// B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
+//
+// The threads that have a head, or a token, are neighbours in one block. kSpan of them, a power of
+// two, add up by shuffles what they have; where there are more, kShares, they do so by way of shared
+// memory. kRounds: what is normalised and weighed becomes a number of the tensor's type.
+#pragma once
+
+#include "views.cuh"
+
+// Of a block that holds whole tokens. A thread of fewer has more registers.
+template <typename Real>
+constexpr int kMostThreads = 4096 / sizeof(Real);
+
+// A number in the place of an integer.
+template <typename Real>
+struct alignas(8) Word {
+  Real value;
+};
+
+struct Weights {
+  long long head;  // from those of one head to those of the next
+  long long step;  // from those of one row of a set to those of its next
+  long long element;
+  long long width;
+
+  template <typename T, bool kCommon>
+  __device__ __forceinline__ Access access() const {
+    if constexpr (kCommon) return {1, kWidestAccess<T>};
+    return {element, static_cast<int>(width)};
+  }
+};
+
+struct NoNorm {
+  template <typename Real>
+  struct Arguments {};
+
+  using Weight = float;
+  static constexpr bool kIsThere = false;
+  static constexpr bool kOfToken = false;
+  static constexpr bool kRounds = false;
+};
+
+template <typename Weight_, bool kOfToken_, int kSpan, bool kShares, bool kRounds_>
+struct RmsNorm {
+  template <typename Real>
+  struct Arguments {
+    Weights layout[2];
+    Word<Real> share[2];  // of an element in the mean
+    Word<Real> eps;
+    Word<Real> offset;       // is added to weights
+    const void* weights[2];  // at the rotated slice of the first head; null where all are 1
+  };
+
+  using Weight = Weight_;
+  static constexpr bool kIsThere = true;
+  static constexpr bool kOfToken = kOfToken_;
+  static constexpr bool kRounds = kRounds_;
+
+  // The sums of what all threads of a head, or of a token, have: `num_threads` from the first on.
+  template <int kRows, typename Real>
+  static __device__ __forceinline__ void add_up(Real (&sums)[kRows], int first, int num_threads) {
+    static_assert(kSpan > 0 && kSpan <= 32 && (kSpan & (kSpan - 1)) == 0, "spans halve in a warp");
+    static_assert(kRows == 1 || !kShares, "shared memory holds one sum of a thread");
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    const unsigned span = (kSpan == 32 ? 0 : 1u << kSpan % 32) - 1;
+    const unsigned mask = span << (thread & (32 - kSpan));
+#pragma unroll
+    for (int lanes = kSpan / 2; lanes > 0; lanes /= 2) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        sums[i] = add(sums[i], __shfl_xor_sync(mask, sums[i], lanes));
+      }
+    }
+    if constexpr (kShares) {
+      __shared__ Real shared[kMostThreads<Real> / kSpan];
+      shared[thread / kSpan] = sums[0];
+      __syncthreads();
+      Real sum = 0;
+      for (int i = 0; i < num_threads / kSpan; ++i) sum = add(sum, shared[first / kSpan + i]);
+      sums[0] = sum;
+    }
+  }
+
+  // The numbers of a run times a scale and their weights.
+  template <typename T, int kSize, typename Real>
+  static __device__ __forceinline__ Numbers<Real, kSize> normalised(
+      const Vec<T, kSize>& run, Real scale, const Vec<Weight, kSize>& weights, bool has_weights,
+      Real offset) {
+    auto numbers = widen<Real>(run);
+    const auto weight = widen<Real>(weights);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      Real& number = numbers.values[i];
+      number = multiply(number, scale);
+      if (has_weights) number = multiply(number, add(weight.values[i], offset));
+    }
+    return kRounds ? widen<Real>(narrow<T>(numbers)) : numbers;
+  }
+};
+
+template <typename Real, int kSize>
+__device__ __forceinline__ Real sum_of_squares(const Numbers<Real, kSize>& numbers) {
+  Real sum = 0;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) sum = multiply_add(numbers.values[i], numbers.values[i], sum);
+  return sum;
+}

@@ -1,0 +1,200 @@
+"""Options: the keyword arguments of a call that are not arrays, and their checks. Pure."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .checks import count, described, index, positive
+from .memory import FLOATS_8
+
+DEFAULT_LAYOUTS = {3: "shd", 4: "bshd"}
+NUM_AXES = 3  # of positions with mrope_section
+ROUNDINGS = "once", "eager"
+NORMS = HEAD_NORM, TOKEN_NORM = "head", "heads"
+CACHE_LAYOUTS = "NHD", "HND"
+LEAST_SCALE = 2.0**-126  # whose reciprocal is a float32
+
+
+class Norm(NamedTuple):
+    """RMSNorm of q and k before they turn."""
+
+    kind: str  # of NORMS
+    eps: float
+    weight_offset: float
+    round_norm: bool
+
+
+class Packed(NamedTuple):
+    """The heads of one array that holds q, k and v."""
+
+    num_heads: int
+    num_kv_heads: int
+
+
+class Cache(NamedTuple):
+    """Caches that k and v are written to."""
+
+    layout: str  # of CACHE_LAYOUTS
+    dtype: str | None  # what uint8 elements are
+    k_scale: float
+    v_scale: float
+
+
+class Options(NamedTuple):
+    """The keyword arguments of a call that are not arrays."""
+
+    interleaved: bool
+    layout: str | None
+    head_dim: int | None
+    rotary_offset: int
+    conjugate: bool
+    out_of_range: str
+    mrope_section: tuple[int, int, int] | None
+    mrope_interleaved: bool
+    rounding: str = "once"
+    norm: Norm | None = None
+    packed: Packed | None = None
+    cache: Cache | None = None
+
+
+def check_options(
+    interleaved: object,
+    layout: object,
+    head_dim: object,
+    rotary_offset: object,
+    conjugate: object,
+    out_of_range: object,
+    mrope_section: object,
+    mrope_interleaved: object,
+    rounding: object = "once",
+    norm: Norm | None = None,
+    packed: Packed | None = None,
+    cache: Cache | None = None,
+) -> Options:
+    """Check what needs no array of the fields of Options, which are given one by one.
+
+    The last three have been checked by functions of their own.
+    """
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"interleaved must be True or False, got {interleaved!r}")
+    if not isinstance(conjugate, bool):
+        raise TypeError(f"conjugate must be True or False, got {conjugate!r}")
+    if not isinstance(layout, str | None):
+        raise TypeError(f"layout must be a string of axis names or None, got {layout!r}")
+    if layout is not None and not (
+        layout[-1:] == "d" and _axes(layout) in (["h", "s"], ["b", "h", "s"])
+    ):
+        raise ValueError(
+            "layout must name the axes b (optional), s or t, and h in any order, then d, such as "
+            f"'bshd', 'bhsd', 'sbhd', 'shd' or 'thd', got {layout!r}"
+        )
+    head_dim = None if head_dim is None else index("head_dim", head_dim)
+    if head_dim is not None and head_dim <= 0:
+        raise ValueError(f"head_dim must be positive, got {head_dim}")
+    if head_dim is not None and layout is not None and layout[-2:] != "hd":
+        raise ValueError(
+            f"layout must end in 'hd' where head_dim splits the last axis, got {layout!r}"
+        )
+    _check_choice("out_of_range", out_of_range, ("nan", "keep"))
+    offset = index("rotary_offset", rotary_offset)
+    if not isinstance(mrope_interleaved, bool):
+        raise TypeError(f"mrope_interleaved must be True or False, got {mrope_interleaved!r}")
+    sections = _checked_sections(mrope_section)
+    if mrope_interleaved and sections is None:
+        raise ValueError("mrope_section must be given with mrope_interleaved=True, got None")
+    _check_choice("rounding", rounding, ROUNDINGS)
+    return Options(
+        interleaved,
+        layout,
+        head_dim,
+        offset,
+        conjugate,
+        str(out_of_range),
+        sections,
+        mrope_interleaved,
+        str(rounding),
+        norm,
+        packed,
+        cache,
+    )
+
+
+def _checked_sections(mrope_section: object) -> tuple[int, int, int] | None:
+    if mrope_section is None:
+        return None
+    if not isinstance(mrope_section, tuple | list) or len(mrope_section) != NUM_AXES:
+        raise TypeError(f"mrope_section must be None or three ints, got {described(mrope_section)}")
+    first, second, third = (index("mrope_section", each, "three ints") for each in mrope_section)
+    if min(first, second, third) < 0:
+        raise ValueError(f"mrope_section must be of 0 or more pairs, got {mrope_section}")
+    return first, second, third
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    wanted = " or ".join(map(repr, choices))
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be {wanted}, got {described(value)}")
+    if value not in choices:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+@lru_cache(maxsize=256, typed=True)
+def known_options(*options_and_types: Any) -> Options:
+    """Check options that can be hashed, with the types of what mrope_section holds behind them."""
+    return check_options(*options_and_types[: len(Options._fields)])
+
+
+@lru_cache(maxsize=256, typed=True)
+def checked_norm(norm: object, eps: Any, weight_offset: Any, round_norm: object) -> Norm:
+    """Check the fields of Norm."""
+    _check_choice("norm", norm, NORMS)
+    if not isinstance(round_norm, bool):
+        raise TypeError(f"round_norm must be True or False, got {round_norm!r}")
+    eps = _number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps must be 0 or more, got {eps}")
+    return Norm(str(norm), eps, _number("weight_offset", weight_offset), round_norm)
+
+
+@lru_cache(maxsize=256, typed=True)
+def checked_packed(num_heads: object, num_kv_heads: object) -> Packed:
+    """Check the fields of Packed."""
+    return Packed(count("num_heads", num_heads, 1), count("num_kv_heads", num_kv_heads, 1))
+
+
+@lru_cache(maxsize=256, typed=True)
+def checked_cache(layout: object, dtype: object, k_scale: Any, v_scale: Any) -> Cache:
+    """Check the fields of Cache, of which scales are numbers, or None for 1."""
+    _check_choice("cache_layout", layout, CACHE_LAYOUTS)
+    if dtype is not None:
+        _check_choice("cache_dtype", dtype, FLOATS_8)
+    scales = []
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        number = 1.0 if scale is None else positive(name, scale)
+        if not LEAST_SCALE <= number <= 1 / LEAST_SCALE:
+            raise ValueError(f"{name} must be from 2^-126 to 2^126, got {scale}")
+        scales.append(number)
+    return Cache(str(layout), None if dtype is None else str(dtype), *scales)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be a number, got {described(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def axis_names(rank: int, options: Options) -> str:
+    """Return the names of an array's axes, "h" for a last one that head_dim splits, t as s."""
+    split = options.head_dim is not None
+    layout = options.layout or DEFAULT_LAYOUTS.get(rank + split, "")
+    return layout.replace("t", "s")[: -1 if split else None]
+
+
+def _axes(layout: str) -> list[str]:
+    return sorted(layout[:-1].replace("t", "s"))
