@@ -1,9 +1,11 @@
-"""Tables and plots from the CSV files of bench_rotary.py and bench_host.py.
+"""Tables and plots from the CSV files of bench_rotary.py, bench_host.py and bench_fused.py.
 
     python benchmarks/figures.py benchmarks/results/2026-11-26-h100-rotary.csv
 
 draws the plots beside the first file. With --readme it prints the table in the README and draws
-only the plot that stands there.
+only the plot that stands there. This prints the tables of what is fused with the rotation:
+
+    python benchmarks/figures.py --fused benchmarks/results/2026-11-26-h100-fused.csv
 """
 
 from __future__ import annotations
@@ -22,15 +24,17 @@ from matplotlib.ticker import PercentFormatter
 from shapes import GROUPS
 
 RUN = ["date", "gpu", "driver", "python", "numpy", "cupy", "torch", "rope_cupy"]
-MEASURED = ["version", "status", "reason", "microseconds", "megabytes", "limit_share", "error"]
+AMOUNTS = ["microseconds", "megabytes", "gigabytes_a_second", "limit_share", "error"]
+MEASURED = ["version", "status", "reason", *AMOUNTS]
 COUNTS = ["batch", "tokens", "q_heads", "k_heads", "head_dim", "rotary_dim", "rotary_offset"]
-AMOUNTS = ["microseconds", "megabytes", "limit_share", "error"]
 
 # What stands for a user's call: both the README and the plots show it.
 SHOWN = {"variant": "in place", "dtype": "bfloat16", "table": "half", "measure": "rotation"}
 
 OURS = "rope_cupy"
 YARDSTICKS = {"limit", "limit, same places", "copy"}  # they move the bytes and rotate nothing
+ROTATION = "rotation alone"  # rope_cupy's, beside what is fused with it
+MADE_OF_OTHERS = {ROTATION, "two launches", "torch two launches"}
 # Paul Tol's muted scheme, which keeps its differences for colour-blind readers, beside one orange.
 STYLES = {
     OURS: ("#ee5500", "o"),
@@ -45,8 +49,12 @@ STYLES = {
     "transformers": ("#ddcc77", "p"),
     "diffusers": ("#cc99bb", "h"),
     "torch eager": ("#aaaaaa", "d"),
+    ROTATION: ("#000000", "|"),
+    "two launches": ("#cc6677", "1"),
+    "torch two launches": ("#bbbbbb", "2"),
 }
 UNKNOWN = ("#777777", "*")
+WITHOUT_A_TIME = {"wrong": "wrong", "failed": "failed", "unsupported": "-", "absent": "-"}
 # The same file gives the same SVG, and fonts are in it as outlines.
 DRAWING = {"svg.hashsalt": OURS, "svg.fonttype": "path", "font.size": 9, "axes.axisbelow": True}
 
@@ -67,8 +75,9 @@ def read(*paths: Path | str) -> list[pd.DataFrame]:
 
 
 def latest(folder: Path, kind: str) -> list[pd.DataFrame]:
-    """The newest run of each GPU in a folder of results, `kind` being "rotary" or "host"."""
-    runs = read(*sorted(folder.glob(f"*-{kind}.csv")))
+    """The newest run of each GPU in a folder of results, of "rotary", "host" or "fused"."""
+    paths = sorted(folder.glob(f"*-{kind}.csv"))
+    runs = read(*paths) if paths else []
     newest = {run["gpu"].iloc[0]: run for run in sorted(runs, key=lambda run: run["date"].iloc[0])}
     return list(newest.values())
 
@@ -129,6 +138,13 @@ def share_by_shape(run: pd.DataFrame) -> pd.DataFrame:
     return by_provider(rows, "limit_share")[providers(rows)].dropna(axis="columns", how="all")
 
 
+def share_by_task(run: pd.DataFrame) -> pd.DataFrame:
+    """The same by operation and shape, for what is fused with the rotation."""
+    rows = run.assign(task=run["op"] + ", " + run["shape"])
+    shares = by_provider(rows, "limit_share", "task")[providers(rows)]
+    return shares.dropna(axis="columns", how="all")
+
+
 def host_times(run: pd.DataFrame) -> pd.DataFrame:
     """Provider, call and microseconds of each call measured by bench_host.py, fastest first."""
     rows = run[run["status"] == "ok"]
@@ -148,12 +164,17 @@ def comparison(run: pd.DataFrame) -> pd.DataFrame:
     """The README's table, as text: a row for each model's shape, a column for each provider.
 
     A cell is microseconds per call and, in brackets, the share of the limit; the fastest is bold,
-    and "-" is a shape that the provider does not do.
+    "-" is a shape that the provider does not do, and nothing one on which it was not asked.
     """
     rows = shown(run)
+    return cells(rows, providers(rows))
+
+
+def cells(rows: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """The texts of such a table for these rows and providers."""
     times, shares = by_provider(rows, "microseconds"), by_provider(rows, "limit_share")
     status, limit = by_provider(rows, "status"), limits(rows)
-    names = providers(rows)
+    rivals = [name for name in names if name != ROTATION]
     texts = {name: {} for name in ("tokens", "heads", "pairs", "limit", *names)}
     for shape, row in rows.groupby("shape", sort=False).first().iterrows():
         texts["tokens"][shape] = f"{row['batch'] * row['tokens']:,}"
@@ -165,10 +186,9 @@ def comparison(run: pd.DataFrame) -> pd.DataFrame:
         for name in names:
             time, share = times.at[shape, name], shares.at[shape, name]
             if status.at[shape, name] != "ok":
-                failed = status.at[shape, name] in ("wrong", "failed")
-                texts[name][shape] = status.at[shape, name] if failed else "-"
+                texts[name][shape] = WITHOUT_A_TIME.get(status.at[shape, name], "")
                 continue
-            fastest = digits(time) == digits(times.loc[shape, names].min())
+            fastest = name in rivals and digits(time) == digits(times.loc[shape, rivals].min())
             text = f"**{digits(time)}**" if fastest else digits(time)
             texts[name][shape] = text if math.isnan(share) else f"{text} ({share:.0%})"
     return pd.DataFrame(texts).rename_axis("shape")
@@ -183,18 +203,37 @@ def markdown(table: pd.DataFrame) -> str:
 
 def readme(run: pd.DataFrame) -> str:
     """What the README shows of a run: caption, table, and who was measured and who was absent."""
-    rows = shown(run)
+    return "\n".join([caption(run) + ":", "", markdown(comparison(run)), "", *company(shown(run))])
+
+
+def company(rows: pd.DataFrame) -> list[str]:
+    """Who was measured beside rope_cupy, who was absent, and who can do none of it."""
+    rows = rows[~rows["provider"].isin(MADE_OF_OTHERS)]
     names = providers(rows)
     version = rows.groupby("provider")["version"].max()
     versions = [f"{name} {version[name]}".rstrip() for name in names if name != OURS]
     idle = rows[~rows["provider"].isin([*names, *YARDSTICKS])].groupby("provider")["status"]
     idle = idle.agg(lambda each: "absent" if (each == "absent").any() else "unsupported")
-    lines = [caption(run) + ":", "", markdown(comparison(run)), ""]
-    lines += [f"Measured beside it: {', '.join(versions)}."] if versions else []
+    lines = [f"Measured beside it: {', '.join(versions)}."] if versions else []
     for status, told in (("absent", "Absent from this run"), ("unsupported", "Unable to do these")):
         who = sorted(idle.index[idle == status], key=str.lower)
         lines += [f"{told}: {', '.join(who)}."] if who else []
-    return "\n".join(lines)
+    return lines
+
+
+def fused_table(run: pd.DataFrame, op: str) -> pd.DataFrame:
+    """The README's table of what is fused with the rotation, as text, in the order of the file."""
+    rows = run[run["op"] == op]
+    present = {*providers(rows)}
+    names = [name for name in rows["provider"].unique() if name in present]
+    table = cells(rows, names).drop(columns=["tokens", "heads", "pairs"])
+    return table.rename_axis(f"{op}: shape")
+
+
+def fused(run: pd.DataFrame) -> str:
+    """What the README shows of what is fused: caption, a table for each operation, and of whom."""
+    tables = [markdown(fused_table(run, op)) for op in run["op"].unique()]
+    return "\n\n".join([caption(run) + ":", *tables, "\n".join(company(run))])
 
 
 def host_table(run: pd.DataFrame) -> str:
@@ -229,7 +268,16 @@ def draw_times(axes: Axes, run: pd.DataFrame) -> None:
 
 def draw_shares(axes: Axes, run: pd.DataFrame) -> None:
     """The share of the limit by shape: a band for each shape, a mark for each provider."""
-    shares = share_by_shape(run)
+    draw_bands(axes, share_by_shape(run))
+
+
+def draw_fused(axes: Axes, run: pd.DataFrame) -> None:
+    """The same for what is fused with the rotation, by operation and shape."""
+    draw_bands(axes, share_by_task(run))
+
+
+def draw_bands(axes: Axes, shares: pd.DataFrame) -> None:
+    """A band for each row of shares, a mark for each column."""
     count = len(shares.columns)
     for position, name in enumerate(shares):
         color, marker = STYLES.get(name, UNKNOWN)
@@ -297,15 +345,23 @@ def save(figure: Figure, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("csv", nargs="+", type=Path, help="files of bench_rotary.py")
+    parser.add_argument("csv", nargs="*", type=Path, help="files of bench_rotary.py")
     parser.add_argument("--host", nargs="+", type=Path, default=[], help="files of bench_host.py")
+    parser.add_argument("--fused", nargs="+", type=Path, default=[], help="of bench_fused.py")
     parser.add_argument("--readme", action="store_true", help="only what the README shows")
     options = parser.parse_args(arguments)
+    if not options.csv:
+        if not options.fused:
+            parser.error("no file to read")
+        print("\n\n".join(map(fused, read(*options.fused))))
+        return
     runs = read(*options.csv)
     host_runs = read(*options.host) if options.host else []
 
     print("\n\n".join(map(readme, runs)))
     print("".join(f"\n{host_table(run)}" for run in host_runs))
+    if options.fused:
+        print("\n" + "\n\n".join(map(fused, read(*options.fused))))
     stem = options.csv[0].with_suffix("")
     if options.readme:
         save(draw(draw_times, runs), stem.with_suffix(".svg"))

@@ -41,22 +41,29 @@ struct Slots {
   static constexpr bool kScatters = true;
 };
 
-// The numbers over a scale, each rounded once, and then to Element, but for scales so small that
-// their reciprocal is infinite. P. Markstein, "Computation of elementary functions on the IBM RISC
-// System/6000 processor" (1990), theorem 8.4.
+// The numbers over a scale, each rounded once, and then to Element, but for scales whose reciprocal is
+// no float. P. Markstein, "Computation of elementary functions on the IBM RISC System/6000
+// processor" (1990), theorem 8.4. Quotients that are too large for any Element need not be right.
 template <typename Element, int kSize, typename Real>
 __device__ __forceinline__ Vec<Element, kSize> scaled(const Numbers<Real, kSize>& numbers,
-                                                      float scale) {
-  const float reciprocal = divide(1.0f, scale);
-  Vec<Element, kSize> run;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
+                                                      float scale, float reciprocal) {
+  const auto over_scale = [&](int i) {
     const float number = narrow<float>(numbers.values[i]);
-    const float quotient = multiply(number, reciprocal);
+    const float quotient = clamped(multiply(number, reciprocal), 0x1p20f);
     const float rest = multiply_add(negate(quotient), scale, number);
-    const float nearest = multiply_add(rest, reciprocal, quotient);
-    const bool is_small = -0x1p20f < quotient && quotient < 0x1p20f;  // all others are too large
-    run.words[i] = narrow<Element>(is_small ? nearest : quotient);
+    return multiply_add(rest, reciprocal, quotient);
+  };
+  union {
+    Vec<Element, kSize> run;
+    unsigned short twos[kSize > 1 ? kSize / 2 : 1];
+  } stored;
+  if constexpr (kSize == 1) {
+    stored.run.words[0] = narrow<Element>(over_scale(0));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; i += 2) {
+      stored.twos[i / 2] = narrow_two_to_8_bits<Element>(over_scale(i), over_scale(i + 1));
+    }
   }
-  return run;
+  return stored.run;
 }

@@ -1,8 +1,9 @@
 // RMSNorm: elements over the root of the mean of their squares, times weights.
 //
 //   NoNorm                          leaves them as they are
-//   RmsNorm<Weight, kOfToken, ...>  of each head, with weights (head_dim,), or of all heads of a
-//                                   token, with weights (num_heads * head_dim,); Weight is their type
+//   RmsNorm<Weight, kTokenThreads, ...>  of each head, with weights (head_dim,), or, where it is not
+//                                   0 threads that a block may have, of all heads of a token, with
+//                                   weights (num_heads * head_dim,); Weight is their type
 //
 // B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
 //
@@ -12,10 +13,6 @@
 #pragma once
 
 #include "views.cuh"
-
-// Of a block that holds whole tokens. A thread of fewer has more registers.
-template <typename Real>
-constexpr int kMostThreads = 4096 / sizeof(Real);
 
 // A number in the place of an integer.
 template <typename Real>
@@ -43,10 +40,11 @@ struct NoNorm {
   using Weight = float;
   static constexpr bool kIsThere = false;
   static constexpr bool kOfToken = false;
+  static constexpr int kMostThreads = 640;
   static constexpr bool kRounds = false;
 };
 
-template <typename Weight_, bool kOfToken_, int kSpan, bool kShares, bool kRounds_>
+template <typename Weight_, int kTokenThreads, int kSpan, bool kShares, bool kRounds_>
 struct RmsNorm {
   template <typename Real>
   struct Arguments {
@@ -59,7 +57,8 @@ struct RmsNorm {
 
   using Weight = Weight_;
   static constexpr bool kIsThere = true;
-  static constexpr bool kOfToken = kOfToken_;
+  static constexpr bool kOfToken = kTokenThreads > 0;
+  static constexpr int kMostThreads = kOfToken ? kTokenThreads : 512;
   static constexpr bool kRounds = kRounds_;
 
   // The sums of what all threads of a head, or of a token, have: `num_threads` from the first on.
@@ -67,19 +66,16 @@ struct RmsNorm {
   static __device__ __forceinline__ void add_up(Real (&sums)[kRows], int first, int num_threads) {
     static_assert(kSpan > 0 && kSpan <= 32 && (kSpan & (kSpan - 1)) == 0, "spans halve in a warp");
     static_assert(kRows == 1 || !kShares, "shared memory holds one sum of a thread");
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    const unsigned span = (kSpan == 32 ? 0 : 1u << kSpan % 32) - 1;
-    const unsigned mask = span << (thread & (32 - kSpan));
 #pragma unroll
     for (int lanes = kSpan / 2; lanes > 0; lanes /= 2) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        sums[i] = add(sums[i], __shfl_xor_sync(mask, sums[i], lanes));
+        sums[i] = add(sums[i], __shfl_xor_sync(0xffffffffu, sums[i], lanes));
       }
     }
     if constexpr (kShares) {
-      __shared__ Real shared[kMostThreads<Real> / kSpan];
-      shared[thread / kSpan] = sums[0];
+      __shared__ Real shared[kMostThreads / kSpan];
+      shared[(threadIdx.y * blockDim.x + threadIdx.x) / kSpan] = sums[0];
       __syncthreads();
       Real sum = 0;
       for (int i = 0; i < num_threads / kSpan; ++i) sum = add(sum, shared[first / kSpan + i]);
@@ -87,18 +83,34 @@ struct RmsNorm {
     }
   }
 
-  // The numbers of a run times a scale and their weights.
+  // What elements are multiplied by. Of a token a thread has many: where division and root branch,
+  // the compiler holds what comes before and what comes behind apart, for which together it has not
+  // enough registers.
+  template <typename Real>
+  static __device__ __forceinline__ Real scale_of(Real mean_square) {
+    if constexpr (kOfToken) {
+      return divide(static_cast<Real>(1), square_root(mean_square));
+    } else {
+      return reciprocal_square_root(mean_square);
+    }
+  }
+
+  // The numbers of a run times a scale and, if there are any, their weights.
   template <typename T, int kSize, typename Real>
   static __device__ __forceinline__ Numbers<Real, kSize> normalised(
       const Vec<T, kSize>& run, Real scale, const Vec<Weight, kSize>& weights, bool has_weights,
       Real offset) {
     auto numbers = widen<Real>(run);
-    const auto weight = widen<Real>(weights);
+    if (has_weights) {
+      const auto weight = widen<Real>(weights);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      Real& number = numbers.values[i];
-      number = multiply(number, scale);
-      if (has_weights) number = multiply(number, add(weight.values[i], offset));
+      for (int i = 0; i < kSize; ++i) {
+        const Real factor = add(weight.values[i], offset);
+        numbers.values[i] = multiply(multiply(numbers.values[i], scale), factor);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) numbers.values[i] = multiply(numbers.values[i], scale);
     }
     return kRounds ? widen<Real>(narrow<T>(numbers)) : numbers;
   }

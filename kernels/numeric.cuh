@@ -105,6 +105,12 @@ __device__ __forceinline__ float multiply_add(float a, float b, float c) {
   return result;
 }
 
+__device__ __forceinline__ float reciprocal(float a) {
+  float result;
+  asm("rcp.rn.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
 __device__ __forceinline__ float divide(float a, float b) {
   float result;
   asm("div.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
@@ -114,6 +120,12 @@ __device__ __forceinline__ float divide(float a, float b) {
 __device__ __forceinline__ float square_root(float a) {
   float result;
   asm("sqrt.rn.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
+__device__ __forceinline__ float estimate_of_reciprocal_square_root(float a) {
+  float result;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(a));
   return result;
 }
 
@@ -141,8 +153,10 @@ inline float add(float a, float b) { return a + b; }
 inline float subtract(float a, float b) { return a - b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+inline float reciprocal(float a) { return 1 / a; }
 inline float divide(float a, float b) { return a / b; }
 inline float square_root(float a) { return sqrtf(a); }
+inline float estimate_of_reciprocal_square_root(float a) { return 1 / sqrtf(a); }
 inline double multiply(double a, double b) { return a * b; }
 inline float to_float(double value) { return static_cast<float>(value); }
 inline double to_double(float value) { return value; }
@@ -173,6 +187,15 @@ __device__ __forceinline__ float finite(float value) {
   return result;
 }
 #endif
+
+// Within 1 unit in the last place, after a step of Newton's method; 0 of infinity.
+__device__ __forceinline__ float reciprocal_square_root(float a) {
+  const float estimate = estimate_of_reciprocal_square_root(a);
+  const float rest = multiply_add(negate(multiply(a, estimate)), estimate, 1.0f);
+  return multiply_add(multiply(0.5f, estimate), finite(rest), estimate);
+}
+
+__device__ __forceinline__ double reciprocal_square_root(double a) { return 1 / sqrt(a); }
 
 // Widening is exact.
 __device__ __forceinline__ float to_float(bfloat16 value) {
@@ -280,24 +303,12 @@ __device__ __forceinline__ unsigned char narrow_to_8_bits(float value) {
 
 template <>
 __device__ __forceinline__ float8_e4m3fn narrow<float8_e4m3fn>(float value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  unsigned short two;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(0.0f), "f"(value));
-  return {static_cast<unsigned char>(two)};
-#else
   return {narrow_to_8_bits<3, 7, 0x7eu>(value)};
-#endif
 }
 
 template <>
 __device__ __forceinline__ float8_e5m2 narrow<float8_e5m2>(float value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  unsigned short two;
-  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(two) : "f"(0.0f), "f"(value));
-  return {static_cast<unsigned char>(two)};
-#else
   return {narrow_to_8_bits<2, 15, 0x7bu>(value)};
-#endif
 }
 
 template <typename T>
@@ -355,6 +366,41 @@ __device__ __forceinline__ unsigned narrow_two<float16>(float first, float secon
   return word;
 }
 #endif
+
+// Two neighbours of 8 bits, the first in the low half.
+template <typename T>
+__device__ __forceinline__ unsigned short narrow_two_to_8_bits(float first, float second) {
+  return static_cast<unsigned short>(narrow<T>(first).bits | narrow<T>(second).bits << 8);
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+template <>
+__device__ __forceinline__ unsigned short narrow_two_to_8_bits<float8_e4m3fn>(float first,
+                                                                              float second) {
+  unsigned short two;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(second), "f"(first));
+  return two;
+}
+
+template <>
+__device__ __forceinline__ unsigned short narrow_two_to_8_bits<float8_e5m2>(float first,
+                                                                            float second) {
+  unsigned short two;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(two) : "f"(second), "f"(first));
+  return two;
+}
+#endif
+
+// The value, or what has its sign and the most magnitude that is wanted; NaN stays.
+__device__ __forceinline__ float clamped(float value, float most) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
+  float result;
+  asm("min.NaN.xorsign.abs.f32 %0, %1, %2;" : "=f"(result) : "f"(value), "f"(most));
+  return result;
+#else
+  return value > most ? most : value < -most ? -most : value;
+#endif
+}
 
 // a * b + c in 64 bits, of factors that take 32.
 __device__ __forceinline__ long long multiply_add(int a, int b, long long c) {

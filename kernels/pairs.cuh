@@ -58,8 +58,10 @@ __device__ __forceinline__ Vec<T, kSize> narrow_by(const Numbers<Real, kSize>& n
 // Turn every pair by its angle; the conjugate turns back, which is the gradient too.
 //
 // Product is the type to which every product is rounded, as is then their sum, or void: then all is
-// as exact as one rounding.
-template <bool kInterleaved, bool kConjugate, typename Product, typename Real, int kPairs>
+// as exact as one rounding. kComplex: one product of the two is rounded, as those of complex numbers
+// are which PyTorch multiplies on a GPU.
+template <bool kInterleaved, bool kConjugate, typename Product, bool kComplex, typename Real,
+          int kPairs>
 __device__ __forceinline__ Numbers<Real, 2 * kPairs> rotate(Numbers<Real, 2 * kPairs> numbers,
                                                             const Angles<Real, kPairs>& angles) {
 #pragma unroll
@@ -72,6 +74,9 @@ __device__ __forceinline__ Numbers<Real, 2 * kPairs> rotate(Numbers<Real, 2 * kP
     if constexpr (kIsVoid<Product>) {
       first = difference_of_products(x, cos, y, sin);
       second = difference_of_products(y, cos, negate(x), sin);
+    } else if constexpr (kComplex) {
+      first = multiply_add(x, cos, negate(multiply(y, sin)));
+      second = multiply_add(x, sin, multiply(y, cos));
     } else {
       const auto product = [](Real a, Real b) { return rounded<Product>(multiply(a, b)); };
       first = subtract(product(x, cos), product(y, sin));

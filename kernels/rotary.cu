@@ -83,22 +83,33 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 // How many blocks of a multiprocessor the compiler is told of; 0 tell it nothing. No block has more
 // than 512 threads, but those of whole tokens.
 //
+// A norm waits for all of a row, and other threads go on meanwhile: 1,024, or 768 where each has so
+// much that it needs more registers.
+//
 // Eight pairs and their angles fill 24 registers. Where all of them can be asked for at once, 1,280
 // threads are enough: else it asks for some of them late, to hold fewer. Where a row is looked for
 // or angles are computed, off the common path, 640 are: else it puts a register or two into local
 // memory, to hold fewer.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-template <typename T, typename Table, typename Position, typename Norm, int kPairs, bool kCommon>
-constexpr int kFewestBlocks =
-    Norm::kIsThere ? 1
-    : kCommon      ? (!kIsDouble<T, Table> && kIsVoid<Position> && kPairs >= 8 ? 2 : 0)
-                   : (PositionsOf<Position>::kCountsTokens || PositionsOf<Position>::kAxes > 1 ||
-                              kIsFrequency<Table>
-                          ? 1
-                          : 0);
+template <typename T, typename Table, typename Position, typename Norm, int kRows, int kPairs,
+          bool kCommon>
+__device__ constexpr int fewest_blocks() {
+  if constexpr (Norm::kIsThere) {
+    constexpr int kThreads = kRows * 2 * kPairs * sizeof(T) > 80 ? 768 : 1024;
+    return kIsDouble<T, Table> || Norm::kMostThreads > kThreads ? 1 : kThreads / Norm::kMostThreads;
+  } else if constexpr (kCommon) {
+    return !kIsDouble<T, Table> && kIsVoid<Position> && kPairs >= 8 ? 2 : 0;
+  } else {
+    using Positions = PositionsOf<Position>;
+    return Positions::kCountsTokens || Positions::kAxes > 1 || kIsFrequency<Table> ? 1 : 0;
+  }
+}
 #else
-template <typename T, typename Table, typename Position, typename Norm, int kPairs, bool kCommon>
-constexpr int kFewestBlocks = 0;
+template <typename T, typename Table, typename Position, typename Norm, int kRows, int kPairs,
+          bool kCommon>
+__device__ constexpr int fewest_blocks() {
+  return 0;
+}
 #endif
 
 // kEager: every product and every sum is rounded, to T where cosines and sines are 16-bit numbers of
@@ -114,14 +125,17 @@ constexpr int kFewestBlocks = 0;
 template <typename T, typename Table, typename Position, typename Norm, typename Destination,
           int kTensors, bool kInterleaved, bool kConjugate, bool kEager, int kRows, int kPairs,
           int kTableStep, int kSinOffset, int kPassRun, bool kInPlace, bool kPastL1, bool kCommon>
-__global__ void __launch_bounds__(Norm::kOfToken ? kMostThreads<Compute<T, Table>> : 640,
-                                  kFewestBlocks<T, Table, Position, Norm, kPairs, kCommon>)
+__global__ void __launch_bounds__(Norm::kMostThreads,
+                                  fewest_blocks<T, Table, Position, Norm, kRows, kPairs, kCommon>())
     rotary_kernel(const __grid_constant__ Arguments<T, Table, Norm, Destination, kTensors> args) {
   using Real = Compute<T, Table>;
   using Positions = PositionsOf<Position>;
   using Product =
       typename Conditional<kEager, typename Conditional<kIsSame<T, Table>, T, Real>::Type,
                            void>::Type;
+
+  // PyTorch multiplies complex numbers in its own way.
+  constexpr bool kComplex = kEager && kTableStep == 2 && kSinOffset == 1;
 
   const unsigned period = args.period.divide(blockIdx.x);
   const int block = blockIdx.x - period * static_cast<unsigned>(args.period.value);
@@ -198,7 +212,7 @@ __global__ void __launch_bounds__(Norm::kOfToken ? kMostThreads<Compute<T, Table
   [[maybe_unused]] const bool is_cached = Destination::kScatters && which > 0;
   [[maybe_unused]] Element* cache_slice = nullptr;
   [[maybe_unused]] Element* cache_run = nullptr;
-  [[maybe_unused]] float cache_scale = 1;
+  [[maybe_unused]] float scale = 1, reciprocal_scale = 1;
   if constexpr (Destination::kScatters) {
     if (which > 0) {
       const typename Destination::template Arguments<Real>& cache = args;
@@ -213,8 +227,9 @@ __global__ void __launch_bounds__(Norm::kOfToken ? kMostThreads<Compute<T, Table
                     block_of_slot * cache.block[which - 1] + place * cache.place[which - 1];
       cache_run = cache_slice + run_of<kInterleaved>(pair) * out_access.stride;
       if constexpr (kScales) {
-        const float* scale = cache.scales[which - 1];
-        cache_scale = scale == nullptr ? cache.scale[which - 1].value : *scale;
+        const float* scale_address = cache.scales[which - 1];
+        scale = scale_address == nullptr ? cache.scale[which - 1].value : *scale_address;
+        reciprocal_scale = reciprocal(scale);
       } else {
         out_slice = cache_slice;
         out_run = cache_run;
@@ -267,8 +282,9 @@ __global__ void __launch_bounds__(Norm::kOfToken ? kMostThreads<Compute<T, Table
   const auto write_pairs = [&](int i, const Numbers<Real, 2 * kPairs>& numbers) {
     if constexpr (kScales) {
       if (is_cached) {
-        store_pairs<kInterleaved, kPairs, kPastL1>(cache_run + i * out_step, out_access, num_pairs,
-                                                   scaled<Element>(numbers, cache_scale));
+        store_pairs<kInterleaved, kPairs, kPastL1>(
+            cache_run + i * out_step, out_access, num_pairs,
+            scaled<Element>(numbers, scale, reciprocal_scale));
         return;
       }
     }
@@ -286,7 +302,7 @@ __global__ void __launch_bounds__(Norm::kOfToken ? kMostThreads<Compute<T, Table
     if constexpr (kScales) {
       if (is_cached) {
         store(cache_slice + i * out_step + to_element, out_access,
-              scaled<Element>(numbers, cache_scale));
+              scaled<Element>(numbers, scale, reciprocal_scale));
         return;
       }
     }
@@ -310,7 +326,7 @@ __global__ void __launch_bounds__(Norm::kOfToken ? kMostThreads<Compute<T, Table
     return;
   }
 
-  // Every lane of a row takes part in its norm.
+  // Every lane of a row takes part in its norm. Weights come beside the rows.
   using Weight = typename Norm::Weight;
   constexpr int kWeights = Norm::kOfToken ? kRows : 1;
   [[maybe_unused]] Vec<Weight, 2 * kPairs> pair_weights[kWeights] = {};
@@ -318,13 +334,13 @@ __global__ void __launch_bounds__(Norm::kOfToken ? kMostThreads<Compute<T, Table
   [[maybe_unused]] Real scales[kRows];
   [[maybe_unused]] bool has_weights = false;
   if constexpr (Norm::kIsThere) {
-    const Weights& layout = args.layout[which];
-    const Access access = layout.template access<Weight, kCommon>();
     const auto* weights = static_cast<const Weight*>(args.weights[which]);
     has_weights = weights != nullptr;
     if (has_weights) {
-      if constexpr (Norm::kOfToken) weights += at.inner * layout.head;
+      const Weights& layout = args.layout[which];
+      const Access access = layout.template access<Weight, kCommon>();
       weights += (passes ? element : run_of<kInterleaved>(pair)) * access.stride;
+      if constexpr (Norm::kOfToken) weights += at.inner * layout.head;
 #pragma unroll
       for (int i = 0; i < kWeights; ++i) {
         const Weight* from = weights + i * layout.step;
@@ -353,14 +369,13 @@ __global__ void __launch_bounds__(Norm::kOfToken ? kMostThreads<Compute<T, Table
     const Real share = args.share[which].value;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const Real mean = multiply_add(scales[i], share, args.eps.value);
-      scales[i] = divide(static_cast<Real>(1), square_root(mean));
+      scales[i] = Norm::scale_of(multiply_add(scales[i], share, args.eps.value));
     }
   }
   const auto numbers_of = [&](int i) {
     if constexpr (Norm::kIsThere) {
-      return Norm::template normalised<T>(pairs[i], scales[i], pair_weights[i % kWeights],
-                                          has_weights, args.offset.value);
+      return Norm::normalised(pairs[i], scales[i], pair_weights[i % kWeights], has_weights,
+                              args.offset.value);
     } else {
       return widen<Real>(pairs[i]);
     }
@@ -429,7 +444,7 @@ __global__ void __launch_bounds__(Norm::kOfToken ? kMostThreads<Compute<T, Table
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      write_pairs(i, rotate<kInterleaved, kConjugate, Product>(numbers_of(i), angles));
+      write_pairs(i, rotate<kInterleaved, kConjugate, Product, kComplex>(numbers_of(i), angles));
     }
   }
 
@@ -438,9 +453,8 @@ __global__ void __launch_bounds__(Norm::kOfToken ? kMostThreads<Compute<T, Table
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         if constexpr (Norm::kIsThere) {
-          write_passed(
-              i, Norm::template normalised<T>(passed[i], scales[i], passed_weights[i % kWeights],
-                                              has_weights, args.offset.value));
+          write_passed(i, Norm::normalised(passed[i], scales[i], passed_weights[i % kWeights],
+                                           has_weights, args.offset.value));
         } else {
           copy_passed(i);
         }

@@ -10,7 +10,7 @@ import struct
 from functools import lru_cache
 from typing import NamedTuple
 
-from .memory import ACCESS_BYTES, ITEMSIZE
+from .memory import ACCESS_BYTES, FLOATS_8, ITEMSIZE
 from .options import HEAD_NORM, TOKEN_NORM
 from .problem import (
     COUNTED,
@@ -31,8 +31,9 @@ BLOCK_BYTES = 4096  # of x: with less, GPUs cannot start blocks as fast as the m
 BLOCK_THREADS = range(128, 257)  # as wanted; a block of whole warps may have up to 512
 MAX_LANES = 256  # of a block
 MOST_THREADS = 1024  # of a block that has a whole token; of those that compute in double half of it
-TOKEN_THREADS = 640  # of such a block, as wanted
-MOST_ROWS = 8  # of its threads
+TOKEN_THREADS = 128  # of such a block, as wanted
+TOKEN_BYTES = 128  # of x, at most, that each of them then has
+MOST_ROWS = 8  # and heads
 BATCH, TOKEN, HEAD = 0, 1, 2  # axes
 L2_BYTES = 2**23  # of a table that stays in the L2 while other data passes through
 TILE_BYTES = L2_BYTES // 2  # of a table, at most
@@ -118,13 +119,16 @@ def launch_plan(problem: RotaryProblem) -> LaunchPlan:
     if pass_run:
         num_lanes += (problem.head_dim - problem.rotary_dim) // pass_run
     if _norm_kind(problem) == TOKEN_NORM:
-        share = Share(_rows_of_whole_tokens(problem, num_lanes), pairs, pass_run)
+        share = Share(_rows_of_whole_tokens(problem, pairs, num_lanes), pairs, pass_run)
         num_sets = max(tensor.num_heads for tensor in problem.tensors) // share.rows
         block, grid_y = (num_lanes, num_sets), 1
         tokens = problem.batch * problem.num_tokens
         needed = tuple(tokens if tensor.num_heads else 0 for tensor in problem.tensors)
         blocks, num_periods = _periods(needed, needed)
+        most = MOST_THREADS // (2 if _is_double(problem) else 1)
+        of_token = next(n for n in (128, 256, 512, most) if num_sets * num_lanes <= n)
     else:
+        of_token = 0
         share = Share(_rows_per_thread(problem, pairs, num_lanes, order), pairs, pass_run)
         thread_bytes = share.rows * 2 * pairs * ITEMSIZE[problem.dtype]
         block, grid_y = _block(num_lanes, thread_bytes, whole_rows=problem.norm is not None)
@@ -133,7 +137,9 @@ def launch_plan(problem: RotaryProblem) -> LaunchPlan:
         blocks, num_periods = _periods(needed, tuple(t.num_heads for t in problem.tensors))
     lanes = num_pair_lanes, num_lanes
     return LaunchPlan(
-        kernel=_kernel_name(problem, widths, share, order, _span(problem, share, num_lanes)),
+        kernel=_kernel_name(
+            problem, widths, share, order, _span(problem, share, num_lanes), of_token
+        ),
         grid=(num_periods * sum(blocks), grid_y),
         block=block,
         to_slice=_to_slice(problem),
@@ -160,7 +166,7 @@ def _is_double(problem: RotaryProblem) -> bool:
     return "float64" in (problem.dtype, problem.table_dtype)
 
 
-def _rows_of_whole_tokens(problem: RotaryProblem, num_lanes: int) -> int:
+def _rows_of_whole_tokens(problem: RotaryProblem, pairs: int, num_lanes: int) -> int:
     """Return how many heads a thread has, so that a block has all of a token."""
     heads = [tensor.num_heads for tensor in problem.tensors]
     most = MOST_THREADS // (2 if _is_double(problem) else 1)
@@ -176,8 +182,10 @@ def _rows_of_whole_tokens(problem: RotaryProblem, num_lanes: int) -> int:
             f"up to {MOST_ROWS} heads: got {max(heads)} heads of {num_lanes} threads each, for as "
             "wide an access as all arrays' alignments allow"
         )
-    wanted = [rows for rows in choices if max(heads) // rows * num_lanes <= TOKEN_THREADS]
-    return (wanted or choices[-1:])[0]
+    row_bytes = 2 * pairs * ITEMSIZE[problem.dtype]
+    light = [rows for rows in choices if rows * row_bytes <= TOKEN_BYTES] or choices[:1]
+    wanted = [rows for rows in light if max(heads) // rows * num_lanes <= TOKEN_THREADS]
+    return (wanted or light[-1:])[0]
 
 
 def _span(problem: RotaryProblem, share: Share, num_lanes: int) -> tuple[int, bool]:
@@ -244,13 +252,15 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, pass_run: int) -> 
     """Return how many pairs of a row a thread rotates: of every half, or run, one access.
 
     In the half pairing fewer where the lanes that pass elements through have one access each, or
-    angles are dear. Fewer too where no tensor moves as many elements at once.
+    angles are dear, or what is written has 8 bits. Fewer too where no tensor moves as many elements
+    at once.
     """
     most = ACCESS_BYTES // ITEMSIZE[problem.dtype]
     outs = [width for i, width in enumerate(widths.out) if _out_dtype(problem, i) == problem.dtype]
     widest = min(most, max(*widths.x, *outs))
     mixed = problem.position_kind == MIXED  # for which a thread loads three angles a pair
     one_access = problem.interleaved or pass_run or _has_dear_angles(problem) or mixed
+    one_access = one_access or (problem.cache is not None and problem.cache.dtype in FLOATS_8)
     pairs = widest // 2 if one_access else widest
     ends = problem.section_ends if problem.position_kind == SECTIONS else ()
     return math.gcd(max(1, pairs), problem.rotary_dim // 2, *ends)  # all pairs are of one section
@@ -311,7 +321,12 @@ def _periods(needed: tuple[int, ...], heads: tuple[int, ...]) -> tuple[tuple[int
 
 
 def _kernel_name(
-    problem: RotaryProblem, widths: Widths, share: Share, order: Order, span: tuple[int, bool]
+    problem: RotaryProblem,
+    widths: Widths,
+    share: Share,
+    order: Order,
+    span: tuple[int, bool],
+    of_token: int,
 ) -> str:
     x_run = share.pairs * (2 if problem.interleaved else 1)
     table_run = share.pairs * problem.table_step
@@ -325,7 +340,7 @@ def _kernel_name(
         C_TYPES[problem.dtype],
         C_TYPES[problem.table_dtype],
         _position_type(problem),
-        _norm_type(problem, span),
+        _norm_type(problem, span, of_token),
         _destination_type(problem),
         max(2, len(problem.tensors)),
         _cpp(problem.interleaved),
@@ -352,13 +367,13 @@ def _position_type(problem: RotaryProblem) -> str:
     return f"{problem.position_kind.capitalize()}<{index}>"
 
 
-def _norm_type(problem: RotaryProblem, span: tuple[int, bool]) -> str:
+def _norm_type(problem: RotaryProblem, span: tuple[int, bool], of_token: int) -> str:
     if problem.norm is None:
         return "NoNorm"
     threads, shares = span
-    of_token = _norm_kind(problem) == TOKEN_NORM
-    flags = _cpp(of_token), threads, _cpp(shares), _cpp(problem.norm.norm.round_norm)
-    return f"RmsNorm<{', '.join(map(str, (C_TYPES[problem.norm.dtype], *flags)))}>"
+    rounds = _cpp(problem.norm.norm.round_norm)
+    arguments = C_TYPES[problem.norm.dtype], of_token, threads, _cpp(shares), rounds
+    return f"RmsNorm<{', '.join(map(str, arguments))}>"
 
 
 def _destination_type(problem: RotaryProblem) -> str:

@@ -79,6 +79,32 @@ def rotary_rows(**others):
     return [row | others for row in rows]
 
 
+def fused_rows(**others):
+    """Two norms and a cache, by rope_cupy, the rotation alone and peers."""
+    of_norm = {"op": "norm head"}
+    rows = [
+        measurement("qwen-image", "limit", 9.5, **of_norm),
+        measurement("qwen-image", "rotation alone", 10, **of_norm),
+        measurement("qwen-image", "rope_cupy", 10.2, **of_norm),
+        measurement("qwen-image", "SGLang", 14, **of_norm),
+        measurement("qwen-image", "Liger", status="unsupported", reason="halves", **of_norm),
+        measurement("qwen-image", "torch.compile", 40, **of_norm),
+        measurement("llama-3-8b-decode-1", "limit", 9.5, **of_norm),
+        measurement("llama-3-8b-decode-1", "rotation alone", 8, **of_norm),
+        measurement("llama-3-8b-decode-1", "rope_cupy", 8.1, **of_norm),
+        measurement("llama-3-8b-decode-1", "SGLang", status="wrong", reason="off", **of_norm),
+        measurement("llama-3-8b-decode-1", "Liger", 20, **of_norm),
+        measurement("llama-3-8b-prefill", "limit", 9.5, op="cache"),
+        measurement("llama-3-8b-prefill", "rope_cupy", 10.4, op="cache"),
+        measurement("llama-3-8b-prefill", "two launches", 12.5, op="cache"),
+        measurement("llama-3-8b-prefill", "vLLM", status="absent", reason="gone", op="cache"),
+    ]
+    for row in rows:
+        for column in ("variant", "table", "measure"):
+            del row[column]
+    return [row | {"gigabytes_a_second": ""} | others for row in rows]
+
+
 @pytest.fixture
 def write(tmp_path):
     """write(name, rows): the path of a CSV file of these rows."""
@@ -116,13 +142,15 @@ def executed(notebook, cwd, **settings):
     return [output.data for output in outputs if "data" in output]
 
 
-def test_without_a_gpu_the_notebook_measures_on_the_cpu_and_draws_three_figures(tmp_path):
+def test_without_a_gpu_the_notebook_measures_on_the_cpu_and_draws_four_figures(tmp_path):
     shown = executed(NOTEBOOK, ROOT / "tests", ROPE_CUPY_BENCH="small", TMPDIR=str(tmp_path))
-    assert sum("image/png" in data for data in shown) == 3
-    (table,) = (data["text/markdown"] for data in shown if "text/markdown" in data)
+    assert sum("image/png" in data for data in shown) == 4
+    table, of_fused = (data["text/markdown"] for data in shown if "text/markdown" in data)
     assert table.startswith("no GPU: the CPU, ")
     assert "| llama-3-8b-decode-64 | 64 | 32/8, D128 | half |" in table
-    for kind in ("rotary", "host"):
+    assert of_fused.startswith("no GPU: the CPU, ")
+    assert "| norm heads: shape | limit | rotation alone | rope_cupy | torch eager |" in of_fused
+    for kind in ("rotary", "host", "fused"):
         (path,) = tmp_path.glob(f"*/{kind}.csv")
         (measured,) = figures.read(path)
         ours = measured[measured["provider"] == "rope_cupy"]
@@ -131,20 +159,23 @@ def test_without_a_gpu_the_notebook_measures_on_the_cpu_and_draws_three_figures(
         assert (ours["status"] == "ok").any()
 
 
-def test_the_notebook_draws_the_newest_results_of_each_gpu(tmp_path, write):
+@pytest.mark.parametrize("with_fused", [True, False], ids=["", "without what is fused"])
+def test_the_notebook_draws_the_newest_results_of_each_gpu(tmp_path, write, with_fused):
     folder = tmp_path / "benchmarks"
     (folder / "results").mkdir(parents=True)
     for source in ("figures.py", "shapes.py", "rotary.ipynb"):
         shutil.copy(ROOT / "benchmarks" / source, folder)
     for gpu, date in (("GPU A", "2026-01-02"), ("GPU A", "2026-02-03"), ("GPU B", "2026-01-04")):
-        for kind, rows in (("rotary", rotary_rows), ("host", host_rows)):
+        kinds = {"rotary": rotary_rows, "host": host_rows, "fused": fused_rows}
+        for kind, rows in list(kinds.items())[: 2 + with_fused]:
             name = f"{date}-{gpu[-1]}-{kind}.csv"
             shutil.move(write(name, rows(gpu=gpu, date=date)), folder / "results")
     shown = executed(folder / "rotary.ipynb", folder, ROPE_CUPY_BENCH="read")
-    assert sum("image/png" in data for data in shown) == 3
+    assert sum("image/png" in data for data in shown) == 3 + with_fused
     tables = [data["text/markdown"] for data in shown if "text/markdown" in data]
     captions = [table.partition(";")[0] for table in tables]
-    assert captions == ["GPU A, driver 580.1, 2026-02-03", "GPU B, driver 580.1, 2026-01-04"]
+    newest = ["GPU A, driver 580.1, 2026-02-03", "GPU B, driver 580.1, 2026-01-04"]
+    assert captions == newest * (1 + with_fused)
 
 
 def test_the_readme_shows_every_provider_and_names_the_absent(run):
@@ -161,6 +192,46 @@ Measured beside it: SGLang 1.0, Liger 1.0.
 Absent from this run: diffusers, vLLM.
 Unable to do these: quack."""
     assert figures.readme(run) == expected
+
+
+FUSED = """\
+| norm head: shape | limit | rotation alone | rope_cupy | SGLang | Liger | torch.compile |
+| --- | --- | --- | --- | --- | --- | --- |
+| qwen-image | 10.0 | 10.0 (100%) | **10.2** (98%) | 14.0 (71%) | - | 40.0 (25%) |
+| llama-3-8b-decode-1 | 10.0 | 8.00 (125%) | **8.10** (123%) | wrong | 20.0 (50%) |  |
+
+| cache: shape | limit | rope_cupy | two launches |
+| --- | --- | --- | --- |
+| llama-3-8b-prefill | 10.0 | **10.4** (96%) | 12.5 (80%) |
+
+Measured beside it: SGLang 1.0, Liger 1.0, torch.compile 1.0.
+Absent from this run: vLLM."""
+
+
+def test_the_tables_of_what_is_fused_name_the_fastest_that_does_all_of_it(write, capsys):
+    path = write("a-fused.csv", fused_rows())
+    (run,) = figures.read(path)
+    assert figures.fused(run) == f"{figures.caption(run)}:\n\n{FUSED}"
+    figures.main(["--fused", str(path)])
+    assert capsys.readouterr().out == figures.fused(run) + "\n"
+    figures.main([str(write("a.csv", rotary_rows())), "--readme", "--fused", str(path)])
+    assert capsys.readouterr().out.endswith(
+        f"Unable to do these: quack.\n\n\n{figures.fused(run)}\n"
+    )
+    with pytest.raises(SystemExit):
+        figures.main([])
+
+
+def test_the_plot_of_what_is_fused_has_a_band_for_each_task(write):
+    (run,) = figures.read(write("a.csv", fused_rows()))
+    (axes,) = figures.draw(figures.draw_fused, [run]).axes
+    tasks = [label.get_text() for label in axes.get_yticklabels()]
+    assert tasks == [
+        *("norm head, qwen-image", "norm head, llama-3-8b-decode-1", "cache, llama-3-8b-prefill")
+    ]
+    shares = figures.share_by_task(run)
+    assert np.isclose(shares.at["norm head, qwen-image", "rope_cupy"], 10 / 10.2)
+    assert len(axes.collections) == len(shares.columns) == 6
 
 
 def test_a_limit_that_was_not_measured_leaves_times_alone(write):
@@ -270,7 +341,9 @@ def test_the_readme_shows_what_the_command_prints_from_the_committed_results(cap
 def test_the_committed_notebook_shows_the_committed_results_of_a_gpu():
     cells = [c for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.cell_type == "code"]
     shown = [output.data for cell in cells for output in cell.outputs if "data" in output]
-    assert sum("image/png" in data for data in shown) == 3
     tables = [data["text/markdown"] for data in shown if "text/markdown" in data]
-    runs = figures.latest(NOTEBOOK.parent / "results", "rotary")
-    assert tables == [figures.readme(run) for run in runs]
+    rotary, fused = (
+        figures.latest(NOTEBOOK.parent / "results", kind) for kind in ("rotary", "fused")
+    )
+    assert tables == [*map(figures.readme, rotary), *map(figures.fused, fused)]
+    assert sum("image/png" in data for data in shown) == 3 + bool(fused)
