@@ -83,7 +83,7 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 // How many blocks of a multiprocessor the compiler is told of; 0 tell it nothing. No block has more
 // than 512 threads, but those of whole tokens.
 //
-// A norm waits for all of a row, and other threads go on meanwhile: 1,024, or 768 where each has so
+// A norm waits for all of a row, and other threads go on meanwhile: 1,024, or 640 where each has so
 // much that it needs more registers.
 //
 // Eight pairs and their angles fill 24 registers. Where all of them can be asked for at once, 1,280
@@ -95,7 +95,7 @@ template <typename T, typename Table, typename Position, typename Norm, int kRow
           bool kCommon>
 __device__ constexpr int fewest_blocks() {
   if constexpr (Norm::kIsThere) {
-    constexpr int kThreads = kRows * 2 * kPairs * sizeof(T) > 80 ? 768 : 1024;
+    constexpr int kThreads = kRows * 2 * kPairs * sizeof(T) > 80 ? 640 : 1024;
     return kIsDouble<T, Table> || Norm::kMostThreads > kThreads ? 1 : kThreads / Norm::kMostThreads;
   } else if constexpr (kCommon) {
     return !kIsDouble<T, Table> && kIsVoid<Position> && kPairs >= 8 ? 2 : 0;

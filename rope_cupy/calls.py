@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import cpu, tensor
 from .checks import described, index
 from .memory import ACCESS_BYTES, ITEMSIZE, ArraySpec, cuda_index, overlap, span
-from .options import TOKEN_NORM, Options, check_options, known_options
+from .options import TOKEN_NORM, Options, check_options, checked_parts, known_options
 from .problem import (
     COUNTED,
     IMPLICIT,
@@ -111,6 +111,7 @@ class Ready(NamedTuple):
 _calls: dict[Any, _Call] = {}  # by what is seen of a call at a glance
 MAX_CALLS = 4096
 SECTION = Options._fields.index("mrope_section")
+NO_PARTS = None, None, None  # the last of Options
 AN_INT_OR_ARRAY = "None, an int or an int32 or int64 array"  # positions are
 MAX_KEPT = 16  # ways to call the same arrays
 
@@ -129,6 +130,8 @@ def rotate(
     `positions` are the fields of Positions and `options` those of Options: they are checked here.
     An output may be None for a new array. `more` are other arrays, by their names.
     """
+    if options[-len(NO_PARTS) :] != NO_PARTS:
+        options = *options[: -len(NO_PARTS)], *checked_parts(*options[-len(NO_PARTS) :])
     section = options[SECTION]
     try:
         types = () if section is None else map(type, section)
@@ -333,8 +336,10 @@ def _unseen(given: Given) -> tuple[_Call, Ready, tuple[Any, ...], tuple[tensor.A
 
 def _with_rows(pointers: Pointers, given: Given, rows: tuple[int, ...]) -> Pointers:
     """Return the pointers with the addresses of the arrays that tell the rows of tokens."""
-    at = {POINTER_OF[name]: pointer for name, pointer in zip(given.row_names, rows, strict=True)}
-    return pointers._replace(**at, first=given.first or 0)
+    at: dict[str, Any] = {"first": given.first or 0}
+    for name, pointer in zip(given.row_names, rows, strict=True):
+        at[POINTER_OF[name]] = pointer
+    return pointers._replace(**at)
 
 
 def _describe(

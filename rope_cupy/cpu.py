@@ -122,7 +122,8 @@ def _normalised(problem: RotaryProblem, pointers: Pointers, i: int, x: Array) ->
     if problem.norm is None:
         return None
     norm, pointer = problem.norm.norm, (pointers.q_weight, pointers.k_weight)[i]
-    numbers, of_token = _widen(x, problem.dtype), norm.kind == TOKEN_NORM
+    numbers: Array = _widen(x, problem.dtype)
+    of_token = norm.kind == TOKEN_NORM
     axes = (2, 3) if of_token else 3
     with np.errstate(all="ignore"):
         mean = np.mean(numbers * numbers, axis=axes, keepdims=True)
@@ -305,7 +306,8 @@ def _turned_eagerly(
 ) -> tuple[Array, Array]:
     """Return the same with each product and each sum rounded, as PyTorch's operations do it."""
     real = np.float64 if "float64" in (problem.dtype, problem.table_dtype) else np.float32
-    a, b, cos, sin = (numbers.astype(real) for numbers in (first, second, cos, sin))
+    parts: list[Array] = [numbers.astype(real) for numbers in (first, second, cos, sin)]
+    a, b, c, s = parts
 
     def product(x: Array, y: Array) -> Array:
         if problem.dtype != problem.table_dtype:
@@ -313,7 +315,7 @@ def _turned_eagerly(
         words = _narrow((x * y).astype(np.float64), problem.dtype)
         return _widen(words, problem.dtype).astype(real)
 
-    return product(a, cos) - product(b, sin), product(b, cos) + product(a, sin)
+    return product(a, c) - product(b, s), product(b, c) + product(a, s)
 
 
 def _widen(words: Array, dtype: str) -> Doubles:
@@ -346,13 +348,14 @@ def _narrow_to_8_bits(values: Doubles, dtype: str) -> Array:
 
 @cache
 def _numbers_of_8_bits(dtype: str) -> Doubles:
-    """Return the numbers of 8 bits that are not negative, in order, which is that of their words."""
+    """Return the numbers of 8 bits that are not negative, each at the place that its word is."""
     mantissa_bits, bias, largest = {"float8_e4m3fn": (3, 7, 0x7E), "float8_e5m2": (2, 15, 0x7B)}[
         dtype
     ]
     exponent, fraction = np.divmod(np.arange(largest + 1), 1 << mantissa_bits)
-    significand = fraction + np.where(exponent, 1 << mantissa_bits, 0)
-    return np.ldexp(significand.astype(np.float64), np.maximum(exponent, 1) - bias - mantissa_bits)
+    significand = (fraction + np.where(exponent, 1 << mantissa_bits, 0)).astype(np.float64)
+    numbers: Doubles = np.ldexp(significand, np.maximum(exponent, 1) - bias - mantissa_bits)
+    return numbers
 
 
 def _round_to_odd(values: Doubles) -> NDArray[np.float32]:

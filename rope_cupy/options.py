@@ -77,7 +77,7 @@ def check_options(
 ) -> Options:
     """Check what needs no array of the fields of Options, which are given one by one.
 
-    The last three have been checked by functions of their own.
+    The last three have been checked by `checked_parts`.
     """
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved must be True or False, got {interleaved!r}")
@@ -146,6 +146,15 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def known_options(*options_and_types: Any) -> Options:
     """Check options that can be hashed, with the types of what mrope_section holds behind them."""
     return check_options(*options_and_types[: len(Options._fields)])
+
+
+def checked_parts(norm: Any, packed: Any, cache: Any) -> tuple[Any, ...]:
+    """Check the last three of Options, each None or a tuple of its fields."""
+    return (
+        None if norm is None else checked_norm(*norm),
+        None if packed is None else checked_packed(*packed),
+        None if cache is None else checked_cache(*cache),
+    )
 
 
 @lru_cache(maxsize=256, typed=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .memory import FLOATS, FLOATS_8, ITEMSIZE, ArraySpec, may_overlap_itself
 from .options import DEFAULT_LAYOUTS, NUM_AXES, TOKEN_NORM, Cache, Norm, Options

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 from .calls import rotate
 from .checks import described
-from .options import Norm, checked_cache, checked_norm, checked_packed
 
 Array = TypeVar("Array")  # of any library, whose kind the results have too
 
@@ -201,7 +200,7 @@ def apply_norm_rotary(
         mrope_section,
         mrope_interleaved,
         rounding,
-        checked_norm(norm, eps, weight_offset, round_norm),
+        (norm, eps, weight_offset, round_norm),
         None,
         None,
     )
@@ -282,7 +281,7 @@ def apply_qk_norm_rotary(
         mrope_section,
         mrope_interleaved,
         rounding,
-        checked_norm(norm, eps, weight_offset, round_norm),
+        (norm, eps, weight_offset, round_norm),
         None,
         None,
     )
@@ -352,7 +351,7 @@ def apply_rotary_qkv(
         mrope_interleaved,
         rounding,
         _norm(norm, eps, weight_offset, round_norm, more),
-        checked_packed(num_heads, num_kv_heads),
+        (num_heads, num_kv_heads),
         None,
     )
     outs = None if out is None else (out,)
@@ -445,7 +444,7 @@ def apply_rotary_kv_cache(
         rounding,
         _norm(norm, eps, weight_offset, round_norm, weights),
         None,
-        checked_cache(cache_layout, cache_dtype, k_number, v_number),
+        (cache_layout, cache_dtype, k_number, v_number),
     )
     xs, outs = (q, k, v), (out, k_cache, v_cache)
     return rotate(("q", "k", "v"), xs, table, rows, options, outs, more)[0]  # type: ignore[no-any-return]
@@ -466,10 +465,8 @@ def _arrays(**values: Any) -> tuple[tuple[str, Any], ...]:
     return tuple([(name, value) for name, value in values.items() if hasattr(value, "ndim")])
 
 
-def _norm(
-    norm: str | None, eps: float, weight_offset: float, round_norm: bool, weights: tuple[Any, ...]
-) -> Norm | None:
+def _norm(norm: Any, eps: Any, weight_offset: Any, round_norm: Any, weights: Any) -> Any:
     """Return what is normalised: heads, where weights alone are given."""
     if norm is None and not weights:
         return None
-    return checked_norm("head" if norm is None else norm, eps, weight_offset, round_norm)
+    return "head" if norm is None else norm, eps, weight_offset, round_norm

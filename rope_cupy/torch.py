@@ -14,8 +14,8 @@ import torch
 from . import calls
 from .checks import count, described, index
 from .frequencies import cos_sin, inverse_frequencies
-from .options import Options, axis_names, check_options
-from .problem import out_names
+from .options import TOKEN_NORM, Norm, Options, axis_names, check_options, checked_parts
+from .problem import OF_WEIGHTS, out_names
 from .rotary import apply_rotary_qk
 from .tables import FORMS, TableSource, source_of
 from .tensor import Glance, check_gradient
@@ -120,6 +120,7 @@ def recorded(given: calls.Given, key: Any, seen: Glance | None) -> tuple[Any, ..
     xs, out = given.xs, given.out
     for part in given.table.arrays:
         check_gradient("table", part)
+    _check_recordable(given.options, out)
     if out is None:
         return _record(given, key, seen)
     _check_in_place(given.names, xs, out)
@@ -134,6 +135,19 @@ def recorded(given: calls.Given, key: Any, seen: Glance | None) -> tuple[Any, ..
     ready.write()
     del owners  # which have kept the memory till here
     return out
+
+
+def _check_recordable(options: Options, out: tuple[Any, ...] | None) -> None:
+    if options.cache:
+        raise ValueError(
+            "q, k and v must not require a gradient, which is not recorded where a cache is "
+            "written: use torch.no_grad() or detached tensors, got requires_grad=True"
+        )
+    if options.norm and out is not None:
+        raise ValueError(
+            "out must be None where a gradient of a norm is recorded, which needs what it is of, "
+            "got some"
+        )
 
 
 def _check_in_place(names: tuple[str, ...], xs: tuple[Any, ...], out: tuple[Any, ...]) -> None:
@@ -165,8 +179,14 @@ def _check_may_be_written(name: str, x: Any) -> None:
 
 
 def _record(given: calls.Given, key: Any = None, seen: Glance | None = None) -> tuple[Any, ...]:
+    weights = [row for name, row in given.named_rows if name in OF_WEIGHTS]
+    for name, row in given.named_rows:
+        if name in OF_WEIGHTS and not isinstance(row, torch.Tensor):
+            raise TypeError(
+                f"{name} must be a tensor where a gradient is recorded, got {type(row).__name__}"
+            )
     outs: tuple[Any, ...] = _Rotation.apply(  # type: ignore[no-untyped-call]
-        given, key, seen, *given.xs
+        given, key, seen, *given.xs, *weights
     )
     return outs
 
@@ -174,18 +194,21 @@ def _record(given: calls.Given, key: Any = None, seen: Glance | None = None) -> 
 class _Rotation(torch.autograd.Function):
     """A rotation, whose gradient is the conjugate rotation of the results' gradients.
 
-    It is linear, so a second derivative is recorded as the first is.
+    It is linear, so a second derivative is recorded as the first is. A norm before it has
+    PyTorch's gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, given: calls.Given, key: Any, seen: Glance | None, *xs: Any
+        ctx: Any, given: calls.Given, key: Any, seen: Glance | None, *xs_and_weights: Any
     ) -> tuple[Any, ...]:
         """Rotate into new tensors; of inputs to be written later, note that they will be."""
         names, table, out = given.names, given.table, given.out
+        xs = xs_and_weights[: len(names)]
         kept = [each for each in (*table.arrays, *given.rows) if isinstance(each, torch.Tensor)]
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*(xs_and_weights if given.options.norm else ()), *kept)
         ctx.call = names, table, given.positions, given.options
+        ctx.weights = [name for name in given.row_names if name in OF_WEIGHTS]
         ctx.set_materialize_grads(False)
         if out is not None:
             ctx.mark_dirty(*xs)
@@ -194,7 +217,12 @@ class _Rotation(torch.autograd.Function):
             outs = calls.rotate_seen(given, key, seen)
         else:
             outs = calls.rotate_unseen(given)
-        constant = [y for x, y in zip(xs, outs, strict=True) if not x.requires_grad]
+        named = dict(zip(ctx.weights, xs_and_weights[len(xs) :], strict=True))
+        constant = [
+            y
+            for name, x, y in zip(names, xs, outs, strict=True)
+            if not any(part.requires_grad for part in (x, *_weights_of(name, named).values()))
+        ]
         if constant:
             ctx.mark_non_differentiable(*constant)
         return outs
@@ -202,23 +230,87 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """Turn the gradients back, those that are there and are asked for."""
-        _ = ctx.saved_tensors  # raises where one of them has been written since
+        saved = ctx.saved_tensors  # raises where one of them has been written since
         names, table, positions, options = ctx.call
+        names_asked = dict(zip((*names, *ctx.weights), ctx.needs_input_grad[3:], strict=True))
         asked = {
-            f"{name}_grad": grad
-            for name, grad, is_asked in zip(names, grads, ctx.needs_input_grad[3:], strict=True)
-            if is_asked and grad is not None
+            name: grad
+            for name, grad in zip(names, grads, strict=True)
+            if grad is not None
+            and any(names_asked[each] for each in (name, *_weights_of(name, names_asked)))
         }
-        if not asked:
-            return (None,) * (3 + len(names))
-        how = table, positions, _conjugate(options), None
-        turned = dict(zip(asked, calls.rotate((*asked,), (*asked.values(),), *how), strict=True))
-        return None, None, None, *[turned.get(f"{name}_grad") for name in names]
+        found: dict[str, Any] = {}
+        if asked:
+            grad_names = tuple(f"{name}_grad" for name in asked)
+            how = table, positions, _conjugate(options), None
+            found = dict(
+                zip(asked, calls.rotate(grad_names, (*asked.values(),), *how), strict=True)
+            )
+        if options.norm:
+            found = _through_norm(found, names_asked, saved, options, options.norm)
+        return None, None, None, *[found.get(name) for name in names_asked]
+
+
+def _weights_of(name: str, named: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the named that are weights of a tensor."""
+    own = {"x": ("weight",), "q": ("q_weight",), "k": ("k_weight",)}.get(name, OF_WEIGHTS)
+    return {each: named[each] for each in own if each in named}
+
+
+def _through_norm(
+    grads: dict[str, torch.Tensor],
+    asked: dict[str, bool],
+    saved: Sequence[torch.Tensor],
+    options: Options,
+    norm: Norm,
+) -> dict[str, torch.Tensor]:
+    """Return the gradients of inputs and weights from those of what was normalised.
+
+    `saved` begins with what is asked for, or not, by name.
+    """
+    inputs = dict(zip(asked, saved, strict=False))
+    found: dict[str, torch.Tensor] = {}
+    for name, grad in grads.items():
+        weights = _weights_of(name, inputs)
+        wanted = [each for each in (name, *weights) if asked[each]]
+        with torch.enable_grad():
+            y = _normalised(inputs[name], weights, options, norm)
+        parts = torch.autograd.grad(
+            y, [inputs[each] for each in wanted], grad, create_graph=torch.is_grad_enabled()
+        )
+        found |= dict(zip(wanted, parts, strict=True))
+    return found
+
+
+def _normalised(x: Any, weights: dict[str, Any], options: Options, norm: Norm) -> Any:
+    """Return x with its heads normalised, by PyTorch's own function."""
+    heads = x if options.head_dim is None else x.unflatten(-1, (-1, options.head_dim))
+    at = axis_names(x.ndim, options).index("h")
+    if options.packed is None:
+        (weight,) = weights.values() or (None,)
+        return _norm_of(heads, weight, at, norm).reshape(x.shape)
+    num_heads, num_kv_heads = options.packed
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), at)
+    q = _norm_of(q, weights.get("q_weight"), at, norm)
+    k = _norm_of(k, weights.get("k_weight"), at, norm)
+    return torch.cat((q, k, v), at).reshape(x.shape)
+
+
+def _norm_of(heads: Any, weight: Any, at: int, norm: Norm) -> Any:
+    if weight is not None:
+        weight = (weight + norm.weight_offset).to(heads.dtype)
+    if norm.kind == TOKEN_NORM:
+        by_token = heads.movedim(at, -2)
+        flat = by_token.flatten(-2)
+        flat = torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, norm.eps)
+        return flat.view(by_token.shape).movedim(-2, at)
+    return torch.nn.functional.rms_norm(heads, heads.shape[-1:], weight, norm.eps)
 
 
 @cache
 def _conjugate(options: Options) -> Options:
-    return options._replace(conjugate=not options.conjugate)
+    """Return the options of the rotation back, before which there is no norm."""
+    return options._replace(conjugate=not options.conjugate, norm=None)
 
 
 # DTensor. Each process turns its own part by the positions of its own tokens, and sends nothing.
@@ -231,6 +323,8 @@ def sharded(given: calls.Given) -> tuple[Any, ...]:
     """
     from torch.distributed.tensor import DTensor
 
+    if given.options.cache or given.options.packed:
+        raise TypeError("q, k and v must be plain tensors here, got a DTensor")
     parts = _parts(given)
     wants = torch.is_grad_enabled() and any(x.requires_grad for x in given.xs)
     if given.out is not None:
@@ -240,7 +334,8 @@ def sharded(given: calls.Given) -> tuple[Any, ...]:
     positions, table = _of_this_process(given, parts)
     local = tuple(x.to_local() for x in given.xs)
     out = None if given.out is None else local
-    results = calls.rotate(given.names, local, table, positions, given.options, out)
+    more = _weights_of_this_process(given, parts)
+    results = calls.rotate(given.names, local, table, positions, given.options, out, more)
     if given.out is not None:
         return given.out
     return tuple(
@@ -336,6 +431,19 @@ def _of_this_process(given: calls.Given, parts: dict[str, Part]) -> tuple[Any, T
     return calls.Positions(**{"positions": first} | rows), table
 
 
+def _weights_of_this_process(
+    given: calls.Given, parts: dict[str, Part]
+) -> tuple[tuple[str, Any], ...]:
+    """Return the weights of a norm, which are those of every process's heads."""
+    heads, norm = parts.get("h"), given.options.norm
+    if norm and norm.kind == TOKEN_NORM and heads and heads.stop - heads.start < heads.of:
+        raise ValueError(
+            "norm must be 'head' where heads are sharded, for no process has all of a token, got "
+            "'heads'"
+        )
+    return tuple((name, _replicated(name, row)) for name, row in given.more)
+
+
 def _cut_last(array: Any, parts: tuple[Part | None, ...]) -> Any:
     """Return these parts of an array's last axes: one before them is that of axes of positions."""
     leading = array.ndim - len(parts)
@@ -366,8 +474,11 @@ def _replicated(name: str, array: Any) -> Any:
 
 _ARGUMENTS = (
     "Tensor[] table, str form, Tensor? positions, Tensor? seqlen_offsets, Tensor? cu_seqlens, "
-    "SymInt? first, bool interleaved, str? layout, int? head_dim, int rotary_offset, "
-    "bool conjugate, str out_of_range, int[]? mrope_section, bool mrope_interleaved"
+    "SymInt? first, str[] names, Tensor[] more, bool interleaved, str? layout, int? head_dim, "
+    "int rotary_offset, bool conjugate, str out_of_range, int[]? mrope_section, "
+    "bool mrope_interleaved, str rounding, str? norm, float eps, float weight_offset, "
+    "bool round_norm, int[]? packed, str? cache_layout, str? cache_dtype, float? k_scale, "
+    "float? v_scale"
 )
 _ROTATE, _NEW, _INTO = "rope_cupy::rotate", "rope_cupy::rotate_new", "rope_cupy::rotate_into"
 for _name in (_ROTATE, _NEW):
@@ -382,6 +493,7 @@ def traced(
     positions: tuple[Any, Any, Any],
     options: tuple[Any, ...],
     out: tuple[Any, ...] | None,
+    more: tuple[tuple[str, Any], ...] = (),
 ) -> tuple[Any, ...]:
     """Put an operator into the graph that is being traced.
 
@@ -391,16 +503,23 @@ def traced(
     rows, first = _arrays_and_int(positions)
     if any([hasattr(x, "device_mesh") for x in xs]):
         there = {name: row for name, row in zip(_ROWS, rows, strict=True) if row is not None}
-        options = check_options(*options)
+        options = check_options(*options[:-3], *checked_parts(*options[-3:]))
+        there |= dict(more)
         named = (*there,), (*there.values(),), first
         return sharded(calls.Given(names, xs, source, *named, options, out))
-    arguments = list(source.arrays), source.form.__name__, *rows, first, *options
-    records = torch.is_grad_enabled() and any([x.requires_grad for x in xs])
+    named_more = [name for name, _ in more], [array for _, array in more]
+    how = *rows, first, *named_more, *_flat(options)
+    arguments = list(source.arrays), source.form.__name__, *how
+    weights = [array for name, array in more if name in OF_WEIGHTS]
+    records = torch.is_grad_enabled() and any([x.requires_grad for x in (*xs, *weights)])
     if torch.is_grad_enabled() and any([part.requires_grad for part in source.arrays]):
         raise ValueError("table must not require a gradient, which is not recorded here")
     if out is not None and not records:
+        out = tuple([torch.empty_like(x) if y is None else y for x, y in zip(xs, out, strict=True)])
         torch.ops.rope_cupy.rotate_into(list(xs), list(out), *arguments)
         return out
+    if records:
+        _check_recordable(Options(*options), out)
     results = tuple(torch.ops.rope_cupy.rotate(list(xs), *arguments))
     if out is None:
         return results
@@ -408,6 +527,22 @@ def traced(
     for y, result in zip(out, results, strict=True):
         y.copy_(result)
     return out
+
+
+def _flat(options: Sequence[Any]) -> tuple[Any, ...]:
+    """Return options as an operator takes them: the fields of their parts one by one."""
+    *plain, norm, packed, cache = options
+    last = None if packed is None else list(packed), *(cache or (None,) * 4)
+    return *plain, *(norm or (None, 0.0, 0.0, False)), *last
+
+
+def _options(flat: Sequence[Any]) -> Options:
+    """Return the options that an operator has been given, checked."""
+    plain, (*norm, packed), cache = flat[:-9], flat[-9:-4], flat[-4:]
+    parts = checked_parts(
+        None if norm[0] is None else norm, packed, None if cache[0] is None else cache
+    )
+    return check_options(*plain, *parts)
 
 
 _ROWS = calls.Positions._fields
@@ -426,10 +561,20 @@ def _arrays_and_int(positions: tuple[Any, Any, Any]) -> tuple[list[torch.Tensor 
     return rows, sum(ints) if ints else None
 
 
-def _apart(arguments: Sequence[Any]) -> tuple[Sequence[Any], int | None, Sequence[Any]]:
-    """Return the tensors, the int and the options of an operator's last arguments."""
+class _Last(NamedTuple):
+    """An operator's last arguments, behind the table and its form."""
+
+    rows: Sequence[Any]
+    first: int | None
+    more: tuple[tuple[str, Any], ...]
+    options: Options
+
+
+def _last(arguments: Sequence[Any]) -> _Last:
     num = len(_ROWS)
-    return arguments[:num], arguments[num], arguments[num + 1 :]
+    first, names, more, *flat = arguments[num:]
+    named = tuple(zip(names, more, strict=True))
+    return _Last(arguments[:num], first, named, _options(flat))
 
 
 def _run(
@@ -437,16 +582,15 @@ def _run(
     outs: tuple[torch.Tensor, ...] | None,
     table: Sequence[torch.Tensor],
     form: str,
-    positions: torch.Tensor | None,
-    seqlen_offsets: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    first: int | None,
-    *options: Any,
+    *arguments: Any,
 ) -> tuple[torch.Tensor, ...]:
-    names = ("x",) if len(xs) == 1 else ("q", "k")
+    (positions, seqlen_offsets, cu_seqlens), first, more, options = _last(arguments)
+    names: tuple[str, ...] = ("q", "k", "v")[: len(xs)]
+    if len(xs) == 1:
+        names = ("qkv",) if options.packed else ("x",)
     source = TableSource(FORMS[form], tuple(table))
     rows = first if positions is None else positions, seqlen_offsets, cu_seqlens
-    return calls.rotate(names, tuple(xs), source, rows, options, outs)
+    return calls.rotate(names, tuple(xs), source, rows, options, outs, more)
 
 
 def _run_new(xs: Sequence[torch.Tensor], *arguments: Any) -> list[torch.Tensor]:
@@ -474,11 +618,10 @@ def _check_fakes(
     *rows_and_options: Any,
 ) -> None:
     """Check what a trace will not change; a run checks the rest."""
-    rows, _, options = _apart(rows_and_options)
-    check_options(*options)
+    rows, _, more, _ = _last(rows_and_options)
     device = arrays[0].device
     named = [("k or out", arrays), ("table", table)]
-    named += [(name, [row]) for name, row in zip(_ROWS, rows, strict=True)]
+    named += [(name, [row]) for name, row in (*zip(_ROWS, rows, strict=True), *more)]
     for name, others in named:
         for each in others:
             if each is not None and each.device != device:
@@ -490,8 +633,10 @@ def _rotate(xs: Sequence[torch.Tensor], *arguments: Any) -> Sequence[torch.Tenso
 
     A graph that is compiled holds that operator alone, which costs it one dispatch.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in xs):
-        return _TracedRotation.apply(arguments, *xs)  # type: ignore[no-any-return, no-untyped-call]
+    more = _last(arguments[2:]).more
+    weights = [array for name, array in more if name in OF_WEIGHTS]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *weights)):
+        return _TracedRotation.apply(arguments, len(xs), *xs, *weights)  # type: ignore[no-any-return, no-untyped-call]
     return torch.ops.rope_cupy.rotate_new(xs, *arguments)  # type: ignore[no-any-return]
 
 
@@ -499,16 +644,26 @@ class _TracedRotation(torch.autograd.Function):
     """A rotation in a graph, whose tensors may have no memory yet: see `_Rotation`."""
 
     @staticmethod
-    def forward(ctx: Any, arguments: tuple[Any, ...], *xs: Any) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, arguments: tuple[Any, ...], num_xs: int, *xs_and_weights: Any
+    ) -> tuple[Any, ...]:
         """Rotate into new tensors."""
         table, form, *rest = arguments
-        rows, first, options = _apart(rest)
-        ctx.save_for_backward(*table, *rows)
-        ctx.arguments = len(table), form, first, check_options(*options)
+        rows, first, more, options = _last(rest)
+        xs = xs_and_weights[:num_xs]
+        ctx.names = [*(("q", "k") if num_xs > 1 else ("qkv",) if options.packed else ("x",))]
+        ctx.names += [name for name, _ in more if name in OF_WEIGHTS]
+        ctx.save_for_backward(*xs_and_weights, *table, *rows)
+        ctx.arguments = len(table), form, first, options
         ctx.set_materialize_grads(False)
         outs = tuple(torch.ops.rope_cupy.rotate_new(xs, *arguments))
+        named = dict(zip(ctx.names, xs_and_weights, strict=True))
         ctx.mark_non_differentiable(
-            *(y for x, y in zip(xs, outs, strict=True) if not x.requires_grad)
+            *(
+                y
+                for name, x, y in zip(ctx.names[:num_xs], xs, outs, strict=True)
+                if not any(part.requires_grad for part in (x, *_weights_of(name, named).values()))
+            )
         )
         return outs
 
@@ -516,11 +671,20 @@ class _TracedRotation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """Turn the gradients back, those that are there."""
         num_parts, form, first, options = ctx.arguments
-        table, rows = ctx.saved_tensors[:num_parts], ctx.saved_tensors[num_parts:]
-        arguments = list(table), form, *rows, first, *_conjugate(options)
-        there = [grad for grad in grads if grad is not None]
-        turned = iter(torch.ops.rope_cupy.rotate(there, *arguments) if there else ())
-        return None, *[None if grad is None else next(turned) for grad in grads]
+        behind = ctx.saved_tensors[len(ctx.names) :]
+        table, rows = behind[:num_parts], behind[num_parts:]
+        arguments = list(table), form, *rows, first, [], [], *_flat(_conjugate(options))
+        there = {
+            name: grad for name, grad in zip(ctx.names, grads, strict=False) if grad is not None
+        }
+        found: dict[str, Any] = {}
+        if there:
+            turned = torch.ops.rope_cupy.rotate([*there.values()], *arguments)
+            found = dict(zip(there, turned, strict=True))
+        if options.norm:
+            asked = dict(zip(ctx.names, ctx.needs_input_grad[2:], strict=True))
+            found = _through_norm(found, asked, ctx.saved_tensors, options, options.norm)
+        return None, None, *[found.get(name) for name in ctx.names]
 
 
 torch.library.impl(_ROTATE, "CompositeImplicitAutograd", _rotate)
