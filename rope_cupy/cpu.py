@@ -122,14 +122,14 @@ def _normalised(problem: RotaryProblem, pointers: Pointers, i: int, x: Array) ->
     if problem.norm is None:
         return None
     norm, pointer = problem.norm.norm, (pointers.q_weight, pointers.k_weight)[i]
-    numbers: Array = _widen(x, problem.dtype)
     of_token = norm.kind == TOKEN_NORM
     axes = (2, 3) if of_token else 3
     with np.errstate(all="ignore"):
+        numbers: Array = _widen(x, problem.dtype)
         mean = np.mean(numbers * numbers, axis=axes, keepdims=True)
         numbers = numbers / np.sqrt(mean + norm.eps)
         if pointer:
-            stride, heads = problem.norm.strides[i], x.shape[2] if of_token else 1
+            stride, heads = problem.norm.strides[i] or 0, x.shape[2] if of_token else 1
             shape, strides = (heads, problem.head_dim), (problem.head_dim * stride, stride)
             weights = ndarray_at(pointer, _STORAGE[problem.norm.dtype], shape, strides)
             numbers = numbers * (_widen(weights, problem.norm.dtype) + norm.weight_offset)

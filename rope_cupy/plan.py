@@ -233,7 +233,7 @@ def _weight_width(problem: RotaryProblem) -> int:
     views = [
         View((0, 0, problem.head_dim * stride, stride), alignment)
         for stride, alignment in zip(norm.strides, norm.alignments, strict=True)
-        if stride
+        if stride is not None
     ]
     widths = [_width(view, norm.dtype, 1, problem.rotary_offset) for view in views]
     return min(widths, default=ACCESS_BYTES // ITEMSIZE[norm.dtype])
@@ -402,17 +402,16 @@ def _is_common(
         and min(widths.cos, widths.sin) >= table_whole
         and all(t.x.strides == t.out.strides or problem.cache for t in tensors)
         and all(t.x.strides[3] == t.out.strides[3] == 1 for t in tensors)
-        and (
-            problem.norm is None or widths.weights >= _whole_weights(problem.norm, x_run, pass_run)
-        )
         and (cos.strides, problem.cos_row) == (sin.strides, problem.sin_row)
         and cos.strides[2:] == (0, problem.table_step)
         and all(abs(number) < 2**31 for number in numbers)
+        and (problem.norm is None or _has_common_weights(problem.norm, widths, x_run, pass_run))
     )
 
 
-def _whole_weights(norm: NormProblem, *runs: int) -> int:
-    return min(max(runs), ACCESS_BYTES // ITEMSIZE[norm.dtype])
+def _has_common_weights(norm: NormProblem, widths: Widths, *runs: int) -> bool:
+    whole = min(max(runs), ACCESS_BYTES // ITEMSIZE[norm.dtype])
+    return widths.weights >= whole and all(stride in (None, 1) for stride in norm.strides)
 
 
 def _cpp(flag: bool) -> str:
@@ -482,7 +481,7 @@ def _to_slice(problem: RotaryProblem) -> tuple[tuple[int, int], ...]:
 def _to_weight(problem: RotaryProblem) -> tuple[int, int]:
     if problem.norm is None:
         return 0, 0
-    q, k = (problem.rotary_offset * stride for stride in problem.norm.strides)
+    q, k = (problem.rotary_offset * (stride or 0) for stride in problem.norm.strides)
     return q * ITEMSIZE[problem.norm.dtype], k * ITEMSIZE[problem.norm.dtype]
 
 
@@ -532,7 +531,7 @@ def _pack_norm(problem: RotaryProblem, widths: Widths, rows: int) -> bytes | Non
     norm, of_token = problem.norm, _norm_kind(problem) == TOKEN_NORM
     tensors = (problem.tensors * 2)[:2]
     words = []
-    for tensor, stride in zip(tensors, norm.strides, strict=True):
+    for tensor, stride in zip(tensors, (stride or 0 for stride in norm.strides), strict=True):
         head = problem.head_dim * stride if of_token else 0
         words += [head, tensor.num_heads // rows * head, stride, widths.weights]
     counts = [problem.head_dim * (t.num_heads if of_token else 1) for t in tensors]

@@ -59,7 +59,7 @@ class NormProblem(NamedTuple):
 
     norm: Norm
     dtype: str  # of weights
-    strides: tuple[int, int]  # of each tensor's weights; of none 0
+    strides: tuple[int | None, int | None]  # of each tensor's weights; None for none
     alignments: tuple[int, int]
 
 
@@ -335,7 +335,7 @@ def _norm_problem(
     return NormProblem(
         norm=norm,
         dtype=next((array.dtype for array in of_weights.values()), "float32"),
-        strides=tuple(array.strides[0] if array else 0 for array in weights),  # type: ignore[arg-type]
+        strides=tuple(array.strides[0] if array else None for array in weights),  # type: ignore[arg-type]
         alignments=tuple(array.alignment if array else 16 for array in weights),  # type: ignore[arg-type]
     )
 

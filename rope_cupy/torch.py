@@ -653,7 +653,7 @@ class _TracedRotation(torch.autograd.Function):
         xs = xs_and_weights[:num_xs]
         ctx.names = [*(("q", "k") if num_xs > 1 else ("qkv",) if options.packed else ("x",))]
         ctx.names += [name for name, _ in more if name in OF_WEIGHTS]
-        ctx.save_for_backward(*xs_and_weights, *table, *rows)
+        ctx.save_for_backward(*(xs_and_weights if options.norm else ()), *table, *rows)
         ctx.arguments = len(table), form, first, options
         ctx.set_materialize_grads(False)
         outs = tuple(torch.ops.rope_cupy.rotate_new(xs, *arguments))
@@ -671,7 +671,7 @@ class _TracedRotation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """Turn the gradients back, those that are there."""
         num_parts, form, first, options = ctx.arguments
-        behind = ctx.saved_tensors[len(ctx.names) :]
+        behind = ctx.saved_tensors[len(ctx.names) if options.norm else 0 :]
         table, rows = behind[:num_parts], behind[num_parts:]
         arguments = list(table), form, *rows, first, [], [], *_flat(_conjugate(options))
         there = {

@@ -28,8 +28,11 @@ from reference import (
     cos_sin_at,
     decode,
     encode,
+    normalised,
     pair_norms,
     rotate,
+    rotate_eagerly,
+    rounded,
     sequence_places,
     to_bits,
 )
@@ -265,7 +268,7 @@ def table_values(held: list[Held], case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Case(NamedTuple):
-    """One call of apply_rotary or apply_rotary_qk."""
+    """One call of apply_rotary or apply_rotary_qk, or of their kin that normalise."""
 
     dtype: str
     table_dtype: str = "float32"
@@ -284,10 +287,18 @@ class Case(NamedTuple):
     positions: str = "none"
     outside: str = "inside"  # are positions beside the table, and what becomes of their tokens
     write: str = "new"
+    rounding: str = "once"
+    norm: str = "none"
+    weights: str = "none"  # their dtype
+    round_norm: bool = False
 
     @property
     def kind(self) -> str:
         """What results are summed up with, where accuracy is told."""
+        if self.norm != "none":
+            return f"{self.dtype}, normalised"
+        if self.rounding == "eager":
+            return f"{self.dtype}, rounded eagerly"
         return f"{self.dtype}, from frequencies" if self.form == "frequencies" else self.dtype
 
     def __str__(self) -> str:
@@ -307,6 +318,8 @@ OUTSIDE = {  # rows of no table; the last would be rows of one if they lost thei
 }
 INDEX = "int32", "int64"
 COMPUTED_ERROR = 1.5e-7  # of a result from frequencies, for a pair of norm 1
+NORM_ERROR = 6e-7  # of one that is normalised, of sums, roots and products in float32
+EPS, WEIGHT_OFFSET = 1e-3, 0.25  # of every norm here
 MOST_COMPUTED = 4096  # positions of frequencies, for which an error of 2^-65 turns has no weight
 OPTIONS: dict[str, list[Any]] = {
     "dtype": list(FORMATS),
@@ -333,6 +346,10 @@ OPTIONS: dict[str, list[Any]] = {
     ],
     "outside": ["inside", "nan", "keep"],
     "write": ["new", "out", "out other", "in place"],
+    "rounding": ["once", "once", "once", "eager"],
+    "norm": ["none", "none", "head", "heads"],
+    "weights": ["none", *FORMATS],
+    "round_norm": [False, True],
 }
 
 
@@ -355,6 +372,10 @@ def possible(case: Case) -> Case:
         dtype = "float32"
     rows = "position" if case.form in ("cache", "frequencies") else case.rows
     positions = case.positions if rows == "position" else "none"
+    norm = case.norm if case.head[0] <= 512 else "none"
+    if norm == "heads" and not fits_a_block(case):
+        norm = "head"
+    weights = case.weights if norm != "none" else "none"
     library = able(case.library, case.dtype)
     owner = able(library if case.table_library == "same" else OTHER[library], dtype)
     written = case.write == "in place"
@@ -374,7 +395,18 @@ def possible(case: Case) -> Case:
         table_style="dense" if computed else known(case.table_style, owner, written=False),
         positions=positions,
         outside=case.outside if " " in positions else "inside",
+        norm=norm,
+        weights="float32" if weights == "bfloat16" and owner != "torch" else weights,
+        round_norm=norm != "none" and case.round_norm,
     )
+
+
+def fits_a_block(case: Case) -> bool:
+    """Whether any strides let a block of threads have all heads of a token: see the planner."""
+    *_, q_heads, k_heads = case.sizes
+    heads = max(q_heads, k_heads)
+    threads = heads * case.head[0]  # of an element each
+    return threads <= 512 or heads <= 1
 
 
 def able(library: str, dtype: str) -> str:
@@ -446,7 +478,18 @@ class Call:
             "rotary_offset": offset,
             "conjugate": case.conjugate,
             "out_of_range": "keep" if case.outside == "keep" else "nan",
+            "rounding": case.rounding,
         }
+        self.weights: list[Held] = []
+        if case.weights != "none":
+            sizes = [head_dim * (n if case.norm == "heads" else 1) for n in heads if n]
+            values = [rng.standard_normal(size) for size in sizes]
+            library = able(case.table_library, case.weights)
+            styles = ["dense", "stepped", "offset1", "repeated"]
+            self.weights = [
+                hold(value, case.weights, library, styles[rng.integers(4)]) for value in values
+            ]
+            self.held += self.weights
 
     def hold_rows(self, dtype: str, kind: str, num_rows: int) -> np.ndarray:
         """Hold what tells the row of each token, and return those: of a token in none, -1."""
@@ -503,7 +546,8 @@ class Call:
             shape = (batch, tokens, num_heads, case.head[0])
             numbers = rng.standard_normal(shape) * 2.0 ** rng.integers(-3, 3, shape)
             noise = rng.integers(0, np.iinfo(bits).max, shape, bits, endpoint=True)
-            turned = self.turned | repeats(style)  # for there noise would be rotated too
+            # Where heads repeat each other or are normalised, noise would be rotated too.
+            turned = self.turned | repeats(style) | (case.norm != "none")
             x = np.where(turned, encode(numbers, case.dtype), noise)
             x = arranged(x, self.axes, flat=self.split is not None)
             units = (-1, self.split) if self.split else (self.axes.index("h"),)
@@ -512,16 +556,62 @@ class Call:
 
     def __call__(self, *xs: Any, out: Any = None, **options: Any) -> list[Any]:
         """Rotate one array or two."""
-        rotated = (rope_cupy.apply_rotary_qk if len(xs) == 2 else rope_cupy.apply_rotary)(
+        two = len(xs) == 2
+        weights, norm = [], {}
+        if self.case.norm != "none":
+            weights = [held.array for held in self.weights] or [None, None]
+            norm = {"norm": self.case.norm, "eps": EPS, "weight_offset": WEIGHT_OFFSET}
+            norm["round_norm"] = self.case.round_norm
+            function = rope_cupy.apply_qk_norm_rotary if two else rope_cupy.apply_norm_rotary
+        else:
+            function = rope_cupy.apply_rotary_qk if two else rope_cupy.apply_rotary
+        rotated = function(
             *xs,
+            *weights[: len(xs)],
             self.table,
             **self.where,
             layout=None if self.case.layout in DEFAULT_LAYOUTS else self.axes,
             head_dim=self.split,
-            out=(tuple(out) if len(xs) == 2 else out[0]) if out else None,
+            out=(tuple(out) if two else out[0]) if out else None,
+            **norm,
             **self.options | options,
         )
-        return list(rotated) if len(xs) == 2 else [rotated]
+        return list(rotated) if two else [rotated]
+
+    def exact(self, x: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """The result for x (batch, tokens, heads, head_dim), and how far off it may be, by pair."""
+        case, options = self.case, {**self.options}
+        eager = options.pop("rounding") == "eager"
+        double = "float64" in (case.dtype, case.table_dtype)
+        off = np.zeros(x.shape)
+        if case.norm != "none":
+            weight = decode(self.weights[i].elements, case.weights) if self.weights else None
+            x = normalised(x, weight, EPS, WEIGHT_OFFSET, of_token=case.norm == "heads")
+            off = np.abs(x) * (1e-14 if double else NORM_ERROR)
+            if case.round_norm:  # may round the other way
+                low, high = (rounded(x + sign * off, case.dtype) for sign in (-1, 1))
+                x, off = rounded(x, case.dtype), np.abs(high - low)
+        exact = rotate(x, self.cos, self.sin, positions=self.rows, **options)
+        if eager:
+            dtypes = case.dtype, case.table_dtype
+            eagerly = rotate_eagerly(x, self.cos, self.sin, dtypes, positions=self.rows, **options)
+            turns = self.turned & (True if self.outside is None else ~self.outside[..., None, None])
+            exact = np.where(turns, eagerly, exact)
+            if case.form in ("complex", "frequencies") or case.norm != "none":
+                # One product of complex numbers is not rounded on a GPU, and angles may be others.
+                bits = FORMATS[case.dtype if case.dtype == case.table_dtype else "float32"]
+                with np.errstate(invalid="ignore"):  # of what does not turn
+                    off = off + np.abs(x) * 2.0**-bits.mantissa_bits
+        return exact, off
+
+    def untouched(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Which elements of a result keep their bits."""
+        if self.case.norm != "none":
+            return np.zeros(shape, bool)
+        untouched = np.broadcast_to(~self.turned, shape)
+        if self.case.outside == "keep":
+            untouched = untouched | self.outside[..., None, None]
+        return untouched
 
     def canonical(self, bits: np.ndarray) -> np.ndarray:
         """An array as (batch, tokens, heads, head_dim)."""
@@ -554,20 +644,26 @@ def _verify_once(case: Case) -> list[Error]:
             assert type(y) is type(inputs[i].array)
             assert repeats(call.styles[i]) or in_order_of(y, inputs[i].array)
         x, y = (call.canonical(bits) for bits in (inputs[i].elements, to_bits(y)))
-        exact = rotate(
-            decode(x, case.dtype), call.cos, call.sin, positions=call.rows, **call.options
-        )
+        exact, off = call.exact(decode(x, case.dtype), i)
         turned, repeated = call.turned, repeats(call.styles[i])
-        actual, exact = decode(y, case.dtype)[..., turned], exact[..., turned]
-        if case.form == "frequencies" and FORMATS[case.dtype].tolerance is None:
-            # Where a pair turns onto an axis, a result is next to nothing, and no nearer to it than
-            # the angle's cosine and sine are.
-            near = np.abs(actual - exact) <= COMPUTED_ERROR * pair_norms(exact, case.interleaved)
-            exact = np.where(near, actual, exact)
-        errors.append(check(actual, exact, case.dtype, repeated))
-        untouched = np.broadcast_to(~turned, y.shape)
-        if case.outside == "keep":
-            untouched = untouched | call.outside[..., None, None]
+        actual = decode(y, case.dtype)
+        parts = [(actual[..., turned], exact[..., turned], off[..., turned])]
+        if case.norm != "none" and not turned.all():
+            parts.append((actual[..., ~turned], exact[..., ~turned], off[..., ~turned]))
+        for j, (actual, exact, off) in enumerate(parts):
+            if j == 0 and off.any():
+                off = pair_norms(off, case.interleaved)
+            if case.form == "frequencies" and FORMATS[case.dtype].tolerance is None:
+                # Where a pair turns onto an axis, a result is next to nothing, and no nearer to it
+                # than the angle's cosine and sine are.
+                off = off + COMPUTED_ERROR * pair_norms(exact, case.interleaved) * (j == 0)
+            near = (rounded(exact - off, case.dtype) <= actual) & (
+                actual <= rounded(exact + off, case.dtype)
+            )
+            errors.append(
+                check(actual, np.where(near & (off > 0), actual, exact), case.dtype, repeated)
+            )
+        untouched = call.untouched(y.shape)
         assert np.array_equal(x[untouched], y[untouched]), "what is not rotated must keep its bits"
     for unwritten in call.held if case.write == "in place" else call.held + inputs:
         unwritten.assert_unchanged()

@@ -108,6 +108,41 @@ def rotate(
     return y
 
 
+def normalised(
+    x: np.ndarray, weight: np.ndarray | None, eps: float, offset: float, *, of_token: bool
+) -> np.ndarray:
+    """RMSNorm of every head of x (batch, tokens, heads, head_dim), or of all heads of a token."""
+    with np.errstate(all="ignore"):
+        mean = np.mean(x * x, axis=(2, 3) if of_token else 3, keepdims=True)
+        y = x / np.sqrt(mean + eps)
+        return y if weight is None else y * (weight.reshape(-1, x.shape[3]) + offset)
+
+
+def rotate_eagerly(
+    x: np.ndarray, cos: np.ndarray, sin: np.ndarray, dtypes: tuple[str, str], **options: Any
+) -> np.ndarray:
+    """Rotate as `rotate`, but round each product and each sum as PyTorch's operations do.
+
+    They are rounded to the dtype of x and of the table, if those are one, else to float32, or to
+    float64 where one of them is that.
+    """
+    dtype, table_dtype = dtypes
+    wide = "float64" if "float64" in dtypes else "float32"
+    product = dtype if dtype == table_dtype else wide
+
+    def each(values: np.ndarray) -> np.ndarray:
+        return rounded(rounded(values, wide), product)  # products of 16 bits are exact in float32
+
+    def with_angles(cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        return rotate(x, cos, sin, **options)
+
+    by_cos = each(with_angles(cos, 0 * sin))
+    by_sin = each(with_angles(0 * cos, sin))
+    with np.errstate(over="ignore", invalid="ignore"):  # of what does not turn
+        y = each(by_cos + by_sin)
+    return rounded(y, "float32") if FORMATS[dtype].mantissa_bits < 23 else y
+
+
 def axes_of_pairs(section: tuple[int, int, int], interleaved: bool) -> list[int]:
     """The axis whose position each pair turns by: in sections, or every third pair of an axis."""
     if not interleaved:

@@ -231,10 +231,14 @@ def test_starts_of_sequences_are_not_compiled_again(device):
     assert counter.frame_count == 1
 
 
+LAST = "once", None, 0.0, 0.0, False, None, None, None, None, None
 SAMPLES = {
-    "halves": (None, None, None, None, False, None, None, 0, False, "nan", None, False),
-    "a start": (None, None, None, 3, True, "bshd", None, 0, True, "keep", None, False),
-    "positions": ("array", None, None, None, False, None, None, 0, False, "nan", None, False),
+    "halves": (None, None, None, None, [], [], False, None, None, 0, False, "nan", None, False, *LAST),
+    "a start": (None, None, None, 3, [], [], True, "bshd", None, 0, True, "keep", None, False, *LAST),
+    "positions": (
+        *("array", None, None, None, [], [], False, None, None, 0, False, "nan", None, False),
+        *LAST,
+    ),
 }
 
 

@@ -66,7 +66,8 @@ def test_a_call_of_any_kind_is_right(case, record):
     errors = verify(case)
     record(case.kind, *errors)
     # On the CPU all is computed in float64 and rounded once: exactly what is asked for.
-    assert case.dtype == "float64" or not any(error.unequal for error in errors)
+    as_wanted = case.dtype == "float64" or case.rounding == "eager"
+    assert as_wanted or not any(error.unequal for error in errors)
 
 
 def test_the_calls_of_any_kind_include_every_value_of_every_option():

@@ -151,7 +151,7 @@ def _weights(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
         if address := getattr(pointers, name):
             heads = tensor.num_heads if problem.norm.norm.kind == "heads" else 1
             shape = (heads * problem.head_dim,)
-            arrays[name] = Array(address, ITEMSIZE[problem.norm.dtype], shape, (stride,))
+            arrays[name] = Array(address, ITEMSIZE[problem.norm.dtype], shape, (stride or 0,))
     return arrays
 
 
