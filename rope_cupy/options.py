@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from .checks import count, described, index, positive
+from .checks import count, described, index
 from .memory import FLOATS_8
 
 DEFAULT_LAYOUTS = {3: "shd", 4: "bshd"}
@@ -17,6 +18,7 @@ ROUNDINGS = "once", "eager"
 NORMS = HEAD_NORM, TOKEN_NORM = "head", "heads"
 CACHE_LAYOUTS = "NHD", "HND"
 LEAST_SCALE = 2.0**-126  # whose reciprocal is a float32
+Part = TypeVar("Part")  # of Options
 
 
 class Norm(NamedTuple):
@@ -148,6 +150,20 @@ def known_options(*options_and_types: Any) -> Options:
     return check_options(*options_and_types[: len(Options._fields)])
 
 
+def _remembered(check: Callable[..., Part]) -> Callable[..., Part]:
+    """Remember what a check returns, but for what cannot be hashed, which is refused by name."""
+    known = lru_cache(maxsize=256, typed=True)(check)
+
+    @wraps(check)
+    def checked(*fields: Any) -> Part:
+        try:
+            return known(*fields)
+        except TypeError:  # one of a wrong type
+            return check(*fields)
+
+    return checked
+
+
 def checked_parts(norm: Any, packed: Any, cache: Any) -> tuple[Any, ...]:
     """Check the last three of Options, each None or a tuple of its fields."""
     return (
@@ -157,7 +173,7 @@ def checked_parts(norm: Any, packed: Any, cache: Any) -> tuple[Any, ...]:
     )
 
 
-@lru_cache(maxsize=256, typed=True)
+@_remembered
 def checked_norm(norm: object, eps: Any, weight_offset: Any, round_norm: object) -> Norm:
     """Check the fields of Norm."""
     _check_choice("norm", norm, NORMS)
@@ -169,13 +185,13 @@ def checked_norm(norm: object, eps: Any, weight_offset: Any, round_norm: object)
     return Norm(str(norm), eps, _number("weight_offset", weight_offset), round_norm)
 
 
-@lru_cache(maxsize=256, typed=True)
+@_remembered
 def checked_packed(num_heads: object, num_kv_heads: object) -> Packed:
     """Check the fields of Packed."""
     return Packed(count("num_heads", num_heads, 1), count("num_kv_heads", num_kv_heads, 1))
 
 
-@lru_cache(maxsize=256, typed=True)
+@_remembered
 def checked_cache(layout: object, dtype: object, k_scale: Any, v_scale: Any) -> Cache:
     """Check the fields of Cache, of which scales are numbers, or None for 1."""
     _check_choice("cache_layout", layout, CACHE_LAYOUTS)
@@ -183,7 +199,7 @@ def checked_cache(layout: object, dtype: object, k_scale: Any, v_scale: Any) -> 
         _check_choice("cache_dtype", dtype, FLOATS_8)
     scales = []
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        number = 1.0 if scale is None else positive(name, scale)
+        number = 1.0 if scale is None else _number(name, scale)
         if not LEAST_SCALE <= number <= 1 / LEAST_SCALE:
             raise ValueError(f"{name} must be from 2^-126 to 2^126, got {scale}")
         scales.append(number)
@@ -193,9 +209,13 @@ def checked_cache(layout: object, dtype: object, k_scale: Any, v_scale: Any) -> 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} must be a number, got {described(value)}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # of an int
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    return number
 
 
 def axis_names(rank: int, options: Options) -> str:

@@ -222,6 +222,8 @@ def rotary_problem(
             raise ValueError(
                 f"{name} must be on {names[0]}'s device {first.device}, got {array.device}"
             )
+    norm = _norm_problem(given, num_heads, head_dim, options)
+    cache = _cache_problem(given, first.dtype, (batch, num_tokens), outs[1:], options)
     for name, array in named:
         _check_alignment(name, array)
     by_position = kind != IMPLICIT
@@ -256,8 +258,8 @@ def rotary_problem(
         conjugate=options.conjugate,
         keep=options.out_of_range == "keep",
         eager=options.rounding == "eager",
-        norm=_norm_problem(given, num_heads, head_dim, options),
-        cache=_cache_problem(given, first.dtype, (batch, num_tokens), outs[1:], options),
+        norm=norm,
+        cache=cache,
     )
 
 

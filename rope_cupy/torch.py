@@ -15,7 +15,7 @@ from . import calls
 from .checks import count, described, index
 from .frequencies import cos_sin, inverse_frequencies
 from .options import TOKEN_NORM, Norm, Options, axis_names, check_options, checked_parts
-from .problem import OF_WEIGHTS, out_names
+from .problem import OF_POSITIONS, OF_WEIGHTS, out_names
 from .rotary import apply_rotary_qk
 from .tables import FORMS, TableSource, source_of
 from .tensor import Glance, check_gradient
@@ -298,7 +298,8 @@ def _normalised(x: Any, weights: dict[str, Any], options: Options, norm: Norm) -
 
 def _norm_of(heads: Any, weight: Any, at: int, norm: Norm) -> Any:
     if weight is not None:
-        weight = (weight + norm.weight_offset).to(heads.dtype)
+        wide = weight.to(torch.promote_types(weight.dtype, heads.dtype))
+        weight = (wide + norm.weight_offset).to(heads.dtype)
     if norm.kind == TOKEN_NORM:
         by_token = heads.movedim(at, -2)
         flat = by_token.flatten(-2)
@@ -407,14 +408,16 @@ def _part(name: str, x: Any, axis: int) -> Part:
 def _of_this_process(given: calls.Given, parts: dict[str, Part]) -> tuple[Any, TableSource]:
     """Return the positions and the table that the tokens of this process have."""
     batch, tokens, heads = parts.get("b"), parts.get("s"), parts.get("h")
-    rows, first = dict(zip(given.row_names, given.rows, strict=True)), given.first
+    first = given.first
     arrays = [_replicated("table", array) for array in given.table.arrays]
     trailing = 3 if given.table.form is FORMS["_matrices"] else 1
     by_position = arrays[0].ndim - trailing == 1
     if not by_position:
         arrays = [_cut(part, (batch, tokens, heads)[: part.ndim - trailing]) for part in arrays]
     table = TableSource(given.table.form, tuple(arrays))
-    rows = {name: _replicated(name, array) for name, array in rows.items()}
+    rows = {
+        name: _replicated(name, array) for name, array in given.named_rows if name in OF_POSITIONS
+    }
     start = tokens.start if tokens else 0
     if "positions" in rows:
         rows["positions"] = _cut_last(rows["positions"], (batch, tokens))
@@ -434,14 +437,27 @@ def _of_this_process(given: calls.Given, parts: dict[str, Part]) -> tuple[Any, T
 def _weights_of_this_process(
     given: calls.Given, parts: dict[str, Part]
 ) -> tuple[tuple[str, Any], ...]:
-    """Return the weights of a norm, which are those of every process's heads."""
+    """Return the weights of a norm, which are those of every process's heads.
+
+    Their gradients are parts of a sum wherever heads or tokens are parts of what there is.
+    """
+    from torch.distributed.tensor import Partial
+
     heads, norm = parts.get("h"), given.options.norm
     if norm and norm.kind == TOKEN_NORM and heads and heads.stop - heads.start < heads.of:
         raise ValueError(
             "norm must be 'head' where heads are sharded, for no process has all of a token, got "
             "'heads'"
         )
-    return tuple((name, _replicated(name, row)) for name, row in given.more)
+    x, weights = given.xs[0], []
+    grads = [Partial() if placement.is_shard() else placement for placement in x.placements]
+    for name, row in given.more:
+        if hasattr(row, "device_mesh") and row.device_mesh != x.device_mesh:
+            raise ValueError(
+                f"{name} must have {given.names[0]}'s mesh {x.device_mesh}, got {row.device_mesh}"
+            )
+        weights.append((name, _replicated(name, row, grad_placements=grads)))
+    return tuple(weights)
 
 
 def _cut_last(array: Any, parts: tuple[Part | None, ...]) -> Any:
@@ -459,7 +475,7 @@ def _cut(array: Any, parts: tuple[Part | None, ...]) -> Any:
     return array
 
 
-def _replicated(name: str, array: Any) -> Any:
+def _replicated(name: str, array: Any, **how: Any) -> Any:
     """Return a plain tensor, or what every process has of a DTensor."""
     if not hasattr(array, "device_mesh"):
         return array
@@ -467,7 +483,7 @@ def _replicated(name: str, array: Any) -> Any:
         raise ValueError(
             f"{name} must be a plain tensor or replicated, got the placements {array.placements}"
         )
-    return array.to_local()
+    return array.to_local(**how)
 
 
 # Operators. A graph that PyTorch traces holds them in place of a call, and runs the call by them.

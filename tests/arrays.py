@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import zlib
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -404,9 +405,11 @@ def possible(case: Case) -> Case:
 def fits_a_block(case: Case) -> bool:
     """Whether any strides let a block of threads have all heads of a token: see the planner."""
     *_, q_heads, k_heads = case.sizes
-    heads = max(q_heads, k_heads)
-    threads = heads * case.head[0]  # of an element each
-    return threads <= 512 or heads <= 1
+    of_all = math.gcd(q_heads, k_heads)
+    shared = max(
+        rows for rows in range(1, 9) if (of_all % rows == 0 and case.rows != "head") or rows == 1
+    )
+    return max(q_heads, k_heads) // shared * case.head[0] <= 512
 
 
 def able(library: str, dtype: str) -> str:

@@ -1,6 +1,5 @@
 """PyTorch around the functions that do more than rotate: gradients, graphs, DTensors, models."""
 
-import copy
 import functools
 import importlib
 import subprocess
@@ -11,15 +10,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from reference import check, to_float64
+from arrays import NORM_ERROR
 from test_compile import environment, in_a_process
-from test_dtensor import WORLD, distribute, run
+from test_dtensor import WORLD, distribute
 from test_gradients import options_on, parts, randn
 from test_transformers_models import CONFIGS, SIZES, model_of, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.distributed.tensor import DTensor, Replicate
+from torch.utils.checkpoint import checkpoint
 
 from rope_cupy import (
     RotaryTable,
@@ -136,7 +136,7 @@ def packed(call, leaves, table):
     return (apply_rotary_qkv(qkv, table, **heads, **weights, **call.options(qkv.device)),)
 
 
-def packed_into_exactly(call, leaves, table):
+def packed_whole_exactly(call, leaves, table):
     return (packed_exactly(call, leaves[0], leaves[1:], table),)
 
 
@@ -150,7 +150,7 @@ class Function(NamedTuple):
 FUNCTIONS = {
     "one": Function(one, one_exactly, (HEADS,), (HEADS,)),
     "two": Function(two, two_exactly, (HEADS, KV_HEADS), (HEADS, KV_HEADS)),
-    "packed": Function(packed, packed_into_exactly, (HEADS + 2 * KV_HEADS,), (HEADS, KV_HEADS)),
+    "packed": Function(packed, packed_whole_exactly, (HEADS + 2 * KV_HEADS,), (HEADS, KV_HEADS)),
 }
 of_each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
@@ -324,9 +324,7 @@ def test_a_result_that_is_not_used_has_no_gradient(device):
     assert q.grad is None and q_weight.grad is None
     assert k.grad is not None and k_weight.grad is not None
     wanted = two_exactly(call, (q, k, q_weight, k_weight), table)[1].sum()
-    for leaf, exact in zip(
-        (k, k_weight), torch.autograd.grad(wanted, (k, k_weight)), strict=True
-    ):
+    for leaf, exact in zip((k, k_weight), torch.autograd.grad(wanted, (k, k_weight)), strict=True):
         torch.testing.assert_close(leaf.grad, exact, rtol=1e-10, atol=1e-11)
 
 
@@ -340,6 +338,29 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(function, device):
     assert all(map(torch.equal, first, second))
     with pytest.raises(RuntimeError, match="a second time"):
         torch.autograd.grad(loss, leaves)
+
+
+@of_each_function
+def test_a_checkpoint_recomputes_it(function, device):
+    leaves, table = leaves_of(function, Call(), 6, device), table_of(device)
+
+    def loss(*leaves):
+        return sum(result.sin().sum() for result in function.ours(Call(), leaves, table))
+
+    wanted = torch.autograd.grad(loss(*leaves), leaves)
+    again = torch.autograd.grad(checkpoint(loss, *leaves, use_reentrant=False), leaves)
+    assert all(map(torch.equal, again, wanted))
+
+
+@of_each_function
+def test_autocast_changes_no_result_and_no_gradient(function, device):
+    leaves = leaves_of(function, Call(), 64, device, torch.float32)
+    table = table_of(device, torch.float32, pairs=32)
+    grads = [torch.randn_like(x) for x in leaves[: len(function.heads)]]
+    wanted = gradients_of(function.ours, Call(), leaves, table, grads)
+    with torch.autocast(device, torch.bfloat16):
+        found = gradients_of(function.ours, Call(), leaves, table, grads)
+    assert all(map(torch.equal, found, wanted))
 
 
 @pytest.mark.parametrize("what", ["x", "weight", "cos", "positions"])
@@ -408,6 +429,7 @@ def test_a_weight_must_be_a_tensor_where_a_gradient_is_recorded():
     assert torch.equal(y, apply_norm_rotary(x, weight, table))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @of_each_function
 def test_transforms_of_functions_and_tangents_are_refused(function):
     leaves, table = leaves_of(function, Call(), 6, "cpu"), table_of("cpu")
@@ -434,22 +456,15 @@ def test_transforms_of_functions_and_tangents_are_refused(function):
 class Cached:
     """q, k, v and caches of a device, in slots that leave gaps."""
 
-    def __init__(self, device, tokens=16, pairs=32, dtype=torch.float32, cache_dtype=None):
-        heads = (4, 2, 2)
-        self.q, self.k, self.v = (
-            torch.randn(2, tokens, each, 2 * pairs, device=device).to(dtype) for each in heads
-        )
-        self.caches = [
-            torch.zeros(8, 16, 2, 2 * pairs, device=device).to(cache_dtype or dtype) for _ in "kv"
-        ]
-        self.slots = torch.randperm(8 * 16, device=device)[: 2 * tokens].view(2, tokens)
-        self.weights = [torch.rand(2 * pairs, device=device) + 0.5 for _ in "qk"]
-        self.table = table_of(device, torch.float32, 64, pairs)
+    def __init__(self, device):
+        self.q, self.k, self.v = (torch.randn(2, 16, n, 64, device=device) for n in (4, 2, 2))
+        self.caches = [torch.zeros(8, 16, 2, 64, device=device) for _ in "kv"]
+        self.slots = torch.randperm(8 * 16, device=device)[:32].view(2, 16)
+        self.weights = [torch.rand(64, device=device) + 0.5 for _ in "qk"]
+        self.table = table_of(device, torch.float32, 64, 32)
 
-    def call(self, q=None, k=None, v=None, **options):
-        given = [mine if other is None else other for mine, other in zip("qkv", (q, k, v))]
-        xs = [getattr(self, each) if isinstance(each, str) else each for each in given]
-        how = {"slot_mapping": self.slots} | options
+    def call(self, **options):
+        xs, how = (self.q, self.k, self.v), {"slot_mapping": self.slots} | options
         return apply_rotary_kv_cache(*xs, *self.caches, self.table, **how)
 
 
@@ -667,7 +682,7 @@ def test_a_graph_refuses_a_gradient_that_would_be_lost(function, device, nothing
     table = RotaryTable(*table_of(device, torch.float32, 64, 32))
     x = traced_inputs(device, grad=True)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match="is not recorded|gradient of a norm is recorded"):
+    with pytest.raises(Exception, match=r"is not recorded|gradient of a norm is recorded"):
         compiled(x, table)
     assert not x.k_cache.any() and not x.v_cache.any()
     with torch.no_grad():
@@ -684,8 +699,8 @@ def test_sequences_of_other_lengths_are_not_compiled_again(
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     table = RotaryTable(*table_of(device, torch.float32, 67, 32))
-    for tokens in (16, 24, 33, 64):
-        x = traced_inputs(device, tokens, grad)
+    for length in (16, 24, 33, 64):
+        x = traced_inputs(device, length, grad)
         for each, axis in zip((*x[:3], x.positions, x.slots), (1, 1, 1, 0, 1), strict=True):
             torch._dynamo.mark_dynamic(each, axis)
         graph_and_plain(function, compiled, x, table)
@@ -778,13 +793,13 @@ class Norms(torch.nn.Module):
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_module_takes_sequences_of_any_length(strict, device):
     module, x = Norms(device), traced_inputs(device)
-    length = torch.export.Dim("tokens", min=2, max=64)
-    shapes = {"q": {1: length}, "k": {1: length}}
+    any_length = torch.export.Dim("tokens", min=2, max=64)
+    shapes = {"q": {1: any_length}, "k": {1: any_length}}
     program = torch.export.export(module, (x.q, x.k), dynamic_shapes=shapes, strict=strict)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert any("rope_cupy" in target for target in targets)
-    for tokens in (16, 7, 64):
-        x = traced_inputs(device, tokens)
+    for length in (16, 7, 64):
+        x = traced_inputs(device, length)
         with torch.no_grad():
             assert_same(program.module()(x.q, x.k), module(x.q, x.k))
 
@@ -803,10 +818,8 @@ def test_fake_and_meta_tensors_give_shapes_and_strides(layout):
         cache = torch.zeros(40, 2, 64, device=device)
         slots = torch.arange(32, device=device).view(2, 16)
         kv = make(device, 2), make(device, 2)
-        rest = table, slots
-        q_out = apply_rotary_kv_cache(
-            make(device), *kv, cache, cache.clone(), rest[0], slot_mapping=rest[1]
-        )
+        caches = cache, cache.clone()
+        q_out = apply_rotary_kv_cache(make(device), *kv, *caches, table, slot_mapping=slots)
         return q, k, qkv, q_out
 
     def looks(results):
@@ -851,6 +864,175 @@ def test_make_fx_records_the_operator(function, device):
     assert_same(graph(*x), function(x, table))
 
 
+# Models, whose norms and rotation are one call.
+
+QWEN3 = CONFIGS["Qwen3"]
+MODELS = {  # a config, what a call is told, and of this what must not be forgotten
+    "Qwen3": (QWEN3, {"norm": "head", "eps": 1e-6}, {"norm": "heads"}),
+    "Gemma 3": (
+        CONFIGS["Gemma 3"],
+        {"norm": "head", "eps": 1e-6, "weight_offset": 1.0},
+        {"weight_offset": 0.0},
+    ),
+    "OLMo 2": ({"model_type": "olmo2"}, {"norm": "heads", "eps": 1e-5}, {"norm": "head"}),
+}
+
+
+class Fused:
+    """Makes one call of what a model's attention does to q and k."""
+
+    def __init__(self, model, monkeypatch, told):
+        self.told, self.calls = told, 0
+        self.weights = []
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            self.weights.append((attention.q_norm.weight, attention.k_norm.weight))
+            attention.q_norm = attention.k_norm = torch.nn.Identity()
+        module = importlib.import_module(type(model).__module__)
+        assert callable(module.apply_rotary_pos_emb)
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", self.rotate)
+
+    def rotate(self, q, k, cos, sin):
+        q_weight, k_weight = self.weights[self.calls % len(self.weights)]
+        self.calls += 1
+        if self.told["norm"] == "head":  # or as they come from elsewhere
+            q_weight, k_weight = q_weight[: q.shape[-1]], k_weight[: q.shape[-1]]
+        table = RotaryTable.from_full_width(cos, sin)
+        return apply_qk_norm_rotary(q, k, q_weight, k_weight, table, layout="bhsd", **self.told)
+
+
+def logits_and_gradients(model, weights, inputs, device):
+    inputs = {name: each.to(device) for name, each in inputs.items()}
+    logits = model(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()]
+    return logits, *torch.autograd.grad(logits.square().mean(), weights)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_gives_the_same_logits_and_gradients_of_its_norms(name, device, monkeypatch):
+    config, told, forgotten = MODELS[name]
+    model = model_of(config).to(device)
+    norms = [
+        norm.weight
+        for layer in model.model.layers
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm)
+    ]
+    with torch.no_grad():
+        for weight in norms:
+            weight.add_(torch.rand_like(weight) - 0.5)
+    asking, inputs = [*norms, model.model.embed_tokens.weight], tokens()
+    wanted = logits_and_gradients(model, asking, inputs, device)
+    fused = Fused(model, monkeypatch, told)
+    found = logits_and_gradients(model, asking, inputs, device)
+    assert fused.calls == SIZES["num_hidden_layers"]
+    errors = [(a - b).norm() / b.norm() for a, b in zip(found, wanted, strict=True)]
+    assert max(errors) < 1e-4, errors
+    fused.told = told | forgotten
+    if fused.told["norm"] == "heads":
+        fused.weights = [
+            (q.repeat(SIZES["num_attention_heads"]), k.repeat(SIZES["num_key_value_heads"]))
+            for q, k in fused.weights
+        ]
+    with torch.no_grad():
+        inputs = {name: each.to(device) for name, each in inputs.items()}
+        astray = model(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()]
+    assert (astray - wanted[0]).norm() > 1e-2 * wanted[0].norm()
+
+
+# On a GPU: graphs, and sizes that models have.
+
+
+@pytest.mark.gpu
+@pytest.mark.undisturbed
+@pytest.mark.parametrize("function", RECORDED + UNRECORDED)
+def test_a_cuda_graph_repeats_a_call_on_new_numbers(function):
+    table, x = RotaryTable(*table_of("cuda", torch.float32, 64, 32)), traced_inputs("cuda")
+    function(x, table)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        results = function(x, table)
+    for _ in range(2):
+        for each in x[:5]:
+            each.normal_()
+        x.k_cache.zero_()
+        x.v_cache.zero_()
+        x.slots.copy_(torch.randperm(130, device="cuda")[: x.slots.numel()].view_as(x.slots))
+        x.positions.copy_(torch.randint_like(x.positions, 64))
+        mine = fresh(x)
+        graph.replay()
+        assert_same((*results, x.k_cache, x.v_cache), (*function(mine, table), *mine[7:9]))
+
+
+@pytest.mark.gpu
+@pytest.mark.undisturbed
+@pytest.mark.parametrize("function", [norm_one, norm_both, norm_tokens, pack])
+def test_a_cuda_graph_repeats_a_backward_pass_on_new_numbers(function):
+    table = RotaryTable(*table_of("cuda", torch.float32, 64, 32))
+    x = traced_inputs("cuda", grad=True)
+
+    def step():
+        results = function(x, table)
+        loss = sum(result.square().sum() for result in results)
+        return torch.autograd.grad(loss, x[:5], allow_unused=True)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        grads = step()
+    for _ in range(2):
+        with torch.no_grad():
+            for each in x[:5]:
+                each.normal_()
+        graph.replay()
+        for found, wanted in zip(grads, step(), strict=True):
+            assert (found is None) == (wanted is None)
+            if found is not None:
+                torch.testing.assert_close(found, wanted)
+
+
+LARGE = {  # tokens of two batches, heads of q and of k, size of a head
+    "cpu": (24, 16, 4, 128),
+    "cuda": (1024, 32, 8, 128),
+}
+
+
+@pytest.mark.parametrize("norm", ["head", "heads"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_models_have_is_right(norm, dtype, interleaved, packed, device):
+    num_tokens, num_heads, num_kv_heads, size = LARGE[device]
+    cos, sin = table_of(device, torch.float32, num_tokens, size // 2)
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    q, k, v = (torch.randn(2, num_tokens, each, size, device=device).to(dtype) for each in heads)
+    weights = [
+        (torch.rand(each * size if norm == "heads" else size, device=device) + 0.5).to(dtype)
+        for each in heads[:2]
+    ]
+    options = {"norm": norm, "interleaved": interleaved, "round_norm": False}
+    if packed:
+        named = {"q_weight": weights[0], "k_weight": weights[1]}
+        counts = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        qkv = torch.cat([q, k, v], 2)
+        out = apply_rotary_qkv(qkv, (cos, sin), **counts, **named, **options)
+        *results, v_out = out.split(heads, 2)
+        assert torch.equal(v_out, v)
+    else:
+        results = apply_qk_norm_rotary(q, k, *weights, (cos, sin), **options)
+    doubles = [[each.double() for each in both] for both in ((q, k), weights, (cos, sin))]
+    call = Call(norm, interleaved=interleaved)
+    for result, exact in zip(results, exactly(call, *doubles), strict=True):
+        pairs = exact.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+        norms = pairs.norm(dim=-1 if interleaved else -2, keepdim=True).expand_as(pairs)
+        info = torch.finfo(dtype)
+        allowed = info.eps / 2 * (exact.abs() + info.tiny) + NORM_ERROR * norms.flatten(-2)
+        assert ((result.double() - exact).abs() <= allowed).all()
+
+
 # DTensors in two processes.
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.undisturbed])
@@ -861,7 +1043,8 @@ CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.undisturbed])
 def test_two_processes(check, device, tmp_path):
     if device == "cuda" and torch.cuda.device_count() < WORLD:
         pytest.skip(f"wants {WORLD} GPUs")
-    code = f"import test_fused_torch as tests; tests.run(tests.{check}, {device!r}, "
+    code = f"import test_dtensor, test_fused_torch; check = test_fused_torch.{check}; "
+    code += f"test_dtensor.run(check, {device!r}, "
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", f"{code}{rank}, {str(tmp_path / 'store')!r})"],
@@ -908,7 +1091,8 @@ def compare_sharded(mesh, axis, norm, replicated, **options):
         results = apply_qk_norm_rotary(*shards, *weights, table, norm=norm, **options)
         found = torch.autograd.grad(results, (*shards, *weights), shard_grads)
     assert messages.get_total_counts() == 0
-    for result, exact, shard in zip((*results, *found), (*wanted, *exact_grads[:2]), 2 * shards):
+    sharded = zip((*results, *found[:2]), (*wanted, *exact_grads[:2]), 2 * shards, strict=True)
+    for result, exact, shard in sharded:
         assert result.placements == shard.placements
         torch.testing.assert_close(result.full_tensor(), exact)
     for grad, exact in zip(found[2:], exact_grads[2:], strict=True):
@@ -961,8 +1145,8 @@ def check_refused(mesh, device):
     refused(TypeError, "must be plain tensors here", apply_rotary_qkv, by_head, table, **heads)
     caches = [torch.zeros(12, 4, 64, device=device) for _ in "kv"]
     slots = {"slot_mapping": torch.arange(12, device=device).view(2, 6)}
-    cached = apply_rotary_kv_cache
-    refused(TypeError, "must be plain tensors here", cached, *[by_head] * 3, *caches, table, **slots)
+    arguments = apply_rotary_kv_cache, *[by_head] * 3, *caches, table
+    refused(TypeError, "must be plain tensors here", *arguments, **slots)
     assert not any(cache.any() for cache in caches)
 
 

@@ -16,6 +16,7 @@ from host_cuda import Array, KernelError
 from numpy.lib.stride_tricks import as_strided
 from reference import check, rotate
 
+import rope_cupy
 from rope_cupy import apply_rotary, jit
 from rope_cupy.plan import launch_plan
 
@@ -31,7 +32,8 @@ def test_a_call_of_any_kind_is_right(case, record):
 
 
 def test_the_kernel_compiles_without_a_warning(tmp_path):
-    kernel = "rotary_kernel<bfloat16, float, int, true, false, 2, 4, 1, 0, 8, false, false, false>"
+    types = "bfloat16, float, int, NoNorm, Outputs, 2"
+    kernel = f"rotary_kernel<{types}, true, false, false, 2, 4, 1, 0, 8, false, false, false>"
     options = host_cuda.kernel_options(jit.sources() / "rotary.cu", kernel)
     command = host_cuda.command(*options, "-o", str(tmp_path / "kernel.so"))
     assert {"-Wall", "-Wextra"} <= set(command)
@@ -101,6 +103,34 @@ def test_tiles_of_tokens_give_the_same(sizes, write, positions, tiles_of_two_tok
     record(case.dtype, *verify(possible(case)))
 
 
+def fill_caches(norm):
+    """Hold caches of 8 bits, paged and written in part, against those that NumPy fills."""
+    rng = np.random.default_rng(6)
+    q, k, v = (np.float32(rng.standard_normal((2, 9, heads, 24))) for heads in (4, 2, 2))
+    angle = rng.uniform(-np.pi, np.pi, (9, 8))
+    slots = rng.permutation(40)[:18].reshape(2, 9) - 2  # of 36
+    scales = {"k_scale": np.float32([0.37]), "v_scale": 0.5}
+    results = []
+    for way in (rope_cupy.cpu.rotate, BY_NUMPY):
+        buffer = np.zeros((2, 9, 2, 4, 2, 24), np.uint8)  # of k, then of v, in each block
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rope_cupy.cpu, "rotate", way)
+            q_out = rope_cupy.apply_rotary_kv_cache(
+                *(q, k, v, buffer[1, :, 0], buffer[1, :, 1], (np.cos(angle), np.sin(angle))),
+                slot_mapping=slots,
+                cache_dtype="float8_e5m2",
+                norm=None if norm == "none" else norm,
+                **scales,
+            )
+        results.append((q_out, buffer))
+    (q_out, buffer), (exact_q, exact) = results
+    assert np.allclose(q_out, exact_q, atol=1e-5), f"float32 at q_out, expected {exact_q}"
+    assert np.array_equal(buffer, exact), f"float8 at the cache, expected {exact}"
+
+
+BY_NUMPY = rope_cupy.cpu.rotate
+
+
 # Mistakes are seen.
 
 
@@ -122,6 +152,18 @@ class FarApart(Mutant):
         rotate_far_apart("s", 2**30 + 64)
 
 
+class OfManySizes(Mutant):
+    def show(self):
+        batch, _, *heads = self.case.sizes
+        for tokens in range(40, 48):
+            verify(possible(self.case._replace(sizes=(batch, tokens, *heads))))
+
+
+class Cached(Mutant):
+    def show(self):
+        fill_caches(self.case.norm)
+
+
 class OfTheirOwn(Mutant):
     def show(self):
         rows = [[8, 0, 3, 3, 7, 1, 2]] * 2
@@ -132,15 +174,17 @@ class OfTheirOwn(Mutant):
 PLAIN = Mutant._field_defaults["case"]
 GATHERED = PLAIN._replace(positions="int64 bs", outside="nan")
 ON_AXES = PLAIN._replace(positions="int64 3bs", outside="nan", sizes=(2, 40, 3, 1))
-IN_TURN = PLAIN._replace(positions="int64 3bs mixed")
+IN_TURN = PLAIN._replace(positions="int64 3bs mixed", sizes=(2, 7, 3, 1))
 PACKED = PLAIN._replace(
-    positions="int64 packed offset", outside="nan", sizes=(1, 40, 3, 1), write="out"
+    positions="int64 packed offset", outside="nan", sizes=(1, 43, 3, 1), write="out"
 )
 TWO_ROWS = PLAIN._replace(interleaved=True, sizes=(2, 5, 4, 2))  # of one thread
 COMPUTED = PLAIN._replace(form="frequencies", sizes=(2, 40, 3, 1))
+NORMAL = PLAIN._replace(norm="head", weights="float32", sizes=(2, 5, 4, 2))
+OF_TOKENS = NORMAL._replace(norm="heads", dtype="float16", sizes=(1, 9, 8, 4))
 UNWRITTEN = PLAIN._replace(write="out")  # shows: the arrays hold other numbers
 OUT_OF_BOUNDS = "AddressSanitizer: (use-after-poison|SEGV)"
-WRONG = "^float(16|32|64) at .* expected "
+WRONG = "^(bfloat16|float(8|16|32|64)) at .* expected "
 CHANGED = "what is not rotated must keep its bits"
 MUTANTS = {
     "an index off by one": Mutant(
@@ -177,7 +221,7 @@ MUTANTS = {
         WRONG,
         ON_AXES,
     ),
-    "pairs in turn beyond those of their axis": Mutant(
+    "pairs in turn beyond those of their axis": OfManySizes(
         "positions.cuh", "&& pair < args.section_ends[axis - 1]", "", WRONG, IN_TURN
     ),
     "pairs in turn counted from the lane's first": Mutant(
@@ -201,20 +245,20 @@ MUTANTS = {
         WRONG,
         PLAIN._replace(positions="int64 offset"),
     ),
-    "a sequence that holds its end": Mutant(
+    "a sequence that holds its end": OfManySizes(
         "positions.cuh", "<= token) {", "< token) {", WRONG, PACKED
     ),
-    "a token behind the last sequence": Mutant(
+    "a token behind the last sequence": OfManySizes(
         "positions.cuh",
         "token < begin || sequence == end",
         "token < begin",
         f"{OUT_OF_BOUNDS}|{WRONG}",
         PACKED,
     ),
-    "a token before the first sequence": Mutant(
+    "a token before the first sequence": OfManySizes(
         "positions.cuh", "token < begin || sequence == end", "sequence == end", WRONG, PACKED
     ),
-    "the offset of the first sequence for all": Mutant(
+    "the offset of the first sequence for all": OfManySizes(
         "positions.cuh", "offsets[sequence * args.axis]", "offsets[0]", WRONG, PACKED
     ),
     "a token counted from the first of all": Mutant(
@@ -278,7 +322,7 @@ MUTANTS = {
         PLAIN._replace(k_style="offset1"),
     ),
     "an offset in 32 bits": FarApart(
-        "rotary.cu",
+        "views.cuh",
         "multiply_add(at.outer, static_cast<int>(outer), 0)",
         "at.outer * static_cast<int>(outer)",
         "runtime error: signed integer overflow",
@@ -295,10 +339,10 @@ MUTANTS = {
     ),
     "a padding token kept in the first row alone": Mutant(
         "rotary.cu",
-        "i < kRows; ++i) store_row(i, args.keep",
-        "i < 1; ++i) store_row(i, args.keep",
+        "} else {\n            copy_pairs(i, args.keep",
+        "} else if (i < 1) {\n            copy_pairs(i, args.keep",
         WRONG,
-        TWO_ROWS._replace(positions="int64 bs", outside="keep", write="out"),
+        TWO_ROWS._replace(positions="int64 bs", outside="keep", write="out", sizes=(2, 25, 4, 2)),
     ),
     "a rotation forward for backward": Mutant(
         "pairs.cuh", "kConjugate ? ", "false ? ", WRONG, PLAIN._replace(conjugate=True)
@@ -333,7 +377,7 @@ MUTANTS = {
         "rotary.cu", "block >= q_blocks", "block > q_blocks", WRONG, UNWRITTEN
     ),
     "k's blocks numbered from q's first": Mutant(
-        "rotary.cu", " - which * q_blocks", "", WRONG, UNWRITTEN
+        "rotary.cu", "+ block - first_block", "+ block", WRONG, UNWRITTEN
     ),
     "every period the first": Mutant(
         "rotary.cu",
@@ -362,6 +406,89 @@ MUTANTS = {
         ">> 16 * (1 - kHalf)",
         WRONG,
         Case("float16", k_style="offset1", write="out"),
+    ),
+    "k's weights those of q": Mutant(
+        "rotary.cu",
+        "args.weights[which]",
+        "args.weights[0]",
+        f"{WRONG}|{OUT_OF_BOUNDS}",
+        NORMAL,
+    ),
+    "k's mean that of q": Mutant(
+        "rotary.cu", "args.share[which]", "args.share[0]", WRONG, OF_TOKENS
+    ),
+    "a half of a row's sum": Mutant(
+        "norm.cuh", "int lanes = kSpan / 2", "int lanes = kSpan / 4", WRONG, NORMAL
+    ),
+    "the sum of the block's first row for all": Mutant(
+        "norm.cuh",
+        "shared[first / kSpan + i]",
+        "shared[i]",
+        WRONG,
+        NORMAL._replace(head=(72, 72, 0)),
+    ),
+    "a sum that others have not yet added to": Mutant(
+        "norm.cuh",
+        "__syncthreads();",
+        "",
+        f"{WRONG}|the result depends on the order of the threads",
+        NORMAL._replace(head=(72, 72, 0)),
+    ),
+    "the weights of the first head for all of a thread": Mutant(
+        "rotary.cu",
+        "weights + i * layout.step",
+        "weights",
+        WRONG,
+        OF_TOKENS._replace(dtype="float32", head=(256, 256, 0)),
+    ),
+    "the first head's weights for all": Mutant(
+        "rotary.cu", "weights += at.inner * layout.head;", "", WRONG, OF_TOKENS
+    ),
+    "weights without their offset": Mutant(
+        "norm.cuh", "add(weight.values[i], offset)", "weight.values[i]", WRONG, NORMAL
+    ),
+    "a norm of the slice alone": Mutant(
+        "rotary.cu",
+        "passes ? sum_of_squares(widen<Real>(passed[i]))",
+        "passes ? 0",
+        WRONG,
+        NORMAL._replace(head=(96, 32, 16)),
+    ),
+    "a norm that is not rounded": Mutant(
+        "norm.cuh",
+        "return kRounds ?",
+        "return false ?",
+        WRONG,
+        NORMAL._replace(dtype="bfloat16", library="torch", round_norm=True, sizes=(2, 50, 4, 2)),
+    ),
+    "products that are not rounded": Mutant(
+        "pairs.cuh",
+        "rounded<Product>(multiply(a, b))",
+        "multiply(a, b)",
+        WRONG,
+        PLAIN._replace(dtype="float16", table_dtype="float16", rounding="eager"),
+    ),
+    "a slot that the cache does not hold": Cached(
+        "rotary.cu", "cache.num_slots)) {", "~0ull)) {", OUT_OF_BOUNDS
+    ),
+    "v's blocks those of k": Cached(
+        "rotary.cu",
+        "cache.place[which - 1]",
+        "cache.place[which - 1] * which",
+        f"{WRONG}|{OUT_OF_BOUNDS}",
+    ),
+    "k's scale for v": Cached(
+        "rotary.cu", "cache.scale[which - 1].value", "cache.scale[0].value", WRONG
+    ),
+    "v rotated as k is": Cached(
+        "rotary.cu", "if (kTensors > 2 && which == 2) {", "if (false) {", f"{WRONG}|{OUT_OF_BOUNDS}"
+    ),
+    "a quotient that is not right": Cached(
+        "destinations.cuh",
+        "multiply_add(rest, reciprocal, quotient)",
+        "multiply_add(rest, reciprocal, 1.5f * quotient)",
+        WRONG,
+        PLAIN._replace(norm="head"),
     ),
     "arguments of another shape": Mutant(
         "rotary.cu",

@@ -11,7 +11,7 @@ import test_gpu
 import test_rotary
 from arrays import verify
 from nvrtc import compiled, ptx
-from test_plan import FIELDS, Template, template
+from test_plan import CACHE_FIELDS, NORM_FIELDS, Template, fields_of, template
 
 from rope_cupy import cpu, jit
 from rope_cupy.memory import ACCESS_BYTES
@@ -77,9 +77,12 @@ def test_the_matrix_launches_kernels_of_every_kind(kernels):
         for kind in ("Offset", "Packed", "Sections", "Mixed")
         for index in ("int", "long long")
     }
-    assert (kinds.interleaved, kinds.conjugate) == (flags, flags)
+    assert (kinds.interleaved, kinds.conjugate, kinds.eager) == (flags, flags, flags)
+    assert {kind.partition(",")[0] for kind in kinds.norm} == {
+        *("NoNorm", *(f"RmsNorm<{number}" for number in numbers))
+    }
     assert (kinds.in_place, kinds.past_l1, kinds.common) == (flags, flags, flags)
-    assert kinds.rows == {"1", "2", "4"}
+    assert kinds.rows >= {"1", "2", "4"}
     assert kinds.pairs == {"1", "2", "4", "8"}
     steps = {(kernel.table_step, kernel.sin_offset) for kernel in map(template, kernels)}
     assert steps == {("1", "0"), ("2", "0"), ("2", "1"), ("4", "2")}
@@ -89,12 +92,13 @@ def test_the_matrix_launches_kernels_of_every_kind(kernels):
 @pytest.mark.parametrize(
     "position", ["void", "int", "long long", "Offset<int>", "Packed<int>", "Sections<long long>"]
 )
-@pytest.mark.parametrize("pairing", ["false, false, 1, 8", "true, false, 2, 4"])
+@pytest.mark.parametrize("pairing", ["false, false, false, 1, 8", "true, false, false, 2, 4"])
 def test_the_kernels_of_plain_models_leave_room_for_40_warps(pairing, position):
     """Of a multiprocessor's 65,536 registers, which threads take by eights."""
     code = (jit.sources() / "rotary.cu").read_text()
     past_l1 = "false" if position == "void" else "true"
-    name = f"rotary_kernel<bfloat16, float, {position}, {pairing}, 1, 0, 0, true, {past_l1}, true>"
+    types = f"bfloat16, float, {position}, NoNorm, Outputs, 2"
+    name = f"rotary_kernel<{types}, {pairing}, 1, 0, 0, true, {past_l1}, true>"
     log = compiled(code, [name], (*OPTIONS, "-arch=sm_90", "--ptxas-options=-v"))
     (registers,) = re.findall(r"Used (\d+) registers", log)
     assert int(registers) <= 48
@@ -104,7 +108,8 @@ def test_the_kernels_of_plain_models_leave_room_for_40_warps(pairing, position):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float", "double"])
 def test_subnormal_numbers_are_not_flushed_to_zero(dtype, table):
     types = f"{dtype}, {table}, {'Counted' if table == 'frequency' else 'void'}"
-    name = f"rotary_kernel<{types}, true, true, 2, 2, 1, 0, 0, true, false, true>"
+    types += ", NoNorm, Outputs, 2"
+    name = f"rotary_kernel<{types}, true, true, false, 2, 2, 1, 0, 0, true, false, true>"
     code = ptx((jit.sources() / "rotary.cu").read_text(), name, (*OPTIONS, "-arch=compute_80"))
     instructions = re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.]*)\s", code, re.MULTILINE)
     assert any(instruction.startswith("fma.rn.f") for instruction in instructions)
@@ -131,11 +136,24 @@ def test_the_options_change_with_every_source(tmp_path, monkeypatch):
         before = jit.compile_options()[-1]
 
 
-def test_the_argument_block_is_packed_as_the_kernel_reads_it():
-    """Every name of test_plan.FIELDS is found where its integer is packed."""
-    pointers = ["x[0]", "x[1]", "out[0]", "out[1]", "cos_data", "sin_data", "positions"]
+NORM = [*NORM_FIELDS, "weights[0]", "weights[1]"]
+CACHE = [*CACHE_FIELDS, "slots", "scales[0]", "scales[1]"]
+
+
+@pytest.mark.parametrize(
+    ("norm", "destination", "tensors", "behind"),
+    [
+        ("NoNorm", "Outputs", 2, []),
+        ("RmsNorm<float, 0, 8, false, true>", "Outputs", 2, NORM),
+        ("NoNorm", "Slots<int, float8_e5m2>", 3, CACHE),
+        ("RmsNorm<double, 128, 32, true, false>", "Slots<int, bfloat16>", 3, NORM + CACHE),
+    ],
+)
+def test_the_argument_block_is_packed_as_the_kernel_reads_it(norm, destination, tensors, behind):
+    """Every name of test_plan's fields is found where its integer is packed."""
+    pointers = [f"{side}[{i}]" for side in ("x", "out") for i in range(tensors)]
     last = [f"position_arguments.{name}" for name in ("cu_seqlens", "first")]
-    fields = [*pointers, *FIELDS, *last]
+    fields = [*pointers, "cos_data", "sin_data", "positions", *fields_of(tensors), *last, *behind]
     checks = [
         f'static_assert(__INTADDR__(&((Block*)0)->{field}) == {8 * i}, "{field}");'
         for i, field in enumerate(fields)
@@ -143,5 +161,6 @@ def test_the_argument_block_is_packed_as_the_kernel_reads_it():
     size = 8 * len(fields)
     checks.append(f'static_assert(sizeof(Block) == {size}, "size");')
     checks.append(f'static_assert(kAccessBytes == {ACCESS_BYTES}, "the widest access");')
-    code = '#include "rotary.cu"\nusing Block = Arguments<bfloat16, float>;\n' + "\n".join(checks)
+    block = f"Arguments<bfloat16, float, {norm}, {destination}, {tensors}>"
+    code = f'#include "rotary.cu"\nusing Block = {block};\n' + "\n".join(checks)
     compiled(code, [], (*OPTIONS, "-arch=sm_90"))

@@ -1,6 +1,7 @@
 """The launch plan: what each thread does, how blocks and rows are numbered, what is packed."""
 
 import math
+import re
 import struct
 from typing import NamedTuple
 
@@ -27,17 +28,34 @@ TENSOR = [
     *(*(f"x.{part}" for part in VIEW), "x_step"),
     *(*(f"out.{part}" for part in VIEW), "out_step"),
 ]
-FIELDS = [
-    *(f"period.{part}" for part in DIVISOR),
-    *("num_lanes", "num_pairs"),
-    *(f"{array}.{part}" for array in ("cos", "position") for part in VIEW),
-    *("num_positions", "cos_row"),
-    *(f"tensors[{i}].{field}" for i in range(2) for field in TENSOR),
-    *(f"sin.{part}" for part in VIEW),
-    *("sin_row", "keep", "rotary_offset", "num_pair_lanes"),
-    *(f"token.{part}" for part in ("outer", "middle", "inner", "element", "width")),
-    *(f"position_arguments.{name}" for name in ("axis", "section_ends[0]", "section_ends[1]")),
-    *(f"position_arguments.{name}" for name in ("num_sequences", "cu_stride")),
+
+
+def fields_of(num_tensors):
+    """The names of the integers that every kernel has."""
+    return [
+        *(f"period.{part}" for part in DIVISOR),
+        *("num_lanes", "num_pairs"),
+        *(f"{array}.{part}" for array in ("cos", "position") for part in VIEW),
+        *("num_positions", "cos_row"),
+        *(f"tensors[{i}].{field}" for i in range(num_tensors) for field in TENSOR),
+        *(f"sin.{part}" for part in VIEW),
+        *("sin_row", "keep", "rotary_offset", "num_pair_lanes"),
+        *(f"token.{part}" for part in VIEW),
+        *(f"position_arguments.{name}" for name in ("axis", "section_ends[0]", "section_ends[1]")),
+        *(f"position_arguments.{name}" for name in ("num_sequences", "cu_stride")),
+    ]
+
+
+FIELDS = fields_of(2)
+NORM_FIELDS = [
+    *(f"layout[{i}].{part}" for i in range(2) for part in ("head", "step", "element", "width")),
+    *("share[0]", "share[1]", "eps", "offset"),
+]
+CACHE_FIELDS = [
+    *(f"slot.{part}" for part in VIEW),
+    "num_slots",
+    *(f"block_size.{part}" for part in DIVISOR),
+    *("block[0]", "block[1]", "place[0]", "place[1]", "scale[0]", "scale[1]"),
 ]
 
 
@@ -47,8 +65,12 @@ class Template(NamedTuple):
     dtype: str
     table: str
     position: str
+    norm: str
+    destination: str
+    tensors: str
     interleaved: str
     conjugate: str
+    eager: str
     rows: str
     pairs: str
     table_step: str
@@ -79,6 +101,10 @@ def problem(xs, rotary_dim, outs=None, table=None, **given):
         "out_of_range": "nan",
         "mrope_section": None,
         "mrope_interleaved": False,
+        "rounding": "once",
+        "norm": None,
+        "packed": None,
+        "cache": None,
     } | options
     part = spec((4096, rotary_dim // 2), "float32")
     return rotary_problem(
@@ -109,7 +135,8 @@ def frequencies(rotary_dim, address=0):
 
 def template(kernel):
     assert kernel.startswith("rotary_kernel<")
-    return Template(*kernel[len("rotary_kernel<") : -1].split(", "))
+    arguments = kernel[len("rotary_kernel<") : -1]
+    return Template(*re.split(r", (?![^<]*>)", arguments))  # those of templates stay together
 
 
 def template_of(*args, **options):
@@ -196,11 +223,11 @@ def test_every_template_argument_is_in_its_place():
     options = {"positions": positions, "interleaved": True, "rotary_offset": 128}
     chosen = template_of([x], 64, outs=[x], table=matrices(64, "float64"), **options)
     assert chosen == Template(
-        *("float16", "double", "int", "true", "false"),
+        *("float16", "double", "int", "NoNorm", "Outputs", "2", "true", "false", "false"),
         *("1", "4", "4", "2", "8", "false", "false", "true"),
     )
     assert template_of([x], 64, conjugate=True, positions=positions) == Template(
-        *("float16", "float", "int", "false", "true"),
+        *("float16", "float", "int", "NoNorm", "Outputs", "2", "false", "true", "false"),
         *("1", "8", "1", "0", "0", "true", "true", "true"),
     )
 
@@ -812,11 +839,11 @@ def test_the_pointers_lead_to_the_slice_in_bytes():
     q, k = spec((1, 5, 4, 90), strides=(4000, 800, 200, 2)), spec((1, 5, 2, 90))
     outs = [spec((1, 5, 4, 90)), spec((1, 5, 2, 90), strides=(4000, 800, 400, 3))]
     plan = launch_plan(problem([q, k], 24, outs, rotary_offset=6))
-    assert plan.to_slice == (6 * 2 * 2, 6 * 2, 6 * 2, 6 * 3 * 2)
+    assert plan.to_slice == ((6 * 2 * 2, 6 * 2), (6 * 2, 6 * 3 * 2))
     block = plan.argument_block(Pointers((1000, 2000), (3000, 4000), 5000, 6000, 7000))
     assert struct.unpack("<7Q", block[:56]) == (1024, 2012, 3012, 4036, 5000, 6000, 7000)
     assert block[56:-16] == plan.arguments
-    pointers = Pointers((1000, 2000), (3000, 4000), 5000, 6000, 7000, 8000, -9)
+    pointers = Pointers((1000, 2000), (3000, 4000), 5000, 6000, 7000, 8000, first=-9)
     assert struct.unpack("<Qq", plan.argument_block(pointers)[-16:]) == (8000, -9)
 
 
