@@ -50,8 +50,9 @@ __device__ __forceinline__ Vec<Element, kSize> scaled(const Numbers<Real, kSize>
   const auto over_scale = [&](int i) {
     const float number = narrow<float>(numbers.values[i]);
     const float quotient = clamped(multiply(number, reciprocal), 0x1p20f);
-    const float rest = multiply_add(negate(quotient), scale, number);
-    return multiply_add(rest, reciprocal, quotient);
+    // Of opposite sign, so that -0 stays what it is.
+    const float excess = multiply_add(quotient, scale, negate(number));
+    return multiply_add(excess, negate(reciprocal), quotient);
   };
   union {
     Vec<Element, kSize> run;

@@ -128,8 +128,13 @@ def rotate(
     """Rotate the xs, which messages call by `names`; return `out`, or new arrays of their kind.
 
     `positions` are the fields of Positions and `options` those of Options: they are checked here.
-    An output may be None for a new array. `more` are other arrays, by their names.
+    The first output may be None for a new array where others are caches. `more` are other
+    arrays, by their names.
     """
+    if out is not None and out[0] is None and options[-1] is not None:  # a new q beside caches
+        out = tensor.empty_like(xs[0]), *out[1:]
+        q_out, *caches = rotate(names, xs, table, positions, options, out, more)
+        return tensor.library_of(names[0], xs[0]).result(q_out, xs[0]), *caches
     if options[-len(NO_PARTS) :] != NO_PARTS:
         options = *options[: -len(NO_PARTS)], *checked_parts(*options[-len(NO_PARTS) :])
     section = options[SECTION]
@@ -153,10 +158,6 @@ def rotate(
     if more:
         more_names, arrays = zip(*more, strict=True)
         row_names, rows = row_names + more_names, rows + arrays
-        if out is not None:
-            out = tuple(
-                tensor.empty_like(x) if y is None else y for x, y in zip(xs, out, strict=True)
-            )
     source = source_of(table)
     in_place = out is not None and xs[0] is out[0] and xs[-1] is out[-1]
     parts = () if source.fixed else source.arrays
@@ -360,6 +361,8 @@ def _checked(
     names = given.names
     spec = table.specs[given.options.interleaved]
     same = tuple(map(_same, inputs, outputs))
+    if given.options.cache:
+        same = same[0], False, False  # another token's slot may lie where k or v is still read
     problem = rotary_problem(
         names,
         tuple(array.spec for array in inputs),
@@ -372,7 +375,7 @@ def _checked(
     device = inputs[0].spec.device
     launcher = None
     norm = given.options.norm
-    if norm and norm.kind == TOKEN_NORM:
+    if norm and norm.kind == TOKEN_NORM and problem.num_rows:
         from .plan import launch_plan
 
         launch_plan(problem)  # refuses on every device what no block can hold
@@ -448,9 +451,10 @@ def _check_apart(call: _Call, pointers: Pointers) -> None:
         here, there = at[y.number], at[other.number]
         touch = here + y.begin < there + other.end and there + other.begin < here + y.end
         if touch and overlap(y.spec, here, other.spec, there):
+            wanted = "" if y.name.endswith("_cache") else "be its input or "
             raise ValueError(
-                f"{y.name} must be its input or share no memory with {other.name}, got two arrays "
-                "that overlap"
+                f"{y.name} must {wanted}share no memory with {other.name}, got two arrays that "
+                "overlap"
             )
 
 

@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 
 
+def is_array(value: object) -> bool:
+    """Return whether `value` has axes, and is none of NumPy's numbers."""
+    # A number that torch.compile takes for a variable cannot be asked for an attribute.
+    return not isinstance(value, int | float | np.generic) and hasattr(value, "ndim")
+
+
 def index(name: str, value: object, wanted: str = "an int") -> int:
     """Return `value` as an int, or refuse it by name. Booleans are no ints here."""
-    is_array = hasattr(value, "ndim") and not isinstance(value, np.generic)
-    if isinstance(value, bool) or is_array or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or is_array(value) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be {wanted}, got {described(value)}")
     return operator.index(value)
 

@@ -53,6 +53,8 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
     sizes = problem.batch, problem.num_tokens
     positions = _positions(problem, pointers)
     for i, tensor in enumerate(problem.tensors):
+        if not tensor.num_heads:
+            continue
         x_at, out_at = pointers.of_tensor(i)
         x = _heads(problem, tensor, x_at, tensor.x)
         stored = _to_words(problem, pointers, i)
@@ -103,7 +105,10 @@ class _Words(NamedTuple):
 
     def as_they_are(self, words: Array) -> Array:
         """Return words of the input as those of the result."""
-        return words if self.dtype == self.x_dtype else self.of(_widen(words, self.x_dtype))
+        if self.dtype == self.x_dtype:
+            return words
+        with np.errstate(all="ignore"):
+            return self.of(_widen(words, self.x_dtype))
 
 
 def _to_words(problem: RotaryProblem, pointers: Pointers, i: int) -> _Words:
@@ -274,10 +279,11 @@ def _rotate_block(
     def not_turned(place: slice) -> Array:
         return stored.as_they_are(x[..., place]) if norm is None else stored.of(norm[..., place])
 
-    first, second = (
-        _widen(x[..., place], problem.dtype) if norm is None else norm[..., place]
-        for place in places
-    )
+    with np.errstate(all="ignore"):
+        first, second = (
+            _widen(x[..., place], problem.dtype) if norm is None else norm[..., place]
+            for place in places
+        )
     if problem.conjugate:
         sin = -sin
     turn = _turned_eagerly if problem.eager else _turned

@@ -202,7 +202,7 @@ def checked_cache(layout: object, dtype: object, k_scale: Any, v_scale: Any) -> 
         number = 1.0 if scale is None else _number(name, scale)
         if not LEAST_SCALE <= number <= 1 / LEAST_SCALE:
             raise ValueError(f"{name} must be from 2^-126 to 2^126, got {scale}")
-        scales.append(number)
+        scales.append(float(np.float32(number)))  # as in memory
     return Cache(str(layout), None if dtype is None else str(dtype), *scales)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from .calls import rotate
-from .checks import described
+from .checks import described, is_array
 
 Array = TypeVar("Array")  # of any library, whose kind the results have too
 
@@ -426,7 +426,7 @@ def apply_rotary_kv_cache(
     >>> q_out.shape, v_cache[:, :, 0, 0].sum(axis=1)
     ((6, 8, 64), array([0., 3., 0., 2.], dtype=float32))
     """
-    k_number, v_number = (None if hasattr(s, "ndim") else s for s in (k_scale, v_scale))
+    k_number, v_number = (None if is_array(s) else s for s in (k_scale, v_scale))
     weights = _given(q_weight=q_weight, k_weight=k_weight)
     more = *weights, ("slot_mapping", slot_mapping)
     if k_number is not k_scale or v_number is not v_scale:
@@ -462,7 +462,7 @@ def _given(**arrays: Any) -> tuple[tuple[str, Any], ...]:
 
 def _arrays(**values: Any) -> tuple[tuple[str, Any], ...]:
     """Return the values that are no numbers, by their names."""
-    return tuple([(name, value) for name, value in values.items() if hasattr(value, "ndim")])
+    return tuple([(name, value) for name, value in values.items() if is_array(value)])
 
 
 def _norm(norm: Any, eps: Any, weight_offset: Any, round_norm: Any, weights: Any) -> Any:

@@ -300,12 +300,12 @@ def _norm_of(heads: Any, weight: Any, at: int, norm: Norm) -> Any:
     if weight is not None:
         wide = weight.to(torch.promote_types(weight.dtype, heads.dtype))
         weight = (wide + norm.weight_offset).to(heads.dtype)
-    if norm.kind == TOKEN_NORM:
-        by_token = heads.movedim(at, -2)
-        flat = by_token.flatten(-2)
-        flat = torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, norm.eps)
-        return flat.view(by_token.shape).movedim(-2, at)
-    return torch.nn.functional.rms_norm(heads, heads.shape[-1:], weight, norm.eps)
+    by_token = heads.movedim(at, -2)
+    flat = by_token.flatten(-2) if norm.kind == TOKEN_NORM else heads
+    # A whole number: PyTorch 2.11 takes a symbolic one for its address.
+    size = (int(flat.shape[-1]),)
+    flat = torch.nn.functional.rms_norm(flat, size, weight, norm.eps)
+    return flat.view(by_token.shape).movedim(-2, at) if norm.kind == TOKEN_NORM else flat
 
 
 @cache
@@ -526,8 +526,9 @@ def traced(
     named_more = [name for name, _ in more], [array for _, array in more]
     how = *rows, first, *named_more, *_flat(options)
     arguments = list(source.arrays), source.form.__name__, *how
-    weights = [array for name, array in more if name in OF_WEIGHTS]
-    records = torch.is_grad_enabled() and any([x.requires_grad for x in (*xs, *weights)])
+    asking = [*xs, *(array for name, array in more if name in OF_WEIGHTS)]
+    asking += [y for y in out or () if y is not None]
+    records = torch.is_grad_enabled() and any([each.requires_grad for each in asking])
     if torch.is_grad_enabled() and any([part.requires_grad for part in source.arrays]):
         raise ValueError("table must not require a gradient, which is not recorded here")
     if out is not None and not records:

@@ -557,8 +557,8 @@ class Call:
             held.append(Held(x, case.dtype, library, place(x.shape, style, *units)))
         return held[: 2 if heads[1] else 1]
 
-    def __call__(self, *xs: Any, out: Any = None, **options: Any) -> list[Any]:
-        """Rotate one array or two."""
+    def __call__(self, *xs: Any, out: Any = None, first: int = 0, **options: Any) -> list[Any]:
+        """Rotate one array or two; the weights of a norm begin with the `first`."""
         two = len(xs) == 2
         weights, norm = [], {}
         if self.case.norm != "none":
@@ -570,7 +570,7 @@ class Call:
             function = rope_cupy.apply_rotary_qk if two else rope_cupy.apply_rotary
         rotated = function(
             *xs,
-            *weights[: len(xs)],
+            *weights[first : first + len(xs)],
             self.table,
             **self.where,
             layout=None if self.case.layout in DEFAULT_LAYOUTS else self.axes,

@@ -212,9 +212,8 @@ def test_results_and_gradients_are_those_of_plain_operations(name, function, dev
     grads = [torch.randn_like(x) for x in leaves[: len(function.heads)]]
     wanted = gradients_of(function.exact, call, leaves, table, grads)
     found = gradients_of(function.ours, call, leaves, table, grads)
-    rounds = call.norm == "heads" and device == "cuda"  # a sum over threads, in another order
     for ours, exact in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-9 if rounds else 1e-11, atol=1e-11)
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-11)
 
 
 @of_each_function
@@ -243,7 +242,7 @@ def test_a_weight_that_is_not_given_is_one(norm, function, device):
         wanted = gradients_of(function.exact, call, some, table, grads)
         found = gradients_of(function.ours, call, some, table, grads)
         for ours, exact in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-11)
 
 
 def test_a_packed_projection_without_a_norm_has_its_gradient_in_place_too(device):
@@ -257,10 +256,10 @@ def test_a_packed_projection_without_a_norm_has_its_gradient_in_place_too(device
 
     assert gradcheck(in_place, qkv) and gradgradcheck(in_place, qkv)
     wanted = packed_exactly(call, 3 * qkv, (None, None), table)
-    torch.testing.assert_close(in_place(qkv), wanted, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(in_place(qkv), wanted, rtol=1e-10, atol=1e-11)
     (found,) = torch.autograd.grad(in_place(qkv), qkv, grad)
     (exact,) = torch.autograd.grad(wanted, qkv, grad)
-    torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-11)
 
 
 TOLERANCES = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-21}
@@ -335,7 +334,8 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(function, device):
     loss = sum(result.sin().sum() for result in function.ours(call, leaves, table))
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     second = torch.autograd.grad(loss, leaves)
-    assert all(map(torch.equal, first, second))
+    for again, before in zip(second, first, strict=True):
+        torch.testing.assert_close(again, before)
     with pytest.raises(RuntimeError, match="a second time"):
         torch.autograd.grad(loss, leaves)
 
@@ -349,18 +349,22 @@ def test_a_checkpoint_recomputes_it(function, device):
 
     wanted = torch.autograd.grad(loss(*leaves), leaves)
     again = torch.autograd.grad(checkpoint(loss, *leaves, use_reentrant=False), leaves)
-    assert all(map(torch.equal, again, wanted))
+    for found, exact in zip(again, wanted, strict=True):
+        torch.testing.assert_close(found, exact)
 
 
 @of_each_function
-def test_autocast_changes_no_result_and_no_gradient(function, device):
-    leaves = leaves_of(function, Call(), 64, device, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_no_result_and_no_gradient(dtype, function, device):
+    leaves = leaves_of(function, Call(), 64, device, dtype, torch.float32)
     table = table_of(device, torch.float32, pairs=32)
     grads = [torch.randn_like(x) for x in leaves[: len(function.heads)]]
     wanted = gradients_of(function.ours, Call(), leaves, table, grads)
     with torch.autocast(device, torch.bfloat16):
         found = gradients_of(function.ours, Call(), leaves, table, grads)
-    assert all(map(torch.equal, found, wanted))
+    for ours, exact in zip(found, wanted, strict=True):
+        assert ours.dtype == exact.dtype
+        assert (ours.double() - exact).norm() <= TOLERANCES[dtype] * exact.double().norm()
 
 
 @pytest.mark.parametrize("what", ["x", "weight", "cos", "positions"])
@@ -416,7 +420,7 @@ def test_nothing_is_recorded_where_gradients_are_off(mode, function, device):
             results = function.ours(Call(), leaves, table)
         for ours, exact in zip(results, wanted, strict=True):
             assert not ours.requires_grad
-            torch.testing.assert_close(ours, exact.detach(), rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(ours, exact.detach(), rtol=1e-10, atol=1e-11)
         assert all(y.requires_grad for y in function.ours(Call(), leaves, table))
 
 
@@ -631,7 +635,7 @@ def fresh(x):
 
 
 def graph_and_plain(function, compiled, x, table):
-    """Compare results, what became of caches, and gradients."""
+    """Compare results and what became of caches, bit by bit, and gradients."""
     outcomes = []
     for call in (function, compiled):
         mine = fresh(x)
@@ -642,10 +646,13 @@ def graph_and_plain(function, compiled, x, table):
             asking = [leaf for leaf in x[:5] if leaf.requires_grad]
             weights = [torch.randn_like(result) for result in results]
             grads = torch.autograd.grad(results, asking, weights, allow_unused=True)
-        outcomes.append((*results, mine.k_cache, mine.v_cache, *grads))
-    nothing = torch.zeros(1)
-    plain, graphed = ([nothing if y is None else y for y in each] for each in outcomes)
+        outcomes.append(((*results, mine.k_cache, mine.v_cache), grads))
+    (plain, plain_grads), (graphed, graphed_grads) = outcomes
     assert_same(graphed, plain)
+    for found, wanted in zip(graphed_grads, plain_grads, strict=True):
+        assert (found is None) == (wanted is None)
+        if found is not None:
+            torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("function", RECORDED + UNRECORDED)
@@ -689,6 +696,38 @@ def test_a_graph_refuses_a_gradient_that_would_be_lost(function, device, nothing
         graph_and_plain(function, compiled, x, table)
 
 
+def another_out(x, table):
+    return apply_norm_rotary(x.q.detach(), None, table, out=x.k_cache)
+
+
+@pytest.mark.parametrize("function", [into_caches, another_out])
+def test_a_graph_refuses_an_output_that_requires_a_gradient(function, device, nothing_compiled):
+    table, x = RotaryTable(*table_of(device, torch.float32, 64, 32)), traced_inputs(device)
+    if function is another_out:
+        x = x._replace(k_cache=torch.zeros_like(x.q))
+    x.k_cache.requires_grad_()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for call in (function, compiled):
+        with pytest.raises(Exception, match=r"is not recorded|gradient of a norm is recorded"):
+            call(x, table)
+    assert not x.k_cache.any()
+
+
+def scaled(x, table, k_scale, v_scale):
+    slots, caches = x.slots, [torch.zeros_like(x.k_cache).to(torch.float8_e5m2) for _ in "kv"]
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    apply_rotary_kv_cache(x.q, x.k, x.v, *caches, table, slot_mapping=slots, **scales)
+    return [cache.view(torch.uint8) for cache in caches]
+
+
+def test_scales_of_other_numbers_serve_one_compiled_function(device, nothing_compiled):
+    table, x = RotaryTable(*table_of(device, torch.float32, 64, 32)), traced_inputs(device)
+    compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
+    arrays = [torch.tensor(value, device=device) for value in (0.5, 0.75)]
+    for scales in ((0.5, 0.25), (0.75, 0.3), (2, None), (arrays[0], 0.7), (arrays[1], 0.7)):
+        assert_same(compiled(x, table, *scales), scaled(x, table, *scales))
+
+
 @pytest.mark.parametrize(
     ("function", "grad"),
     [*((each, True) for each in RECORDED), *((each, False) for each in RECORDED + UNRECORDED)],
@@ -721,7 +760,7 @@ def compare_with_inductor(device):
             results = call(mine, table)
             grads = []
             if function in RECORDED:
-                asking = [leaf for leaf in (x.q, x.k, x.q_weight)]
+                asking = x.q, x.k, x.q_weight
                 grads = torch.autograd.grad(results, asking, [y.detach().cos() for y in results])
             outcomes.append((*results, mine.k_cache, mine.v_cache, *grads))
         for plain, compiled in zip(*outcomes, strict=True):
@@ -1167,4 +1206,4 @@ def check_traced(mesh, device):
             outcomes.append((*results, *torch.autograd.grad(loss, leaves)))
         for eager, compiled in zip(*outcomes, strict=True):
             assert compiled.placements == eager.placements
-            assert torch.equal(compiled.to_local(), eager.to_local())
+            torch.testing.assert_close(compiled.to_local(), eager.to_local())

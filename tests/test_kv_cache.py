@@ -127,6 +127,10 @@ def in_library(bits, library, dtype):
     return module.asarray(bits.copy()).view(kind)
 
 
+def table_of(library, cos=COS, sin=SIN):
+    return RotaryTable(*(hold(half, "float32", library).array for half in (cos, sin)))
+
+
 @cache
 def numbers_of(element):
     """The finite numbers of an 8-bit format that are not negative, each where its code says."""
@@ -192,6 +196,7 @@ def verify(
     `positions` are the rows of the table that `where`, the arguments which say them, stand for.
     """
     element = element or dtype
+    as_words = as_words or (library == "cupy" and element in EIGHT_BITS)  # CuPy has no such dtypes
     q_heads, kv_heads = heads
     shapes = [(*tokens, n, head_dim) for n in (q_heads, kv_heads, kv_heads)]
     drawn = [3 * RNG.standard_normal(shape) for shape in shapes]
@@ -203,17 +208,14 @@ def verify(
     given = hold(slots, slot_dtype, library, slot_style)
     out = {"new": None, "in place": q, "out": hold(drawn[0], dtype, library, "packed")}[write]
     caches = Caches(library, element, way, as_words)
-    table = RotaryTable(*(hold(half, "float32", library).array for half in (COS, SIN)))
-    arguments = dict(where) or ({} if positions is None else {"positions": positions})
-
-    of_token = options.get("norm") == "heads"
+    arguments = dict(where)
     if of_norm:
         arguments |= dict(zip(("eps", "weight_offset"), of_norm, strict=True))
 
     result = apply_rotary_kv_cache(
         *(h.array for h in held),
         *caches.arrays,
-        table,
+        table_of(library),
         slot_mapping=given.array,
         cache_layout=caches.layout,
         cache_dtype=element if as_words else None,
@@ -225,17 +227,16 @@ def verify(
         **options,
     )
 
+    def turned(x, weight):
+        if of_norm:
+            x = normalised(x, weight, *of_norm, of_token=options["norm"] == "heads")
+        of_reference = {name: options[name] for name in OF_REFERENCE & {*options}}
+        return rotate(x, COS, SIN, positions=positions, **of_reference)
+
+    weights = dict(weights)
     q_exact, k_exact = (
-        rotate(
-            x
-            if of_norm is None
-            else normalised(x, dict(weights).get(name), *of_norm, of_token=of_token),
-            COS,
-            SIN,
-            positions=positions,
-            **{name: options[name] for name in OF_REFERENCE & {*options}},
-        )
-        for x, name in zip(exact[:2], ("q_weight", "k_weight"), strict=True)
+        turned(exact[0], weights.get("q_weight")),
+        turned(exact[1], weights.get("k_weight")),
     )
     check(to_float64(result).reshape(q_exact.shape), q_exact, dtype)
     assert (result is out.array) if out else (type(result) is type(q.array))
@@ -245,34 +246,27 @@ def verify(
         out.assert_guarded()
 
     expected, actual = caches.before.copy(), to_bits(caches.buffer)
-    divisors = [1.0 if scale is None else np.float64(np.float32(scale.value)) for scale in scales]
-    for which, (at, found, values, scale) in enumerate(
-        zip(
-            caches.blocks(expected),
-            caches.blocks(actual),
-            (k_exact, exact[2]),
-            divisors,
-            strict=True,
-        )
+    of_k, of_v = zip(caches.blocks(expected), caches.blocks(actual), strict=True)
+    for (to_be, found), values, scale, slack in (
+        (of_k, k_exact, scales[0], k_slack),
+        (of_v, exact[2], scales[1], 2.0**-24),  # a quotient is rounded to float32 before
     ):
-        size = at.shape[1]
-        places = [
-            (token, *divmod(slot, size))
-            for token, slot in enumerate(map(int, slots.ravel()))
-            if 0 <= slot < len(at) * size
+        places = [  # token, block, place in it
+            (token, *divmod(slot, to_be.shape[1]))
+            for token, slot in enumerate(slots.ravel().tolist())
+            if 0 <= slot < to_be.shape[0] * to_be.shape[1]
         ]
-        rows = [values.reshape(-1, *values.shape[2:])[token] for token, *_ in places]
-        codes = [found[block, place] for _, block, place in places]
-        if places and element in EIGHT_BITS:
-            with np.errstate(over="ignore", invalid="ignore"):
-                quotients = np.array(rows) / scale
-            assert_codes(np.array(codes), quotients, element, 2.0**-24 if which else k_slack)
-        elif places and which:
-            assert np.array_equal(np.array(codes), encode(np.array(rows), dtype))
-        elif places:
-            check(decode(np.array(codes), dtype), np.array(rows), dtype)
-        for (_, block, at_slot), code in zip(places, codes, strict=True):
-            at[block, at_slot] = code
+        if not places:
+            continue
+        token, block, slot = map(np.array, zip(*places, strict=True))
+        numbers = values.reshape(-1, *values.shape[2:])[token]
+        codes = to_be[block, slot] = found[block, slot]
+        if element in EIGHT_BITS:
+            assert_codes(codes, numbers / (1 if scale is None else scale.divisor), element, slack)
+        elif values is k_exact:
+            check(decode(codes, dtype), numbers, dtype)
+        else:
+            assert np.array_equal(codes, encode(numbers, dtype))
     assert np.array_equal(actual, expected), "no other byte of the buffer may change"
 
 
@@ -289,6 +283,10 @@ class Scale:
             return np.float32(self.value)
         array = hold([self.value], "float32", library).array
         return array.reshape(()) if self.kind == "()" else array
+
+    @property
+    def divisor(self):
+        return np.float64(np.float32(self.value))
 
     def __repr__(self):
         return f"{self.value} {self.kind}"
@@ -326,7 +324,6 @@ def test_a_token_whose_slot_the_cache_does_not_hold_is_left_out(library, element
             tokens=(len(slots),),
             slots=slots,
             slot_dtype=slot_dtype,
-            as_words=library == "cupy",
         )
 
 
@@ -390,8 +387,7 @@ def test_heads_of_any_number_are_written_in_every_dtype(library, dtype, heads):
 @pytest.mark.parametrize(("head_dim", "offset"), [(24, 0), (24, 8), (21, 3)])
 def test_elements_that_do_not_turn_are_written_too(library, element, interleaved, head_dim, offset):
     options = {"interleaved": interleaved, "rotary_offset": offset}
-    way, as_words = beside(H, head_dim), library == "cupy"
-    verify(library, "float16", element, way, head_dim=head_dim, as_words=as_words, **options)
+    verify(library, "float16", element, beside(H, head_dim), head_dim=head_dim, **options)
 
 
 ROWS = [5, 0, -1, 40, 39, 2**31 - 1]
@@ -417,7 +413,7 @@ def test_positions_say_by_what_k_turns(library, kind, element, out_of_range):
         for name, value in where.items()
     }
     options = {"layout": "thd"} if kind == "sequences" else {}
-    options |= {"out_of_range": out_of_range, "as_words": library == "cupy"}
+    options |= {"out_of_range": out_of_range}
     verify(library, "float16", element, tokens=tokens, positions=rows, where=where, **options)
 
 
@@ -429,10 +425,10 @@ def test_tokens_come_in_any_order_of_axes(library, layout):
     given = [hold(arranged(x, layout), "float64", library).array for x in (q, k, v)]
     caches = Caches(library, "float64", "blocks")
     slots = np.array([[20, 3, 7], [0, 5, 11]]) if "b" in layout else np.arange(6)
-    table = RotaryTable(*(hold(half, "float64", library).array for half in (COS, SIN)))
-    slot_mapping = hold(slots, "int64", library).array
     y = apply_rotary_kv_cache(
-        *given, *caches.arrays, table, slot_mapping=slot_mapping, layout=layout
+        *(*given, *caches.arrays, table_of(library)),
+        slot_mapping=hold(slots, "int64", library).array,
+        layout=layout,
     )
     check(canonical(to_float64(y), layout), rotate(q, COS, SIN), "float64")
     k_found, v_found = caches.blocks(to_bits(caches.buffer))
@@ -460,9 +456,9 @@ def test_q_and_k_are_normalised_and_v_is_not(library, name, element):
         *(library, "float32", element),
         of_norm=(1e-5, offset),
         weights={each: RNG.uniform(0.5, 2, shape) for each, shape in shapes.items()},
-        as_words=library == "cupy",
-        **{"norm": kind, "round_norm": False},
         k_slack=2.0**-18,
+        norm=kind,
+        round_norm=False,
     )
 
 
@@ -486,8 +482,7 @@ SCALES = [
 @in_every_library
 def test_numbers_are_divided_by_a_scale_and_rounded_once(library, scales, element):
     for dtype in ("float16", "float32"):
-        as_words = library == "cupy"
-        verify(library, dtype, element, tokens=(20,), scales=scales, as_words=as_words)
+        verify(library, dtype, element, tokens=(20,), scales=scales)
 
 
 @in_both_formats
@@ -513,9 +508,8 @@ def test_what_is_no_plain_number_or_too_large_or_small_is_8_bits_too(
     values = np.resize(ODD, (SLOTS, H, D))
     x, zeros = (hold(each, dtype, library).array for each in (values, np.zeros((SLOTS, 1, D))))
     caches = Caches(library, element, "slots", library == "cupy")
-    table = RotaryTable(*(hold(half, "float32", library).array for half in (COS, SIN)))
     apply_rotary_kv_cache(
-        *(zeros, x, x, *caches.arrays, table),
+        *(zeros, x, x, *caches.arrays, table_of(library)),
         slot_mapping=hold(np.arange(SLOTS), "int32", library).array,
         cache_dtype=element if library == "cupy" else None,
         v_scale=scale,
@@ -540,15 +534,8 @@ def test_a_quotient_next_to_a_tie_becomes_one_of_its_neighbours(library, dtype, 
     for value in (1.75, 2.9375):
         scale = Scale(np.float32(value / 1.4140625))
         values = rounded(middles * np.float64(scale.value), dtype)
-        verify(
-            library,
-            dtype,
-            element,
-            "slots",
-            values=values.reshape(H, D),
-            scales=(None, scale),
-            as_words=library == "cupy",
-        )
+        values = values.reshape(H, D)
+        verify(library, dtype, element, "slots", values=values, scales=(None, scale))
 
 
 @in_both_formats
@@ -566,16 +553,7 @@ def test_every_number_of_16_bits_becomes_what_pytorch_makes_of_it(library, dtype
     zeros, q = (hold(np.zeros((64, n, 128)), dtype, library).array for n in (8, 1))
     cache = in_library(np.zeros(2 * 2**16, np.uint8), library, "uint8").reshape(2, 64, 8, 128)
     apply_rotary_kv_cache(
-        *(
-            q,
-            zeros,
-            v,
-            cache[0],
-            cache[1],
-            RotaryTable(
-                *(in_library(np.zeros((64, 64), np.float32), library, "float32") for _ in range(2))
-            ),
-        ),
+        *(q, zeros, v, cache[0], cache[1], table_of(library, *np.zeros((2, 64, 64)))),
         slot_mapping=hold(np.arange(64), "int32", library).array,
         cache_dtype=element,
     )
