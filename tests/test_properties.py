@@ -7,12 +7,27 @@ time, in chunks that pytest-xdist shares out.
 
 import numpy as np
 import pytest
-from arrays import OPTIONS, Call, Case, Strides, possible, repeats, verify
+from arrays import (
+    GUARD,
+    OPTIONS,
+    Call,
+    Case,
+    Held,
+    Placement,
+    Strides,
+    hold,
+    possible,
+    repeats,
+    verify,
+)
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from reference import FORMATS, decode, pair_norms, to_bits
 
+import rope_cupy
+
 CHUNK = 50
+STYLES = "style", "k_style", "table_style"
 ON_A_GPU = {"numpy": "cupy", "torch": "torch-cuda", "dlpack": "dlpack-cuda"}
 WAYS = [
     "numpy",
@@ -123,7 +138,9 @@ def test_the_conjugate_after_the_rotation_returns_the_input(way, chunk):
 def is_as_each_alone(case):
     """q and k rotated together equal q and k rotated apart, bit by bit."""
     *sizes, q_heads, k_heads = case.sizes
-    call = Call(case._replace(sizes=(*sizes, q_heads, k_heads or q_heads), write="new"))
+    case = case._replace(sizes=(*sizes, q_heads, k_heads or q_heads), write="new")
+    # The squares of a norm are added up in an order that depends on both tensors.
+    call = Call(case._replace(norm="none", weights="none", round_norm=False))
     q, k = (held.array for held in call.inputs)
     for i, (x, together) in enumerate(zip((q, k), call(q, k), strict=True)):
         (alone,) = call(x, first=i)
@@ -134,12 +151,98 @@ def test_q_and_k_together_equal_q_and_k_apart(way, chunk):
     for_every_call(way, chunk, is_as_each_alone, share=5)
 
 
+def fused(case):
+    """A call of the case's options on dense q, k and v that share a library, and these as NumPy's.
+
+    A norm's squares are added up in an order that depends on strides, so there is none.
+    """
+    *sizes, q_heads, k_heads = case.sizes
+    case = case._replace(
+        sizes=(*sizes, q_heads, k_heads or 1),
+        rows="position" if case.rows == "head" else case.rows,
+        library=case.library.replace("dlpack", "torch"),
+        **{"style": "dense", "k_style": "dense", "layout": "bshd", "write": "new"},
+        **{"norm": "none", "weights": "none", "round_norm": False},
+    )
+    call = Call(possible(case))
+    q, k = (held.elements for held in call.inputs)
+    v = np.random.default_rng(1).permuted(k)
+    return call, (q, k, v)
+
+
+def held_as(case, elements):
+    """Elements in a dense array of the case's library."""
+    size = elements.size
+    placement = Placement(np.empty(elements.shape, "V1").strides, GUARD, size + 2 * GUARD)
+    return Held(elements, case.dtype, case.library, placement).array
+
+
+def is_as_its_parts(case):
+    """A packed array turned at once equals q and k turned, and v as it is, bit by bit."""
+    call, parts = fused(case)
+    q, k = call(*(held_as(call.case, part) for part in parts[:2]))
+    wanted = np.concatenate([to_bits(q), to_bits(k), parts[2]], 2)
+    for in_place in (False, True):
+        packed = held_as(call.case, np.concatenate(parts, 2))
+        result = rope_cupy.apply_rotary_qkv(
+            packed,
+            call.table,
+            num_heads=parts[0].shape[2],
+            num_kv_heads=parts[1].shape[2],
+            out=packed if in_place else None,
+            **call.where,
+            **call.options,
+        )
+        assert np.array_equal(to_bits(result), wanted)
+
+
+def test_a_packed_array_is_turned_as_its_parts_are(way, chunk):
+    for_every_call(way, chunk, is_as_its_parts, share=5)
+
+
+def fills_a_cache(case):
+    """A cache holds what k becomes, and v, at every token's slot, and nothing else has changed."""
+    call, (q, k, v) = fused(case)
+    case, (batch, tokens, heads, head_dim) = call.case, k.shape
+    q_alone, k_alone = call(*(held_as(case, part) for part in (q, k)))
+    block_size = 1 + tokens % 4
+    blocks = -(-(batch * tokens + 3) // block_size)
+    rng = np.random.default_rng(2)
+    slots = rng.permutation(blocks * block_size + 2)[: batch * tokens].reshape(batch, tokens) - 1
+    by_head = tokens % 2 == 1
+    shape = (
+        (blocks, heads, block_size, head_dim) if by_head else (blocks, block_size, heads, head_dim)
+    )
+    before = rng.integers(0, 200, (2, *shape)).astype(k.dtype)
+    caches = [held_as(case, each) for each in before]
+    place = "numpy" if case.library in ("numpy", "torch") else case.library
+    q_out = rope_cupy.apply_rotary_kv_cache(
+        *(held_as(case, part) for part in (q, k, v)),
+        *caches,
+        call.table,
+        slot_mapping=hold(slots, "int64", place).array,
+        cache_layout="HND" if by_head else "NHD",
+        **call.where,
+        **call.options,
+    )
+    assert np.array_equal(to_bits(q_out), to_bits(q_alone))
+    inside = (slots >= 0) & (slots < blocks * block_size)
+    for cache, old, new in zip(caches, before, (to_bits(k_alone), v), strict=True):
+        wanted = np.swapaxes(old, 1, 2).copy() if by_head else old.copy()
+        wanted[np.divmod(slots[inside], block_size)] = new[inside]
+        assert np.array_equal(to_bits(cache), np.swapaxes(wanted, 1, 2) if by_head else wanted)
+
+
+def test_a_cache_is_filled_with_what_k_becomes(way, chunk):
+    for_every_call(way, chunk, fills_a_cache, share=5)
+
+
 def test_the_calls_drawn_are_of_every_kind():
     drawn = []
     for chunk in range(8):
         for_every_call("numpy", chunk, drawn.append)
     for name, values in OPTIONS.items():
-        if name in ("dtype", "table_dtype", "form", "positions", "write", "outside", "rows"):
+        if name not in ("library", "table_library", "head", "sizes", "layout", *STYLES):
             assert {getattr(case, name) for case in drawn} == set(values), name
     assert {len(case.layout) for case in drawn} == {3, 4, 5, 6}
     styles = [style for case in drawn for style in (case.style, case.k_style, case.table_style)]
