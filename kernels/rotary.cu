@@ -84,7 +84,7 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 // than 512 threads, but those of whole tokens.
 //
 // A norm waits for all of a row, and other threads go on meanwhile: 1,024, or 640 where each has so
-// much that it needs more registers.
+// much that it needs more registers. Off the common path it takes as many as it wants.
 //
 // Eight pairs and their angles fill 24 registers. Where all of them can be asked for at once, 1,280
 // threads are enough: else it asks for some of them late, to hold fewer. Where a row is looked for
@@ -92,11 +92,14 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 // memory, to hold fewer.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 template <typename T, typename Table, typename Position, typename Norm, int kRows, int kPairs,
-          bool kCommon>
+          int kPassRun, bool kCommon>
 __device__ constexpr int fewest_blocks() {
   if constexpr (Norm::kIsThere) {
+    constexpr bool kIsLight = kCommon && !kIsDouble<T, Table> && !kIsFrequency<Table> &&
+                              !kIsMixed<Position> && sizeof(typename Norm::Weight) <= 4 &&
+                              kPassRun == 0;
     constexpr int kThreads = kRows * 2 * kPairs * sizeof(T) > 80 ? 640 : 1024;
-    return kIsDouble<T, Table> || Norm::kMostThreads > kThreads ? 1 : kThreads / Norm::kMostThreads;
+    return kIsLight && Norm::kMostThreads < kThreads ? kThreads / Norm::kMostThreads : 1;
   } else if constexpr (kCommon) {
     return !kIsDouble<T, Table> && kIsVoid<Position> && kPairs >= 8 ? 2 : 0;
   } else {
@@ -106,7 +109,7 @@ __device__ constexpr int fewest_blocks() {
 }
 #else
 template <typename T, typename Table, typename Position, typename Norm, int kRows, int kPairs,
-          bool kCommon>
+          int kPassRun, bool kCommon>
 __device__ constexpr int fewest_blocks() {
   return 0;
 }
@@ -125,8 +128,8 @@ __device__ constexpr int fewest_blocks() {
 template <typename T, typename Table, typename Position, typename Norm, typename Destination,
           int kTensors, bool kInterleaved, bool kConjugate, bool kEager, int kRows, int kPairs,
           int kTableStep, int kSinOffset, int kPassRun, bool kInPlace, bool kPastL1, bool kCommon>
-__global__ void __launch_bounds__(Norm::kMostThreads,
-                                  fewest_blocks<T, Table, Position, Norm, kRows, kPairs, kCommon>())
+__global__ void __launch_bounds__(
+    Norm::kMostThreads, fewest_blocks<T, Table, Position, Norm, kRows, kPairs, kPassRun, kCommon>())
     rotary_kernel(const __grid_constant__ Arguments<T, Table, Norm, Destination, kTensors> args) {
   using Real = Compute<T, Table>;
   using Positions = PositionsOf<Position>;

@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import re
 from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from functools import partial
+from itertools import product, repeat
 
+import numpy as np
 import pytest
 import test_gpu
 import test_rotary
@@ -13,8 +15,9 @@ from arrays import verify
 from nvrtc import compiled, ptx
 from test_plan import CACHE_FIELDS, NORM_FIELDS, Template, fields_of, template
 
+import rope_cupy
 from rope_cupy import cpu, jit
-from rope_cupy.memory import ACCESS_BYTES
+from rope_cupy.memory import ACCESS_BYTES, FLOATS_8
 from rope_cupy.plan import launch_plan
 
 try:
@@ -50,7 +53,32 @@ def kernels():
             }
             with pytest.raises(FoundError):
                 verify(case._replace(**libraries))
+        for call in fused_calls():
+            with pytest.raises(FoundError):
+                call()
     return sorted(names)
+
+
+def fused_calls():
+    """Calls that write caches, of every dtype, and packed arrays, with a norm and without."""
+    angle = np.zeros((4, 16))
+    for (dtype, cache_dtype), norm, interleaved, head_dim in product(
+        [("f2", None), ("f4", None), ("f8", None), *product(("f2", "f4", "f8"), FLOATS_8)],
+        (None, "head", "heads"),
+        (False, True),
+        (32, 64),
+    ):
+        q, k, v = (np.zeros((4, heads, head_dim), dtype) for heads in (4, 2, 2))
+        caches = np.zeros((2, 9, 2, head_dim), "u1" if cache_dtype else dtype)
+        options = {"norm": norm, "interleaved": interleaved}
+        table = np.cos(angle), np.sin(angle)
+        slots = np.zeros(4, np.int32 if interleaved else np.int64)
+        more = options | {"slot_mapping": slots, "cache_dtype": cache_dtype}
+        yield partial(rope_cupy.apply_rotary_kv_cache, q, k, v, *caches, table, **more)
+        packed = np.concatenate([q, k, v], 1)
+        heads = {"num_heads": 4, "num_kv_heads": 2}
+        for out in (None, packed):
+            yield partial(rope_cupy.apply_rotary_qkv, packed, table, out=out, **heads, **options)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -78,6 +106,8 @@ def test_the_matrix_launches_kernels_of_every_kind(kernels):
         for index in ("int", "long long")
     }
     assert (kinds.interleaved, kinds.conjugate, kinds.eager) == (flags, flags, flags)
+    assert {kind.partition("<")[0] for kind in kinds.destination} == {"Outputs", "Slots"}
+    assert kinds.tensors == {"2", "3"}
     assert {kind.partition(",")[0] for kind in kinds.norm} == {
         *("NoNorm", *(f"RmsNorm<{number}" for number in numbers))
     }
