@@ -40,7 +40,7 @@ from rope_cupy import RotaryTable, apply_qk_norm_rotary
 COLUMNS = (*MACHINE, "block", "batch", "tokens", "text", "dtype", "call", "version")
 COLUMNS += ("status", "reason", "milliseconds", "speedup")
 COLUMNS += ("block_error", "block_difference", "attention_error", "attention_difference")
-DIFFUSERS, OURS, OURS_WITH_V = "diffusers", "rope_cupy", "rope_cupy, v in place"
+DIFFUSERS, OURS = "diffusers", "rope_cupy"
 COMPILED = ", compiled"
 RUNS, QUICK_RUNS, CPU_RUNS, WARM_UP = 50, 30, 3, 5
 
@@ -65,34 +65,6 @@ class QwenImageProcessor:
         head_dim = attn.inner_dim // attn.heads
         how = {"interleaved": True, "head_dim": head_dim, "eps": attn.norm_q.eps}
         v = torch.cat([attn.add_v_proj(text), attn.to_v(image)], dim=1)
-        q, k = torch.empty_like(v), torch.empty_like(v)
-        image_qk = attn.to_q(image), attn.to_k(image), attn.norm_q.weight, attn.norm_k.weight
-        apply_qk_norm_rotary(*image_qk, image_table, out=(q[:, n:], k[:, n:]), **how)
-        text_weights = attn.norm_added_q.weight, attn.norm_added_k.weight
-        text_qk = attn.add_q_proj(text), attn.add_k_proj(text), *text_weights
-        apply_qk_norm_rotary(*text_qk, text_table, out=(q[:, :n], k[:, :n]), **how)
-        q, k, v = (x.unflatten(2, (-1, head_dim)) for x in (q, k, v))
-        mask = None if mask is None else F.pad(mask, (0, image.shape[1]), value=True)[:, None, None]
-        joint = dispatch_attention_fn(q, k, v, mask, backend=self._attention_backend).flatten(2)
-        return attn.to_out[0](joint[:, n:].contiguous()), attn.to_add_out(joint[:, :n].contiguous())
-
-
-class QwenImageProcessorWithV:
-    """The same, but v, too, is written straight into its slices, by plain linear layers alone."""
-
-    _attention_backend = None  # transformer.set_attention_backend sets it
-
-    def __call__(
-        self, attn, image, encoder_hidden_states, encoder_hidden_states_mask, image_rotary_emb, **_
-    ):
-        text, mask, n = encoder_hidden_states, encoder_hidden_states_mask, len(image_rotary_emb[1])
-        image_table, text_table = map(RotaryTable.from_complex, image_rotary_emb)
-        head_dim = attn.inner_dim // attn.heads
-        how = {"interleaved": True, "head_dim": head_dim, "eps": attn.norm_q.eps}
-        v = text.new_empty(len(text), n + image.shape[1], attn.inner_dim)
-        for layer, x, out in ((attn.add_v_proj, text, v[:, :n]), (attn.to_v, image, v[:, n:])):
-            for tokens, rows in zip(x, out, strict=True):
-                torch.addmm(layer.bias, tokens, layer.weight.t(), out=rows)
         q, k = torch.empty_like(v), torch.empty_like(v)
         image_qk = attn.to_q(image), attn.to_k(image), attn.norm_q.weight, attn.norm_k.weight
         apply_qk_norm_rotary(*image_qk, image_table, out=(q[:, n:], k[:, n:]), **how)
@@ -167,7 +139,7 @@ def qwen_image(size: Size, device: str, dtype: torch.dtype) -> Block:
         "temb": draw(size.batch, size.dim),
         "image_rotary_emb": rope([size.grid], torch.device(device), size.text),
     }
-    processors = {OURS: QwenImageProcessor, OURS_WITH_V: QwenImageProcessorWithV}
+    processors = {OURS: QwenImageProcessor}
     return Block(randomized(block).to(dtype), "attn", inputs, processors)
 
 

@@ -90,16 +90,22 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 // threads are enough: else it asks for some of them late, to hold fewer. Where a row is looked for
 // or angles are computed, off the common path, 640 are: else it puts a register or two into local
 // memory, to hold fewer.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 template <typename T, typename Table, typename Position, typename Norm, int kRows, int kPairs,
           int kPassRun, bool kCommon>
 __device__ constexpr int fewest_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  constexpr bool kIsNew = true;
+#else
+  constexpr bool kIsNew = false;
+#endif
   if constexpr (Norm::kIsThere) {
     constexpr bool kIsLight = kCommon && !kIsDouble<T, Table> && !kIsFrequency<Table> &&
                               !kIsMixed<Position> && sizeof(typename Norm::Weight) <= 4 &&
                               kPassRun == 0;
     constexpr int kThreads = kRows * 2 * kPairs * sizeof(T) > 80 ? 640 : 1024;
-    return kIsLight && Norm::kMostThreads < kThreads ? kThreads / Norm::kMostThreads : 1;
+    return kIsNew && kIsLight && Norm::kMostThreads < kThreads ? kThreads / Norm::kMostThreads : 1;
+  } else if constexpr (!kIsNew) {
+    return 0;
   } else if constexpr (kCommon) {
     return !kIsDouble<T, Table> && kIsVoid<Position> && kPairs >= 8 ? 2 : 0;
   } else {
@@ -107,13 +113,6 @@ __device__ constexpr int fewest_blocks() {
     return Positions::kCountsTokens || Positions::kAxes > 1 || kIsFrequency<Table> ? 1 : 0;
   }
 }
-#else
-template <typename T, typename Table, typename Position, typename Norm, int kRows, int kPairs,
-          int kPassRun, bool kCommon>
-__device__ constexpr int fewest_blocks() {
-  return 0;
-}
-#endif
 
 // kEager: every product and every sum is rounded, to T where cosines and sines are 16-bit numbers of
 // this type, as PyTorch's operations do one by one.

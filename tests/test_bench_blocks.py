@@ -15,7 +15,6 @@ from bench_blocks import (
     DIFFUSERS,
     KINDS,
     OURS,
-    OURS_WITH_V,
     Call,
     QwenImageProcessor,
     WanProcessor,
@@ -24,7 +23,7 @@ from diffusers.models.transformers import transformer_qwenimage, transformer_wan
 
 from rope_cupy import apply_qk_norm_rotary, apply_rotary_qk
 
-CALLS = [("qwen-image", OURS), ("qwen-image", OURS_WITH_V), ("wan-2.1-14b-480p", OURS)]
+CALLS = [("qwen-image", OURS), ("wan-2.1-14b-480p", OURS)]
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +76,7 @@ def test_the_kernels_give_the_same_output(kind):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("call", [OURS, OURS_WITH_V])
-def test_tokens_of_the_text_are_left_out_by_a_mask(call, dtype, batch):
+def test_tokens_of_the_text_are_left_out_by_a_mask(dtype, batch, call=OURS):
     block = made("qwen-image", dtype, batch, two_tokens_left_out)
     checked(block, call)
     masked = Call(block, block.processors[call])()
@@ -88,10 +86,7 @@ def test_tokens_of_the_text_are_left_out_by_a_mask(call, dtype, batch):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(("call", "joined_by_a_copy"), [(OURS, "v"), (OURS_WITH_V, "")])
-def test_q_and_k_are_written_where_the_attention_reads_them(
-    monkeypatch, call, joined_by_a_copy, batch
-):
+def test_q_and_k_are_written_where_the_attention_reads_them(monkeypatch, batch):
     outs, attended, copied = [], [], []
 
     def spy(module, name, seen):
@@ -104,12 +99,12 @@ def test_q_and_k_are_written_where_the_attention_reads_them(
         monkeypatch.setattr(module, name, seeing)
 
     block = made("qwen-image", batch=batch)
-    ours = Call(block, block.processors[call])
+    ours = Call(block, block.processors[OURS])
     spy(bench_blocks, "apply_qk_norm_rotary", outs)
     spy(bench_blocks, "dispatch_attention_fn", attended)
     spy(torch, "cat", copied)
     ours()
-    assert len(copied) == len(joined_by_a_copy)
+    assert len(copied) == 1
     (((q, k, v, mask), _),) = attended
     assert mask is None
     size = KINDS["qwen-image"].small
@@ -237,7 +232,7 @@ def test_the_times_of_all_calls_without_a_gpu(tmp_path):
     assert list(rows[0])[: len(MACHINE)] == MACHINE
     compiled = [DIFFUSERS + COMPILED, OURS + COMPILED]
     assert [(row["block"], row["call"]) for row in rows] == [
-        *(("qwen-image", call) for call in (DIFFUSERS, OURS, OURS_WITH_V, *compiled)),
+        *(("qwen-image", call) for call in (DIFFUSERS, OURS, *compiled)),
         *(("wan-2.1-14b-480p", call) for call in (DIFFUSERS, OURS, *compiled)),
     ]
     for row in rows:
@@ -257,7 +252,6 @@ def test_the_times_of_all_calls_without_a_gpu(tmp_path):
             difference = float(row[f"{name}_difference"])
             assert (difference == 0) == (row["call"] == DIFFUSERS) and difference < 5e-3
     assert "qwen-image, 120 tokens and 40 of text: milliseconds" in printed
-    assert "rope_cupy, v in place     " in printed
 
 
 def test_quick_measures_the_blocks_that_are_named_and_compiles_nothing(tmp_path):

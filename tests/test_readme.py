@@ -5,6 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
+import bench_blocks
 import numpy as np
 import pytest
 import torch
@@ -76,6 +77,29 @@ def test_the_quick_start_for_torch_tensors_gives_the_exact_values(device, monkey
     angles = np.outer(np.arange(300), 500000.0 ** -(np.arange(64) / 64))
     exact = rotate(numbers(turned), np.cos(angles)[None], -np.sin(angles)[None])
     np.testing.assert_allclose(numbers(queries.grad), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_one_pass_before_attention_gives_the_exact_values():
+    names = run(code("One pass before attention"))
+    ones, angles = (
+        np.ones((1, 16, 32, 128)),
+        np.outer(np.arange(200), 10000.0 ** -(np.arange(64) / 64)),
+    )
+    cos, sin = np.cos(angles), np.sin(angles)
+    exact = rotate(ones / np.sqrt(1 + 1e-6), cos, sin)
+    np.testing.assert_allclose(names["q_out"], exact[0], atol=1e-6)
+    np.testing.assert_allclose(names["k_out"], exact[0, :, :8], atol=1e-6)
+    exact = rotate(ones, cos, sin, positions=100)
+    np.testing.assert_allclose(names["q"], exact[0], atol=1e-6)
+    for cache, written in ((names["k_cache"], exact[0, :, :8]), (names["v_cache"], names["v"])):
+        codes = torch.from_numpy(cache).view(torch.float8_e4m3fn).double().numpy() * 0.02
+        assert not codes[[0, 1, *range(3, 8)]].any()
+        np.testing.assert_allclose(codes[2], written, rtol=2**-4, atol=0.02 * 2**-10)
+
+
+def test_the_processor_shown_is_the_one_that_is_measured():
+    assert inspect.getsource(bench_blocks.QwenImageProcessor) in code("In a diffusion model")
+    run(code("In a diffusion model"))
 
 
 def test_the_error_shown_is_the_error_raised():
