@@ -525,7 +525,9 @@ def traced(
         return sharded(calls.Given(names, xs, source, *named, options, out))
     named_more = [name for name, _ in more], [array for _, array in more]
     how = *rows, first, *named_more, *_flat(options)
-    arguments = list(source.arrays), source.form.__name__, *how
+    # Inductor gives no complex numbers to an operator that writes: they go as pairs.
+    parts = [torch.view_as_real(part) if part.is_complex() else part for part in source.arrays]
+    arguments = parts, source.form.__name__, *how
     asking = [*xs, *(array for name, array in more if name in OF_WEIGHTS)]
     asking += [y for y in out or () if y is not None]
     records = torch.is_grad_enabled() and any([each.requires_grad for each in asking])
@@ -563,6 +565,7 @@ def _options(flat: Sequence[Any]) -> Options:
 
 
 _ROWS = calls.Positions._fields
+COMPLEX = "_complex"  # of FORMS, whose array an operator has as pairs of real numbers
 
 
 def _arrays_and_int(positions: tuple[Any, Any, Any]) -> tuple[list[torch.Tensor | None], Any]:
@@ -605,6 +608,8 @@ def _run(
     names: tuple[str, ...] = ("q", "k", "v")[: len(xs)]
     if len(xs) == 1:
         names = ("qkv",) if options.packed else ("x",)
+    if form == COMPLEX:
+        table = [torch.view_as_complex(part) for part in table]
     source = TableSource(FORMS[form], tuple(table))
     rows = first if positions is None else positions, seqlen_offsets, cu_seqlens
     return calls.rotate(names, tuple(xs), source, rows, options, outs, more)

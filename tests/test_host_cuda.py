@@ -485,8 +485,8 @@ MUTANTS = {
     ),
     "a quotient that is not right": Cached(
         "destinations.cuh",
-        "multiply_add(rest, reciprocal, quotient)",
-        "multiply_add(rest, reciprocal, 1.5f * quotient)",
+        "multiply_add(excess, negate(reciprocal), quotient)",
+        "multiply_add(excess, negate(reciprocal), 1.5f * quotient)",
         WRONG,
         PLAIN._replace(norm="head"),
     ),
