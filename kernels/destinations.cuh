@@ -50,7 +50,7 @@ __device__ __forceinline__ Vec<Element, kSize> scaled(const Numbers<Real, kSize>
   const auto over_scale = [&](int i) {
     const float number = narrow<float>(numbers.values[i]);
     const float quotient = clamped(multiply(number, reciprocal), 0x1p20f);
-    // Of opposite sign, so that -0 stays what it is.
+    // What is taken away, not what is added: +0 and -0 make +0, and -0 is to stay.
     const float excess = multiply_add(quotient, scale, negate(number));
     return multiply_add(excess, negate(reciprocal), quotient);
   };

@@ -1,15 +1,17 @@
 // RMSNorm: elements over the root of the mean of their squares, times weights.
 //
-//   NoNorm                          leaves them as they are
-//   RmsNorm<Weight, kTokenThreads, ...>  of each head, with weights (head_dim,), or, where it is not
-//                                   0 threads that a block may have, of all heads of a token, with
-//                                   weights (num_heads * head_dim,); Weight is their type
+//   NoNorm                       leaves them as they are
+//   RmsNorm<Weight, 0, ...>      of each head, with weights (head_dim,)
+//   RmsNorm<Weight, kTokenThreads, ...>  of all heads of a token, with weights (num_heads *
+//                                head_dim,), in a block of up to so many threads
+//
+// Weight is the type of the weights, which may be missing.
 //
 // B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
 //
 // The threads that have a head, or a token, are neighbours in one block. kSpan of them, a power of
 // two, add up by shuffles what they have; where there are more, kShares, they do so by way of shared
-// memory. kRounds: what is normalised and weighed becomes a number of the tensor's type.
+// memory. Threads without a row have ended before, and no one waits for them. kRounds: what is normalised and weighed becomes a number of the tensor's type.
 #pragma once
 
 #include "views.cuh"
@@ -41,10 +43,9 @@ struct NoNorm {
   static constexpr bool kIsThere = false;
   static constexpr bool kOfToken = false;
   static constexpr int kMostThreads = 640;
-  static constexpr bool kRounds = false;
 };
 
-template <typename Weight_, int kTokenThreads, int kSpan, bool kShares, bool kRounds_>
+template <typename Weight_, int kTokenThreads, int kSpan, bool kShares, bool kRounds>
 struct RmsNorm {
   template <typename Real>
   struct Arguments {
@@ -59,7 +60,6 @@ struct RmsNorm {
   static constexpr bool kIsThere = true;
   static constexpr bool kOfToken = kTokenThreads > 0;
   static constexpr int kMostThreads = kOfToken ? kTokenThreads : 512;
-  static constexpr bool kRounds = kRounds_;
 
   // The sums of what all threads of a head, or of a token, have: `num_threads` from the first on.
   template <int kRows, typename Real>

@@ -51,13 +51,18 @@ __device__ __forceinline__ long long sum_of(Numbers... numbers) {
   return static_cast<long long>((static_cast<unsigned long long>(numbers) + ...));
 }
 
-template <typename Index_>
-struct PositionsOf {
+// What all kinds have: of how many axes positions are, whether tokens are counted, and whether a
+// token's row is searched for.
+template <typename Index_, int kAxes_, bool kCountsTokens_, bool kSearches_>
+struct Traits {
   using Index = Index_;
-  static constexpr int kAxes = 1;
-  static constexpr bool kCountsTokens = false;
-  static constexpr bool kSearches = false;
+  static constexpr int kAxes = kAxes_;
+  static constexpr bool kCountsTokens = kCountsTokens_;
+  static constexpr bool kSearches = kSearches_;
+};
 
+template <typename Index>
+struct PositionsOf : Traits<Index, 1, false, false> {
   static __device__ __forceinline__ long long read(const PositionArguments&, const Index* address,
                                                    int, int) {
     return *address;
@@ -65,46 +70,26 @@ struct PositionsOf {
 };
 
 template <>
-struct PositionsOf<void> {
-  using Index = void;
-  static constexpr int kAxes = 0;
-  static constexpr bool kCountsTokens = false;
-  static constexpr bool kSearches = false;
-};
+struct PositionsOf<void> : Traits<void, 0, false, false> {};
 
 template <>
-struct PositionsOf<Counted> {
-  using Index = char;
-  static constexpr int kAxes = 1;
-  static constexpr bool kCountsTokens = true;
-  static constexpr bool kSearches = false;
-
+struct PositionsOf<Counted> : Traits<char, 1, true, false> {
   static __device__ __forceinline__ long long read(const PositionArguments& args, const Index*, int,
                                                    int token) {
     return sum_of(token, args.first);
   }
 };
 
-template <typename Index_>
-struct PositionsOf<Offset<Index_>> {
-  using Index = Index_;
-  static constexpr int kAxes = 1;
-  static constexpr bool kCountsTokens = true;
-  static constexpr bool kSearches = false;
-
+template <typename Index>
+struct PositionsOf<Offset<Index>> : Traits<Index, 1, true, false> {
   static __device__ __forceinline__ long long read(const PositionArguments& args,
                                                    const Index* address, int, int token) {
     return sum_of(token, args.first, *address);
   }
 };
 
-template <typename Index_>
-struct PositionsOf<Packed<Index_>> {
-  using Index = Index_;
-  static constexpr int kAxes = 1;
-  static constexpr bool kCountsTokens = true;
-  static constexpr bool kSearches = true;
-
+template <typename Index>
+struct PositionsOf<Packed<Index>> : Traits<Index, 1, true, true> {
   // The last sequence that begins at or before the token holds it, unless it is the end of all.
   static __device__ __forceinline__ long long read(const PositionArguments& args,
                                                    const Index* offsets, int, int token) {
@@ -126,13 +111,8 @@ struct PositionsOf<Packed<Index_>> {
   }
 };
 
-template <typename Index_>
-struct PositionsOf<Sections<Index_>> {
-  using Index = Index_;
-  static constexpr int kAxes = 3;
-  static constexpr bool kCountsTokens = false;
-  static constexpr bool kSearches = false;
-
+template <typename Index>
+struct PositionsOf<Sections<Index>> : Traits<Index, 3, false, false> {
   static __device__ __forceinline__ long long read(const PositionArguments& args,
                                                    const Index* address, int axis, int) {
     return address[axis * args.axis];
@@ -143,8 +123,8 @@ struct PositionsOf<Sections<Index_>> {
   }
 };
 
-template <typename Index_>
-struct PositionsOf<Mixed<Index_>> : PositionsOf<Sections<Index_>> {
+template <typename Index>
+struct PositionsOf<Mixed<Index>> : PositionsOf<Sections<Index>> {
   static __device__ __forceinline__ int axis_of(const PositionArguments& args, int pair) {
     const int axis = pair % 3;
     return axis > 0 && pair < args.section_ends[axis - 1] ? axis : 0;

@@ -179,7 +179,7 @@ def _rows_of_whole_tokens(problem: RotaryProblem, pairs: int, num_lanes: int) ->
     if not choices:
         raise ValueError(
             f"norm='heads' must have tokens that fit a block of {most} threads, of which each has "
-            f"up to {MOST_ROWS} heads: got {max(heads)} heads of {num_lanes} threads each, for as "
+            f"up to {MOST_ROWS} heads, got {max(heads)} heads of {num_lanes} threads each, for as "
             "wide an access as all arrays' alignments allow"
         )
     row_bytes = 2 * pairs * ITEMSIZE[problem.dtype]

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -751,8 +752,9 @@ def test_inductor_gives_the_same_results_gradients_and_caches(device):
 
 
 def compare_with_inductor(device):
-    table = RotaryTable(*table_of(device, torch.float32, 64, 32))
-    for function in (norm_both, pack, into_caches):
+    cos, sin = table_of(device, torch.float32, 64, 32)
+    tables = RotaryTable(cos, sin), RotaryTable.from_complex(torch.complex(cos, sin))
+    for function, table in itertools.product((norm_both, pack, into_caches), tables):
         x = traced_inputs(device, grad=function in RECORDED)
         outcomes = []
         for call in (function, torch.compile(function, fullgraph=True, backend="inductor")):

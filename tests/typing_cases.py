@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
+from rope_cupy import (
+    RotaryTable,
+    apply_norm_rotary,
+    apply_qk_norm_rotary,
+    apply_rotary,
+    apply_rotary_kv_cache,
+    apply_rotary_qk,
+    apply_rotary_qkv,
+)
 from rope_cupy.torch import RotaryEmbedding
 
 
@@ -20,6 +28,10 @@ def of_torch(q: torch.Tensor, k: torch.Tensor, table: RotaryTable) -> None:
     assert_type(apply_rotary_qk(q, k, (q, q)), tuple[torch.Tensor, torch.Tensor])
     assert_type(apply_rotary_qk(q, k, table, out=(q, k)), tuple[torch.Tensor, torch.Tensor])
     assert_type(RotaryEmbedding(64)(q, k), tuple[torch.Tensor, torch.Tensor])
+    assert_type(apply_norm_rotary(q, None, table), torch.Tensor)
+    assert_type(apply_qk_norm_rotary(q, k, q, k, table), tuple[torch.Tensor, torch.Tensor])
+    assert_type(apply_rotary_qkv(q, table, num_heads=4, num_kv_heads=2), torch.Tensor)
+    assert_type(apply_rotary_kv_cache(q, k, k, q, q, table, slot_mapping=q), torch.Tensor)
 
 
 def of_parameters(q: torch.nn.Parameter, table: RotaryTable) -> None:
