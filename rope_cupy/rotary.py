@@ -468,5 +468,9 @@ def _arrays(**values: Any) -> tuple[tuple[str, Any], ...]:
 def _norm(norm: Any, eps: Any, weight_offset: Any, round_norm: Any, weights: Any) -> Any:
     """Return what is normalised: heads, where weights alone are given."""
     if norm is None and not weights:
+        if (eps, weight_offset, round_norm) != (1e-6, 0.0, True):
+            raise ValueError(
+                "norm must be given, or a weight, with eps, weight_offset or round_norm, got None"
+            )
         return None
     return "head" if norm is None else norm, eps, weight_offset, round_norm

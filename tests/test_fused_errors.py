@@ -212,6 +212,15 @@ def test_a_norm_of_none_is_refused_where_there_must_be_one(function, make):
     assert_refused(TypeError, "norm", wanted, "None", function, **FUSED[function](make), norm=None)
 
 
+@pytest.mark.parametrize("function", [apply_rotary_qkv, apply_rotary_kv_cache])
+@pytest.mark.parametrize(
+    "changed", [{"eps": 1e-5}, {"eps": "tiny"}, {"weight_offset": 1.0}, {"round_norm": False}]
+)
+def test_what_belongs_to_a_norm_is_refused_without_one(function, changed, make):
+    call = FUSED[function](make) | {"norm": None}
+    assert_refused(ValueError, "norm", "be given", "None", function, **call, **changed)
+
+
 def wrong_weights(make, name):
     whole = {"norm": "heads"}
     return {
