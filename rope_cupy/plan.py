@@ -125,8 +125,8 @@ def launch_plan(problem: RotaryProblem) -> LaunchPlan:
         tokens = problem.batch * problem.num_tokens
         needed = tuple(tokens if tensor.num_heads else 0 for tensor in problem.tensors)
         blocks, num_periods = _periods(needed, needed)
-        most = MOST_THREADS // (2 if _is_double(problem) else 1)
-        of_token = next(n for n in (128, 256, 512, most) if num_sets * num_lanes <= n)
+        limits = 128, 256, 512, _most_threads(problem)
+        of_token = next(limit for limit in limits if num_sets * num_lanes <= limit)
     else:
         of_token = 0
         share = Share(_rows_per_thread(problem, pairs, num_lanes, order), pairs, pass_run)
@@ -166,10 +166,15 @@ def _is_double(problem: RotaryProblem) -> bool:
     return "float64" in (problem.dtype, problem.table_dtype)
 
 
+def _most_threads(problem: RotaryProblem) -> int:
+    """Return how many threads a block that has a whole token may have."""
+    return MOST_THREADS // (2 if _is_double(problem) else 1)
+
+
 def _rows_of_whole_tokens(problem: RotaryProblem, pairs: int, num_lanes: int) -> int:
     """Return how many heads a thread has, so that a block has all of a token."""
     heads = [tensor.num_heads for tensor in problem.tensors]
-    most = MOST_THREADS // (2 if _is_double(problem) else 1)
+    most = _most_threads(problem)
     of_heads = problem.cos.strides[HEAD] or problem.sin.strides[HEAD]
     choices = [
         rows

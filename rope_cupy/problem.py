@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .memory import FLOATS, FLOATS_8, ITEMSIZE, ArraySpec, may_overlap_itself
-from .options import DEFAULT_LAYOUTS, NUM_AXES, TOKEN_NORM, Cache, Norm, Options
+from .options import DEFAULT_LAYOUTS, NUM_AXES, TOKEN_NORM, Cache, Norm, Options, Packed
 
 MAX_ROWS = 2**31 - 2**10  # the last block may reach beyond them, and counts in 32 bits too
 MAX_HEAD_DIM = 2**22  # its lanes fit a grid of 65,535 blocks
@@ -202,7 +202,8 @@ def rotary_problem(
     first = xs[0]
     views = _canonical_inputs(names, xs, options)
     batch, num_tokens, _, head_dim = views[0].shape
-    tensors = _tensors(names, xs, outs, views, in_place, options)
+    out_views = _output_views(names, xs, outs, views, options)
+    tensors = _tensors(names[0], (xs, views), (outs, out_views), in_place, options.packed)
     num_heads = tuple(tensor.num_heads for tensor in tensors)
     rotary_dim = _check_rotary_dim(table, head_dim, options.rotary_offset)
     if table.cos.device != first.device:
@@ -223,7 +224,7 @@ def rotary_problem(
                 f"{name} must be on {names[0]}'s device {first.device}, got {array.device}"
             )
     norm = _norm_problem(given, num_heads, head_dim, options)
-    cache = _cache_problem(given, first.dtype, (batch, num_tokens), outs[1:], options)
+    cache = _cache_problem(given, first.dtype, (batch, num_tokens), outs, out_views, options)
     for name, array in named:
         _check_alignment(name, array)
     by_position = kind != IMPLICIT
@@ -263,15 +264,14 @@ def rotary_problem(
     )
 
 
-def _tensors(
+def _output_views(
     names: tuple[str, ...],
     xs: tuple[ArraySpec, ...],
     outs: tuple[ArraySpec, ...],
     views: list[Canonical],
-    in_place: bool,
     options: Options,
-) -> tuple[RotaryTensor, ...]:
-    """Check the outputs; return the tensors, of which one array may hold three."""
+) -> list[Canonical]:
+    """Check the outputs; see them as their inputs are seen, or as caches."""
     if options.cache and views[2].shape != views[1].shape:
         raise ValueError(f"v must have k's shape {xs[1].shape}, got {xs[2].shape}")
     out_views = []
@@ -281,17 +281,28 @@ def _tensors(
         else:
             _check_out(name, out, x)
             out_views.append(_canonical("out", out, options))
+    return out_views
+
+
+def _tensors(
+    name: str,
+    inputs: tuple[tuple[ArraySpec, ...], list[Canonical]],
+    outputs: tuple[tuple[ArraySpec, ...], list[Canonical]],
+    in_place: bool,
+    packed: Packed | None,
+) -> tuple[RotaryTensor, ...]:
+    """Return the tensors, of which one array, called `name`, may hold three."""
     tensors = [
         RotaryTensor(
             view.shape[2], View(view.strides, x.alignment), View(to.strides, out.alignment)
         )
-        for view, x, to, out in zip(views, xs, out_views, outs, strict=True)
+        for x, view, out, to in zip(*inputs, *outputs, strict=True)
     ]
-    if options.packed:
-        (whole,), (num_heads, num_kv_heads) = tensors, options.packed
+    if packed:
+        (whole,), (num_heads, num_kv_heads) = tensors, packed
         if whole.num_heads != num_heads + 2 * num_kv_heads:
             raise ValueError(
-                f"{names[0]} must have num_heads + 2 num_kv_heads = {num_heads + 2 * num_kv_heads} "
+                f"{name} must have num_heads + 2 num_kv_heads = {num_heads + 2 * num_kv_heads} "
                 f"heads, got {whole.num_heads}"
             )
         parts = (num_heads, 0), (num_kv_heads, num_heads), (num_kv_heads, num_heads + num_kv_heads)
@@ -382,13 +393,14 @@ def _cache_problem(
     given: dict[str, ArraySpec],
     dtype: str,
     tokens: tuple[int, int],
-    caches: tuple[ArraySpec, ...],
+    outs: tuple[ArraySpec, ...],
+    out_views: list[Canonical],
     options: Options,
 ) -> CacheProblem | None:
     """Check the slots and scales of caches."""
     if options.cache is None:
         return None
-    of_each = [_blocks(cache, options.cache.layout) for cache in caches]
+    caches, of_each = outs[1:], [view.shape[:2] for view in out_views[1:]]
     if of_each[0] != of_each[1] or caches[0].dtype != caches[1].dtype:
         raise ValueError(
             f"v_cache must have k_cache's blocks, block size and dtype, {of_each[0]} of "
@@ -422,14 +434,6 @@ def _cache_problem(
         block_size=block_size,
         scales=(options.cache.k_scale, options.cache.v_scale),
     )
-
-
-def _blocks(cache: ArraySpec, layout: str) -> tuple[int, int]:
-    """Return how many blocks a cache has, of how many slots; one where it has none."""
-    if len(cache.shape) == 2:
-        return 1, cache.shape[0]
-    size = cache.shape[-2 if layout == "HND" else -3]
-    return cache.shape[0] if len(cache.shape) == 4 else 1, size
 
 
 def out_names(names: tuple[str, ...]) -> tuple[str, ...]:

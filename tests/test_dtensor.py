@@ -24,14 +24,12 @@ PLACES = {"b": 0, "s": 1, "h": 2, "": None}  # axes of (b, s, h, d)
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.undisturbed])
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize(
-    "check", ["check_axes", "check_tables", "check_others", "check_compiled", "check_fsdp"]
-)
-def test_two_processes(check, device, tmp_path):
+def in_processes(check, device, tmp_path):
+    """Run a function, such as "test_dtensor.check_axes", in processes that share a mesh."""
     if device == "cuda" and torch.cuda.device_count() < WORLD:
         pytest.skip(f"wants {WORLD} GPUs")
-    code = f"import test_dtensor as tests; tests.run(tests.{check}, {device!r}, "
+    module = check.partition(".")[0]
+    code = f"import test_dtensor, {module}; test_dtensor.run({check}, {device!r}, "
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", f"{code}{rank}, {str(tmp_path / 'store')!r})"],
@@ -45,6 +43,14 @@ def test_two_processes(check, device, tmp_path):
     ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(outputs)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(
+    "check", ["check_axes", "check_tables", "check_others", "check_compiled", "check_fsdp"]
+)
+def test_two_processes(check, device, tmp_path):
+    in_processes(f"test_dtensor.{check}", device, tmp_path)
 
 
 @pytest.mark.parametrize("mesh", [(2,), (3,), (4, 2), (2, 3)])

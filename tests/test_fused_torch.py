@@ -3,17 +3,14 @@
 import functools
 import importlib
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from arrays import NORM_ERROR
-from test_compile import environment, in_a_process
-from test_dtensor import WORLD, distribute
+from test_compile import in_a_process
+from test_dtensor import distribute, in_processes
 from test_gradients import options_on, parts, randn
 from test_transformers_models import CONFIGS, SIZES, model_of, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -1082,23 +1079,7 @@ CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.undisturbed])
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("check", ["check_heads", "check_tokens", "check_refused", "check_traced"])
 def test_two_processes(check, device, tmp_path):
-    if device == "cuda" and torch.cuda.device_count() < WORLD:
-        pytest.skip(f"wants {WORLD} GPUs")
-    code = f"import test_dtensor, test_fused_torch; check = test_fused_torch.{check}; "
-    code += f"test_dtensor.run(check, {device!r}, "
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"{code}{rank}, {str(tmp_path / 'store')!r})"],
-            cwd=Path(__file__).parent,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(outputs)
+    in_processes(f"test_fused_torch.{check}", device, tmp_path)
 
 
 def whole_weight_gradient(grad):
