@@ -1,12 +1,13 @@
 // Destinations: where the rows of a token are written.
 //
 //   Outputs                out[batch, token, head]
-//   Slots<Index, Element>  of q the same; of k and v, the second and third tensor, the place in a
+//   Slots<Index, Element, Scale>
+//                          of q the same; of k and v, the second and third tensor, the place in a
 //                          cache that slots[batch, token] names, an Index: cache[slot / block_size,
 //                          slot % block_size, head], of Elements. A slot that the cache does not
 //                          hold is that of a token which is left out.
 //
-// What is written to 8 bits is divided by a scale before.
+// What is written to 8 bits is divided by a scale before, which may lie in memory as a Scale.
 #pragma once
 
 #include "norm.cuh"
@@ -21,7 +22,7 @@ struct Outputs {
   static constexpr bool kScatters = false;
 };
 
-template <typename Index_, typename Element>
+template <typename Index_, typename Element, typename Scale>
 struct Slots {
   template <typename Real>
   struct Arguments {
@@ -32,7 +33,7 @@ struct Slots {
     long long place[2];  // from one place in a block to the next
     Word<float> scale[2];
     const Index_* slots;
-    const float* scales[2];  // in memory, or null
+    const Scale* scales[2];  // in memory, or null
   };
 
   using Index = Index_;

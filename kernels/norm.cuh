@@ -11,7 +11,10 @@
 //
 // The threads that have a head, or a token, are neighbours in one block. kSpan of them, a power of
 // two, add up by shuffles what they have; where there are more, kShares, they do so by way of shared
-// memory. Threads without a row have ended before, and no one waits for them. kRounds: what is normalised and weighed becomes a number of the tensor's type.
+// memory. Threads without a row have ended before, and no one waits for them.
+//
+// kRoundings: how often what is normalised becomes a number of the tensor's type, once it is weighed
+// (1) and before that too (2), or never.
 #pragma once
 
 #include "views.cuh"
@@ -45,7 +48,7 @@ struct NoNorm {
   static constexpr int kMostThreads = 640;
 };
 
-template <typename Weight_, int kTokenThreads, int kSpan, bool kShares, bool kRounds>
+template <typename Weight_, int kTokenThreads, int kSpan, bool kShares, int kRoundings>
 struct RmsNorm {
   template <typename Real>
   struct Arguments {
@@ -86,9 +89,13 @@ struct RmsNorm {
   // What elements are multiplied by. Of a token a thread has many: where division and root branch,
   // the compiler holds what comes before and what comes behind apart, for which together it has not
   // enough registers.
-  template <typename Real>
+  //
+  // kEager: with the error of PyTorch's own function.
+  template <bool kEager, typename Real>
   static __device__ __forceinline__ Real scale_of(Real mean_square) {
-    if constexpr (kOfToken) {
+    if constexpr (kEager && sizeof(Real) == 4) {
+      return estimate_of_reciprocal_square_root(mean_square);
+    } else if constexpr (kOfToken) {
       return divide(static_cast<Real>(1), square_root(mean_square));
     } else {
       return reciprocal_square_root(mean_square);
@@ -101,18 +108,18 @@ struct RmsNorm {
       const Vec<T, kSize>& run, Real scale, const Vec<Weight, kSize>& weights, bool has_weights,
       Real offset) {
     auto numbers = widen<Real>(run);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) numbers.values[i] = multiply(numbers.values[i], scale);
+    if constexpr (kRoundings == 2) numbers = widen<Real>(narrow<T>(numbers));
     if (has_weights) {
       const auto weight = widen<Real>(weights);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const Real factor = add(weight.values[i], offset);
-        numbers.values[i] = multiply(multiply(numbers.values[i], scale), factor);
+        numbers.values[i] = multiply(numbers.values[i], factor);
       }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) numbers.values[i] = multiply(numbers.values[i], scale);
     }
-    return kRounds ? widen<Real>(narrow<T>(numbers)) : numbers;
+    return kRoundings > 0 ? widen<Real>(narrow<T>(numbers)) : numbers;
   }
 };
 

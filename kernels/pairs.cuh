@@ -1,42 +1,7 @@
-// Pairs: which two elements of a head turn together, and the turn itself.
-//
-//   interleaved   pair i is (slice[2 i], slice[2 i + 1])
-//   half          pair i is (slice[i], slice[i + num_pairs])
-//
-// kPairs neighbouring pairs are a run of 2 kPairs elements: interleaved, as they lie in memory; in
-// the half pairing, the first elements of all pairs and then the second ones. Its address is that of
-// the first pair's first element.
+// Pairs: how the two elements of a head that belong together are rotated.
 #pragma once
 
 #include "angles.cuh"
-
-// Elements from a slice to the run of a pair and those behind it, in steps of the access.
-template <bool kInterleaved>
-__device__ __forceinline__ int run_of(int pair) {
-  return kInterleaved ? 2 * pair : pair;
-}
-
-template <bool kInterleaved, int kPairs, bool kPastL1, typename T>
-__device__ __forceinline__ Vec<T, 2 * kPairs> load_pairs(const T* run, Access access,
-                                                         int num_pairs) {
-  if constexpr (kInterleaved) {
-    return load<2 * kPairs, kPastL1>(run, access);
-  } else {
-    return join(load<kPairs, kPastL1>(run, access),
-                load<kPairs, kPastL1>(run + num_pairs * access.stride, access));
-  }
-}
-
-template <bool kInterleaved, int kPairs, bool kPastL1, typename T>
-__device__ __forceinline__ void store_pairs(T* run, Access access, int num_pairs,
-                                            const Vec<T, 2 * kPairs>& pairs) {
-  if constexpr (kInterleaved) {
-    store<kPastL1>(run, access, pairs);
-  } else {
-    store<kPastL1>(run, access, half_of<0>(pairs));
-    store<kPastL1>(run + num_pairs * access.stride, access, half_of<1>(pairs));
-  }
-}
 
 // The number as it is in another type.
 template <typename To, typename Real>
@@ -55,32 +20,39 @@ __device__ __forceinline__ Vec<T, kSize> narrow_by(const Numbers<Real, kSize>& n
   }
 }
 
-// Turn every pair by its angle; the conjugate turns back, which is the gradient too.
+// Rotate every pair by its angle; the conjugate rotates back, which is the gradient too. Where each
+// element has an angle of its own, (a, b) becomes (a cos_a - b sin_a, b cos_b + a sin_b), and the
+// conjugate is the transpose of that.
 //
 // Product is the type to which every product is rounded, as is then their sum, or void: then all is
 // as exact as one rounding. kComplex: one product of the two is rounded, as those of complex numbers
 // are which PyTorch multiplies on a GPU.
 template <bool kInterleaved, bool kConjugate, typename Product, bool kComplex, typename Real,
-          int kPairs>
-__device__ __forceinline__ Numbers<Real, 2 * kPairs> rotate(Numbers<Real, 2 * kPairs> numbers,
-                                                            const Angles<Real, kPairs>& angles) {
+          int kPairs, int kAngles>
+__device__ __forceinline__ Numbers<Real, 2 * kPairs> rotate(
+    Numbers<Real, 2 * kPairs> numbers, const Angles<Real, kPairs, kAngles>& angles) {
+  constexpr int kSecond = kAngles == 2 ? kPairs : 0;  // from a pair's first angle to its second
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     Real& first = numbers.values[kInterleaved ? 2 * i : i];
     Real& second = numbers.values[kInterleaved ? 2 * i + 1 : i + kPairs];
     const Real x = first, y = second;
-    const Real cos = angles.cos[i];
-    const Real sin = kConjugate ? negate(angles.sin[i]) : angles.sin[i];
+    const Real cos = angles.cos[i], second_cos = angles.cos[i + kSecond];
+    const Real sin = kConjugate ? negate(angles.sin[i + kSecond]) : angles.sin[i];
+    Real second_sin = sin;
+    if constexpr (kAngles == 2) {
+      second_sin = kConjugate ? negate(angles.sin[i]) : angles.sin[i + kSecond];
+    }
     if constexpr (kIsVoid<Product>) {
       first = difference_of_products(x, cos, y, sin);
-      second = difference_of_products(y, cos, negate(x), sin);
+      second = difference_of_products(y, second_cos, negate(x), second_sin);
     } else if constexpr (kComplex) {
       first = multiply_add(x, cos, negate(multiply(y, sin)));
       second = multiply_add(x, sin, multiply(y, cos));
     } else {
       const auto product = [](Real a, Real b) { return rounded<Product>(multiply(a, b)); };
       first = subtract(product(x, cos), product(y, sin));
-      second = add(product(y, cos), product(x, sin));
+      second = add(product(y, second_cos), product(x, second_sin));
     }
   }
   return numbers;

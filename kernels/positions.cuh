@@ -3,9 +3,10 @@
 //   int, long long      positions[batch, token]
 //   Counted             token, plus the first one's number: of frequencies, which have no rows
 //   Offset<Index>       token + seqlen_offsets[batch]
-//   Packed<Index>       the token's place in the sequence that holds it, and what is added to those
-//                       of that sequence: sequence i has the tokens cu_seqlens[i] up to, and
-//                       without, cu_seqlens[i + 1], and adds seqlen_offsets[i], if there are any
+//   Packed<Index, Begin>
+//                       the token's place in the sequence that holds it, and what is added to those
+//                       of that sequence: sequence i has the tokens cu_seqlens[i], a Begin, up to,
+//                       and without, cu_seqlens[i + 1], and adds seqlen_offsets[i], if there are any
 //   Sections<Index>     positions[axis, batch, token] of three axes, such as time, height and
 //                       width: pairs below section_ends[0] turn by the first axis, those below
 //                       section_ends[1] by the second, all others by the third
@@ -13,7 +14,7 @@
 //                       the second axis below section_ends[0], the third by the third below
 //                       section_ends[1], and all others by the first
 //
-// Index is int or long long. Whatever a position is, it is compared with the table before its row
+// Index and Begin are int or long long. Whatever a position is, it is compared with the table before its row
 // is read.
 #pragma once
 
@@ -24,7 +25,7 @@ struct Counted;
 template <typename Index>
 struct Offset;
 
-template <typename Index>
+template <typename Index, typename Begin>
 struct Packed;
 
 template <typename Index>
@@ -45,10 +46,18 @@ struct PositionArguments {
 
 constexpr long long kNowhere = -1;  // of a token in no sequence
 
-// The sum, wrapped around where it has more than 64 bits: then it is no row of any table.
+// The sum, or kNowhere if it has more than 64 bits: it is kept in two words, the second one of which
+// counts what is carried.
 template <typename... Numbers>
 __device__ __forceinline__ long long sum_of(Numbers... numbers) {
-  return static_cast<long long>((static_cast<unsigned long long>(numbers) + ...));
+  unsigned long long low = 0;
+  int high = 0;
+  const auto take = [&](long long number) {
+    low += static_cast<unsigned long long>(number);
+    high += (low < static_cast<unsigned long long>(number)) - (number < 0);
+  };
+  (take(numbers), ...);
+  return high == 0 ? static_cast<long long>(low) : kNowhere;
 }
 
 // What all kinds have: of how many axes positions are, whether tokens are counted, and whether a
@@ -74,9 +83,10 @@ struct PositionsOf<void> : Traits<void, 0, false, false> {};
 
 template <>
 struct PositionsOf<Counted> : Traits<char, 1, true, false> {
+  // The host has seen that the last token's number fits 64 bits.
   static __device__ __forceinline__ long long read(const PositionArguments& args, const Index*, int,
                                                    int token) {
-    return sum_of(token, args.first);
+    return token + args.first;
   }
 };
 
@@ -88,12 +98,12 @@ struct PositionsOf<Offset<Index>> : Traits<Index, 1, true, false> {
   }
 };
 
-template <typename Index>
-struct PositionsOf<Packed<Index>> : Traits<Index, 1, true, true> {
+template <typename Index, typename Begin>
+struct PositionsOf<Packed<Index, Begin>> : Traits<Index, 1, true, true> {
   // The last sequence that begins at or before the token holds it, unless it is the end of all.
   static __device__ __forceinline__ long long read(const PositionArguments& args,
                                                    const Index* offsets, int, int token) {
-    const auto* begins = static_cast<const Index*>(args.cu_seqlens);
+    const auto* begins = static_cast<const Begin*>(args.cu_seqlens);
     const int end = static_cast<int>(args.num_sequences);
     int sequence = 0;
     for (int last = end; sequence < last;) {
@@ -106,8 +116,9 @@ struct PositionsOf<Packed<Index>> : Traits<Index, 1, true, true> {
     }
     const long long begin = begins[sequence * args.cu_stride];
     if (token < begin || sequence == end) return kNowhere;
-    const long long place = static_cast<long long>(static_cast<unsigned long long>(token) - begin);
-    return sum_of(place, args.first, offsets == nullptr ? 0 : offsets[sequence * args.axis]);
+    // ~begin is -begin - 1, and no number is without one.
+    const long long offset = offsets == nullptr ? 0 : offsets[sequence * args.axis];
+    return sum_of(token + 1LL, ~begin, args.first, offset);
   }
 };
 

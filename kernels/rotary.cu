@@ -3,12 +3,9 @@
 //
 //   x, out      (outer, middle, inner, head_dim)   T      strided; a tensor's out may be its x; a
 //                                                         third tensor is copied
-//   cos, sin    (..., num_pairs * kTableStep)      Table  strided; a pair owns kTableStep elements
-//                                                         and its cos is the first; its sin is
-//                                                         kSinOffset behind or, if that is 0, the
-//                                                         first of another array; or, of type
-//                                                         frequency, what angles are made of, and
-//                                                         at sin the double they are scaled by
+//   cos, sin    (..., num_pairs) or more           Table  strided; of a Form: see angles.cuh; or, of
+//                                                         type frequency, what angles are made of,
+//                                                         and at sin the double they are scaled by
 //   positions   (outer, middle, inner)             Position  see positions.cuh; void where tokens
 //                                                         are at their own rows
 //   weights                                        Norm   see norm.cuh
@@ -67,10 +64,12 @@ struct TensorsAndTable {
 };
 
 // One base behind the other; one that is empty takes no place.
-template <typename T, typename Table, typename Norm, typename Destination, int kTensors>
+template <typename T, typename Table, typename Form, typename Norm, typename Destination,
+          int kTensors>
 struct Arguments : TensorsAndTable<T, Table, kTensors>,
                    Norm::template Arguments<Compute<T, Table>>,
-                   Destination::template Arguments<Compute<T, Table>> {};
+                   Destination::template Arguments<Compute<T, Table>>,
+                   Form::Arguments {};
 
 template <typename T, int kSize>
 __device__ __forceinline__ Vec<T, kSize> nans() {
@@ -126,18 +125,17 @@ __device__ constexpr int fewest_blocks() {
 // kPastL1: x and out pass L1 by, which the table has for itself.
 template <typename T, typename Table, typename Position, typename Norm, typename Destination,
           int kTensors, bool kInterleaved, bool kConjugate, bool kEager, int kRows, int kPairs,
-          int kTableStep, int kSinOffset, int kPassRun, bool kInPlace, bool kPastL1, bool kCommon>
+          typename Form, int kPassRun, bool kInPlace, bool kPastL1, bool kCommon>
 __global__ void __launch_bounds__(
     Norm::kMostThreads, fewest_blocks<T, Table, Position, Norm, kRows, kPairs, kPassRun, kCommon>())
-    rotary_kernel(const __grid_constant__ Arguments<T, Table, Norm, Destination, kTensors> args) {
+    rotary_kernel(
+        const __grid_constant__ Arguments<T, Table, Form, Norm, Destination, kTensors> args) {
   using Real = Compute<T, Table>;
   using Positions = PositionsOf<Position>;
   using Product =
       typename Conditional<kEager, typename Conditional<kIsSame<T, Table>, T, Real>::Type,
                            void>::Type;
-
-  // PyTorch multiplies complex numbers in its own way.
-  constexpr bool kComplex = kEager && kTableStep == 2 && kSinOffset == 1;
+  constexpr bool kComplex = kEager && Form::kIsComplex;
 
   const unsigned period = args.period.divide(blockIdx.x);
   const int block = blockIdx.x - period * static_cast<unsigned>(args.period.value);
@@ -185,8 +183,9 @@ __global__ void __launch_bounds__(
 
   const Access cos_access = args.cos.template access<Table, kCommon>();
   const Access sin_access = args.sin.template access<Table, kCommon>();
-  const Table* cos_run = args.cos_data + pair * kTableStep * cos_access.stride;
-  const Table* sin_run = args.sin_data + pair * kTableStep * sin_access.stride;
+  const int to_pair = Form::template offset_of<kInterleaved>(pair);
+  const Table* cos_run = args.cos_data + to_pair * cos_access.stride;
+  const Table* sin_run = args.sin_data + to_pair * sin_access.stride;
   [[maybe_unused]] const typename Positions::Index* position_of_row = nullptr;
   [[maybe_unused]] int token = 0;
   if constexpr (Positions::kAxes == 0) {
@@ -229,8 +228,9 @@ __global__ void __launch_bounds__(
                     block_of_slot * cache.block[which - 1] + place * cache.place[which - 1];
       cache_run = cache_slice + run_of<kInterleaved>(pair) * out_access.stride;
       if constexpr (kScales) {
-        const float* scale_address = cache.scales[which - 1];
-        scale = scale_address == nullptr ? cache.scale[which - 1].value : *scale_address;
+        const auto* scale_address = cache.scales[which - 1];
+        scale = scale_address == nullptr ? cache.scale[which - 1].value
+                                         : narrow<float>(widen<Real>(*scale_address));
         reciprocal_scale = reciprocal(scale);
       } else {
         out_slice = cache_slice;
@@ -368,10 +368,12 @@ __global__ void __launch_bounds__(
     } else {
       Norm::add_up(scales, threadIdx.y * blockDim.x, blockDim.x);
     }
-    const Real share = args.share[which].value;
+    const Real share = args.share[which].value, eps = args.eps.value;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      scales[i] = Norm::scale_of(multiply_add(scales[i], share, args.eps.value));
+      const Real mean_square = kEager ? add(multiply(scales[i], share), eps)
+                                      : multiply_add(scales[i], share, eps);
+      scales[i] = Norm::template scale_of<kEager>(mean_square);
     }
   }
   const auto numbers_of = [&](int i) {
@@ -384,10 +386,10 @@ __global__ void __launch_bounds__(
   };
 
   if (!passes) {
-    Angles<Real, kPairs> angles;
+    Angles<Real, kPairs, Form::kAngles> angles;
     if constexpr (Positions::kAxes == 0) {
-      angles = load_angles<Real, kPairs, kTableStep, kSinOffset>(cos_run, cos_access, sin_run,
-                                                                 sin_access);
+      angles = Form::template load_angles<kInterleaved, kPairs, Real>(args, cos_run, cos_access,
+                                                                      sin_run, sin_access, num_pairs);
     } else {
       if constexpr (!Positions::kSearches) read_positions();
       if (!is_inside) {
@@ -424,8 +426,8 @@ __global__ void __launch_bounds__(
             cos_offset = row * args.cos_row;
             sin_offset = row * args.sin_row;
           }
-          return load_angles<Real, kPairs, kTableStep, kSinOffset>(
-              cos_run + cos_offset, cos_access, sin_run + sin_offset, sin_access);
+          return Form::template load_angles<kInterleaved, kPairs, Real>(
+              args, cos_run + cos_offset, cos_access, sin_run + sin_offset, sin_access, num_pairs);
         };
         if constexpr (kIsMixed<Position>) {
           angles = row_angles(position[0]);
@@ -435,8 +437,11 @@ __global__ void __launch_bounds__(
 #pragma unroll
             for (int i = 0; i < kPairs; ++i) {
               const bool is_of_axis = Positions::axis_of(args.position_arguments, pair + i) == axis;
-              angles.cos[i] = is_of_axis ? others.cos[i] : angles.cos[i];
-              angles.sin[i] = is_of_axis ? others.sin[i] : angles.sin[i];
+#pragma unroll
+              for (int of = i; of < Form::kAngles * kPairs; of += kPairs) {
+                angles.cos[of] = is_of_axis ? others.cos[of] : angles.cos[of];
+                angles.sin[of] = is_of_axis ? others.sin[of] : angles.sin[of];
+              }
             }
           }
         } else {

@@ -135,6 +135,9 @@ def rotate(
         out = tensor.empty_like(xs[0]), *out[1:]
         q_out, *caches = rotate(names, xs, table, positions, options, out, more)
         return tensor.library_of(names[0], xs[0]).result(q_out, xs[0]), *caches
+    source = source_of(table)
+    if options[0] is None:
+        options = source.interleaved, *options[1:]
     if options[-len(NO_PARTS) :] != NO_PARTS:
         options = *options[: -len(NO_PARTS)], *checked_parts(*options[-len(NO_PARTS) :])
     section = options[SECTION]
@@ -158,7 +161,6 @@ def rotate(
     if more:
         more_names, arrays = zip(*more, strict=True)
         row_names, rows = row_names + more_names, rows + arrays
-    source = source_of(table)
     in_place = out is not None and xs[0] is out[0] and xs[-1] is out[-1]
     parts = () if source.fixed else source.arrays
     seen = tensor.glance((*xs, *parts, *rows, *(() if in_place else out or ())))
@@ -359,7 +361,7 @@ def _checked(
 ) -> _Call:
     """Check all that does not depend on addresses."""
     names = given.names
-    spec = table.specs[given.options.interleaved]
+    spec = table.specs[bool(given.options.interleaved)]
     same = tuple(map(_same, inputs, outputs))
     if given.options.cache:
         same = same[0], False, False  # another token's slot may lie where k or v is still read

@@ -12,11 +12,15 @@ import numpy as np
 from .memory import FLOATS_8, ITEMSIZE, ndarray_at
 from .options import NUM_AXES, TOKEN_NORM
 from .problem import (
+    BY_ELEMENT,
+    COUNTED,
     FREQUENCY,
     GIVEN,
     IMPLICIT,
+    MATRICES,
     MIXED,
     OFFSET,
+    ONE_ANGLE,
     PACKED,
     CacheProblem,
     Pointers,
@@ -44,6 +48,17 @@ _STORAGE = {
     "float8_e4m3fn": "u1",
     "float8_e5m2": "u1",
 }
+
+
+class Angles(NamedTuple):
+    """(a, b) becomes (a cos_a - b sin_a, b cos_b + a sin_b): with one angle both are the same."""
+
+    cos_a: Doubles
+    sin_a: Doubles
+    cos_b: Doubles
+    sin_b: Doubles
+
+
 COPIED = 2  # the number of the tensor that is copied
 RADIANS = 2 * np.pi / 2**64  # of a unit of 2^-64 turns
 
@@ -75,7 +90,7 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
                 in_range = np.logical_and.reduce(inside)
                 rows = _of_pairs(problem, np.where(in_range, of_block, 0))
             norm = _normalised(problem, pointers, i, x[block])
-            _rotate_block(problem, x[block], out[block], *angles_at(rows), in_range, norm, stored)
+            _rotate_block(problem, x[block], out[block], angles_at(rows), in_range, norm, stored)
         if problem.cache and i:
             _write_slots(problem, problem.cache, pointers, tensor, out_at, out)
 
@@ -118,7 +133,10 @@ def _to_words(problem: RotaryProblem, pointers: Pointers, i: int) -> _Words:
         dtype, scale = problem.cache.dtype, problem.cache.scales[i - 1]
         pointer = (pointers.k_scale, pointers.v_scale)[i - 1]
         if pointer:
-            scale = float(ndarray_at(pointer, "f4", (1,), (1,))[0])
+            kind = problem.cache.scale_dtype
+            words = ndarray_at(pointer, _STORAGE[kind], (1,), (1,))
+            with np.errstate(all="ignore"):
+                scale = float(_widen(words, kind)[0].astype(np.float32))
     return _Words(dtype, problem.dtype, scale, problem.eager)
 
 
@@ -132,15 +150,32 @@ def _normalised(problem: RotaryProblem, pointers: Pointers, i: int, x: Array) ->
     with np.errstate(all="ignore"):
         numbers: Array = _widen(x, problem.dtype)
         mean = np.mean(numbers * numbers, axis=axes, keepdims=True)
-        numbers = numbers / np.sqrt(mean + norm.eps)
+        if problem.eager:  # step by step in the dtype in which PyTorch's operations do it
+            real = _eager_dtype(problem)
+            root = np.sqrt(mean.astype(real) + real(norm.eps))
+            numbers = numbers.astype(real) * (real(1) / root)
+        else:
+            numbers = numbers / np.sqrt(mean + norm.eps)
+        if norm.num_roundings == 2:
+            numbers = _rounded(numbers, problem.dtype).astype(numbers.dtype)
         if pointer:
             stride, heads = problem.norm.strides[i] or 0, x.shape[2] if of_token else 1
             shape, strides = (heads, problem.head_dim), (problem.head_dim * stride, stride)
             weights = ndarray_at(pointer, _STORAGE[problem.norm.dtype], shape, strides)
-            numbers = numbers * (_widen(weights, problem.norm.dtype) + norm.weight_offset)
-        if norm.round_norm:
-            numbers = _widen(_narrow(numbers, problem.dtype), problem.dtype)
-    return numbers
+            factors = _widen(weights, problem.norm.dtype).astype(numbers.dtype)
+            numbers = numbers * (factors + numbers.dtype.type(norm.weight_offset))
+        if norm.num_roundings:
+            numbers = _rounded(numbers, problem.dtype)
+    return numbers.astype(np.float64)
+
+
+def _rounded(numbers: Array, dtype: str) -> Doubles:
+    return _widen(_narrow(numbers.astype(np.float64), dtype), dtype)
+
+
+def _eager_dtype(problem: RotaryProblem) -> type[np.floating[Any]]:
+    """Return what PyTorch's operations compute in."""
+    return np.float64 if "float64" in (problem.dtype, problem.table_dtype) else np.float32
 
 
 def _write_slots(
@@ -173,33 +208,45 @@ def _positions(problem: RotaryProblem, pointers: Pointers) -> Array | None:
     kind, sizes = problem.position_kind, (problem.batch, problem.num_tokens)
     if kind == IMPLICIT:
         return None
-    if problem.position_dtype is None:  # COUNTED
+    if kind == COUNTED:
         return np.broadcast_to(np.arange(problem.num_tokens) + pointers.first, (1, *sizes))
-    storage = _STORAGE[problem.position_dtype]
     if kind == PACKED:
-        return _packed_positions(problem, pointers, storage)
+        return _packed_positions(problem, pointers)
+    storage = _STORAGE[problem.position_dtype or ""]
     if kind in (GIVEN, OFFSET):
         given = ndarray_at(pointers.positions, storage, sizes, problem.position_strides)[None]
-        return given if kind == GIVEN else given + np.arange(problem.num_tokens) + pointers.first
+        if kind == GIVEN:
+            return given
+        return _sum_of(np.arange(problem.num_tokens), np.int64(pointers.first), given)
     strides = problem.position_axis, *problem.position_strides
     return ndarray_at(pointers.positions, storage, (NUM_AXES, *sizes), strides)
 
 
-def _packed_positions(problem: RotaryProblem, pointers: Pointers, storage: str) -> Array:
+def _packed_positions(problem: RotaryProblem, pointers: Pointers) -> Array:
     """Return the place of every token in its sequence: -1 in none."""
-    num_sequences = problem.num_sequences
-    begins = ndarray_at(pointers.cu_seqlens, storage, (num_sequences + 1,), (problem.cu_stride,))
+    num_sequences, cu_storage = problem.num_sequences, _STORAGE[problem.cu_dtype or ""]
+    begins = ndarray_at(pointers.cu_seqlens, cu_storage, (num_sequences + 1,), (problem.cu_stride,))
     tokens = np.arange(problem.num_tokens)
     sequences = np.searchsorted(begins, tokens, side="right") - 1
     found = (sequences >= 0) & (sequences < num_sequences)
     sequences = np.where(found, sequences, 0)
-    places = tokens - begins[sequences] + pointers.first
+    parts = [tokens + 1, ~begins[sequences], np.int64(pointers.first)]  # ~n is -n - 1
     if pointers.positions and num_sequences:
-        offsets = ndarray_at(
-            pointers.positions, storage, (num_sequences,), (problem.position_axis,)
-        )
-        places = places + offsets[sequences]
-    return np.where(found, places, -1)[None, None]
+        storage = _STORAGE[problem.position_dtype or ""]
+        shape, strides = (num_sequences,), (problem.position_axis,)
+        parts.append(ndarray_at(pointers.positions, storage, shape, strides)[sequences])
+    return np.where(found, _sum_of(*parts), -1)[None, None]
+
+
+def _sum_of(*numbers: Any) -> Array:
+    """Return the sum of integers, -1 where it has more than 64 bits: see kernels/positions.cuh."""
+    low, high = np.uint64(0), np.int64(0)
+    for number in numbers:
+        word = np.asarray(number, np.int64).view(np.uint64)
+        with np.errstate(over="ignore"):
+            low = low + word
+        high = high + (low < word) - (np.asarray(number) < 0)
+    return np.where(high == 0, np.asarray(low).view(np.int64), -1)
 
 
 def _of_pairs(problem: RotaryProblem, positions: Array) -> Array:
@@ -218,49 +265,68 @@ def _of_pairs(problem: RotaryProblem, positions: Array) -> Array:
 
 def _angles(
     problem: RotaryProblem, pointers: Pointers, num_heads: int
-) -> Callable[[Any], tuple[Doubles, Doubles]]:
-    """Return what finds cosines and sines of (batch, tokens, heads, pairs), by block or row."""
+) -> Callable[[Any], Angles]:
+    """Return what finds angles of (batch, tokens, heads, pairs), by block or row."""
     num_pairs, storage = problem.rotary_dim // 2, _STORAGE[problem.table_dtype]
     if problem.table_dtype == FREQUENCY:
         turns = ndarray_at(pointers.cos, storage, (num_pairs,), problem.cos.strides[3:])
         scale = ndarray_at(pointers.sin, "f8", (1,), (1,))
 
-        def computed(of_pairs: Array) -> tuple[Doubles, Doubles]:
+        def computed(of_pairs: Array) -> Angles:
             parts = (of_pairs.astype(np.uint64) * turns).view(np.int64)
-            return scale * np.cos(parts * RADIANS), scale * np.sin(parts * RADIANS)
+            cos, sin = scale * np.cos(parts * RADIANS), scale * np.sin(parts * RADIANS)
+            return Angles(cos, sin, cos, sin)
 
         return computed
-    cos = _table(problem, num_heads, pointers.cos, problem.cos, problem.cos_row)
-    sin = _table(problem, num_heads, pointers.sin, problem.sin, problem.sin_row)
+    first = _table(problem, num_heads, pointers, 0)
+    second = _table(problem, num_heads, pointers, problem.table_steps[1])
 
-    def read(at: Any) -> tuple[Doubles, Doubles]:
+    def read(at: Any) -> Angles:
         if problem.position_kind != IMPLICIT:
             at = at[..., 0, 0] if at.shape[-1] < num_pairs else (at, 0, np.arange(num_pairs))
-        return _widen(cos[at], problem.table_dtype), _widen(sin[at], problem.table_dtype)
+        cos, sin = (_widen(part[at], problem.table_dtype) for part in first)
+        if problem.table_form == ONE_ANGLE:
+            return Angles(cos, sin, cos, sin)
+        others = [_widen(part[at], problem.table_dtype) for part in second]
+        if problem.table_form == BY_ELEMENT:
+            return Angles(cos, sin, *others)
+        return Angles(cos, -others[0], others[1], sin)  # of rows [cos, -sin] and [sin, cos]
 
     return read
 
 
-def _table(problem: RotaryProblem, num_heads: int, pointer: int, view: View, row: int) -> Array:
-    """View cosines or sines as (batch, tokens, heads, pairs), or by position (rows, 1, pairs)."""
-    storage = _STORAGE[problem.table_dtype]
-    num_pairs = problem.rotary_dim // 2
-    if problem.position_kind == IMPLICIT:
-        heads = num_heads if view.strides[2] else 1
-        by_token = (problem.batch, problem.num_tokens, heads, num_pairs)
-        return ndarray_at(pointer, storage, by_token, view.strides)
-    if not problem.num_positions:
-        return np.zeros((1, 1, num_pairs), storage)  # every token is out of range
-    by_position = (problem.num_positions, 1, num_pairs)
-    return ndarray_at(pointer, storage, by_position, (row, 0, view.strides[3]))
+def _table(
+    problem: RotaryProblem, num_heads: int, pointers: Pointers, start: int
+) -> tuple[Array, Array]:
+    """View cosines and sines as (batch, tokens, heads, pairs), or by position (rows, 1, pairs).
+
+    They begin `start` elements behind the first of all.
+    """
+    num_pairs, storage = problem.rotary_dim // 2, _STORAGE[problem.table_dtype]
+
+    def part(pointer: int, view: View, row: int) -> Array:
+        pointer += start * ITEMSIZE[problem.table_dtype]
+        step = problem.table_steps[0]
+        if problem.position_kind == IMPLICIT:
+            heads = num_heads if view.strides[2] else 1
+            by_token = (problem.batch, problem.num_tokens, heads, num_pairs)
+            return ndarray_at(pointer, storage, by_token, (*view.strides[:3], step))
+        if not problem.num_positions:
+            return np.zeros((1, 1, num_pairs), storage)  # every token is out of range
+        by_position = (problem.num_positions, 1, num_pairs)
+        return ndarray_at(pointer, storage, by_position, (row, 0, step))
+
+    return (
+        part(pointers.cos, problem.cos, problem.cos_row),
+        part(pointers.sin, problem.sin, problem.sin_row),
+    )
 
 
 def _rotate_block(
     problem: RotaryProblem,
     x: Array,
     out: Array,
-    cos: Doubles,
-    sin: Doubles,
+    angles: Angles,
     in_range: Array | None,
     norm: Doubles | None,
     stored: _Words,
@@ -276,7 +342,7 @@ def _rotate_block(
     else:
         places = slice(start, start + num_pairs), slice(start + num_pairs, end)
 
-    def not_turned(place: slice) -> Array:
+    def kept(place: slice) -> Array:
         return stored.as_they_are(x[..., place]) if norm is None else stored.of(norm[..., place])
 
     with np.errstate(all="ignore"):
@@ -284,15 +350,16 @@ def _rotate_block(
             _widen(x[..., place], problem.dtype) if norm is None else norm[..., place]
             for place in places
         )
-    if problem.conjugate:
-        sin = -sin
-    turn = _turned_eagerly if problem.eager else _turned
+    if problem.conjugate:  # the transpose
+        angles = Angles(angles.cos_a, -angles.sin_b, angles.cos_b, -angles.sin_a)
+    rotate_pairs = _rotated_eagerly if problem.eager else _rotated
     with np.errstate(all="ignore"):
-        rotated = [stored.of(numbers) for numbers in turn(problem, first, second, cos, sin)]
+        results = rotate_pairs(problem, first, second, angles)
+        rotated = [stored.of(numbers) for numbers in results]
     if not problem.in_place or norm is not None:
         for place in (slice(0, start), slice(end, None)):
-            out[..., place] = not_turned(place)
-    outside = [not_turned(place) for place in places] if in_range is not None else []
+            out[..., place] = kept(place)
+    outside = [kept(place) for place in places] if in_range is not None else []
     for i, (place, values) in enumerate(zip(places, rotated, strict=True)):
         if in_range is not None:
             lost = outside[i] if problem.keep else stored.of(np.array(np.nan))
@@ -300,20 +367,21 @@ def _rotate_block(
         out[..., place] = values
 
 
-def _turned(
-    problem: RotaryProblem, first: Doubles, second: Doubles, cos: Doubles, sin: Doubles
+def _rotated(
+    problem: RotaryProblem, first: Doubles, second: Doubles, angles: Angles
 ) -> tuple[Array, Array]:
-    """Return both elements of every pair, turned."""
-    return first * cos - second * sin, second * cos + first * sin
+    """Return both elements of every pair, rotated."""
+    cos_a, sin_a, cos_b, sin_b = angles
+    return first * cos_a - second * sin_a, second * cos_b + first * sin_b
 
 
-def _turned_eagerly(
-    problem: RotaryProblem, first: Doubles, second: Doubles, cos: Doubles, sin: Doubles
+def _rotated_eagerly(
+    problem: RotaryProblem, first: Doubles, second: Doubles, angles: Angles
 ) -> tuple[Array, Array]:
     """Return the same with each product and each sum rounded, as PyTorch's operations do it."""
-    real = np.float64 if "float64" in (problem.dtype, problem.table_dtype) else np.float32
-    parts: list[Array] = [numbers.astype(real) for numbers in (first, second, cos, sin)]
-    a, b, c, s = parts
+    real = _eager_dtype(problem)
+    parts: list[Array] = [numbers.astype(real) for numbers in (first, second, *angles)]
+    a, b, cos_a, sin_a, cos_b, sin_b = parts
 
     def product(x: Array, y: Array) -> Array:
         if problem.dtype != problem.table_dtype:
@@ -321,7 +389,7 @@ def _turned_eagerly(
         words = _narrow((x * y).astype(np.float64), problem.dtype)
         return _widen(words, problem.dtype).astype(real)
 
-    return product(a, c) - product(b, s), product(b, c) + product(a, s)
+    return product(a, cos_a) - product(b, sin_a), product(b, cos_b) + product(a, sin_b)
 
 
 def _widen(words: Array, dtype: str) -> Doubles:

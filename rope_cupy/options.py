@@ -17,7 +17,9 @@ NUM_AXES = 3  # of positions with mrope_section
 ROUNDINGS = "once", "eager"
 NORMS = HEAD_NORM, TOKEN_NORM = "head", "heads"
 CACHE_LAYOUTS = "NHD", "HND"
+BEFORE_WEIGHT = "before_weight"
 LEAST_SCALE = 2.0**-126  # whose reciprocal is a float32
+MOST = float(np.finfo(np.float32).max)  # of a number that a kernel computes with in float32
 Part = TypeVar("Part")  # of Options
 
 
@@ -27,7 +29,12 @@ class Norm(NamedTuple):
     kind: str  # of NORMS
     eps: float
     weight_offset: float
-    round_norm: bool
+    round_norm: bool | str  # or BEFORE_WEIGHT
+
+    @property
+    def num_roundings(self) -> int:
+        """How often what is normalised is rounded to q's dtype before it is rotated."""
+        return 2 if self.round_norm == BEFORE_WEIGHT else int(self.round_norm)
 
 
 class Packed(NamedTuple):
@@ -49,7 +56,7 @@ class Cache(NamedTuple):
 class Options(NamedTuple):
     """The keyword arguments of a call that are not arrays."""
 
-    interleaved: bool
+    interleaved: bool | None  # None for the table's own pairing
     layout: str | None
     head_dim: int | None
     rotary_offset: int
@@ -81,8 +88,8 @@ def check_options(
 
     The last three have been checked by `checked_parts`.
     """
-    if not isinstance(interleaved, bool):
-        raise TypeError(f"interleaved must be True or False, got {interleaved!r}")
+    if not isinstance(interleaved, bool | None):
+        raise TypeError(f"interleaved must be None, True or False, got {interleaved!r}")
     if not isinstance(conjugate, bool):
         raise TypeError(f"conjugate must be True or False, got {conjugate!r}")
     if not isinstance(layout, str | None):
@@ -177,8 +184,12 @@ def checked_parts(norm: Any, packed: Any, cache: Any) -> tuple[Any, ...]:
 def checked_norm(norm: object, eps: Any, weight_offset: Any, round_norm: object) -> Norm:
     """Check the fields of Norm."""
     _check_choice("norm", norm, NORMS)
-    if not isinstance(round_norm, bool):
-        raise TypeError(f"round_norm must be True or False, got {round_norm!r}")
+    if not (isinstance(round_norm, bool) or isinstance(round_norm, str)):
+        raise TypeError(
+            f"round_norm must be True, False or {BEFORE_WEIGHT!r}, got {described(round_norm)}"
+        )
+    if not (isinstance(round_norm, bool) or round_norm == BEFORE_WEIGHT):
+        raise ValueError(f"round_norm must be True, False or {BEFORE_WEIGHT!r}, got {round_norm!r}")
     eps = _number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps must be 0 or more, got {eps}")
@@ -215,6 +226,8 @@ def _number(name: str, value: Any) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
+    if abs(number) > MOST:
+        raise ValueError(f"{name} must be at most {MOST:.6g}, the largest float32, got {value}")
     return number
 
 

@@ -13,11 +13,15 @@ from typing import NamedTuple
 from .memory import ACCESS_BYTES, FLOATS_8, ITEMSIZE
 from .options import HEAD_NORM, TOKEN_NORM
 from .problem import (
+    BY_ELEMENT,
     COUNTED,
     FREQUENCY,
     GIVEN,
     IMPLICIT,
+    MATRICES,
     MIXED,
+    ONE_ANGLE,
+    PACKED,
     SECTIONS,
     NormProblem,
     Pointers,
@@ -61,6 +65,7 @@ class LaunchPlan(NamedTuple):
     norm: bytes | None  # what lies before the pointers of weights
     to_weight: tuple[int, int]  # bytes to the rotated slice's
     cache: bytes | None  # what lies before the pointers of slots and scales
+    table: bytes  # what lies behind all else, for tables that need it
 
     def argument_block(self, pointers: Pointers) -> bytes:
         """Return the kernel's one argument; a launch of one tensor repeats it as the second."""
@@ -77,7 +82,7 @@ class LaunchPlan(NamedTuple):
         if self.cache:
             last = pointers.slots, pointers.k_scale, pointers.v_scale
             block += self.cache + struct.pack("<3Q", *last)
-        return block
+        return block + self.table
 
 
 class Order(NamedTuple):
@@ -147,6 +152,7 @@ def launch_plan(problem: RotaryProblem) -> LaunchPlan:
         norm=_pack_norm(problem, widths, share.rows),
         to_weight=_to_weight(problem),
         cache=_pack_cache(problem, order),
+        table=struct.pack("<q", problem.table_column) if _has_columns(problem) else b"",
     )
 
 
@@ -214,16 +220,29 @@ class Widths(NamedTuple):
 
 def _access_widths(problem: RotaryProblem) -> Widths:
     x_dtype, table_dtype, offset = problem.dtype, problem.table_dtype, problem.rotary_offset
+    column = problem.table_column if _has_columns(problem) else 0
     return Widths(
         x=tuple(_width(tensor.x, x_dtype, 1, offset) for tensor in problem.tensors),
         out=tuple(
             _width(tensor.out, _out_dtype(problem, i), 1, offset)
             for i, tensor in enumerate(problem.tensors)
         ),
-        cos=_width(problem.cos, table_dtype, problem.table_step, problem.cos_row),
-        sin=_width(problem.sin, table_dtype, problem.table_step, problem.sin_row),
+        cos=_width(problem.cos, table_dtype, problem.table_step, problem.cos_row, column),
+        sin=_width(problem.sin, table_dtype, problem.table_step, problem.sin_row, column),
         weights=_weight_width(problem),
     )
+
+
+def _has_columns(problem: RotaryProblem) -> bool:
+    """Return whether the numbers of a table's matrices lie apart, so that each has its own place."""
+    return problem.table_form == MATRICES and problem.table_step == 1
+
+
+def _pair_bytes(problem: RotaryProblem) -> int:
+    """Return how many bytes of a table a pair owns: of one angle those that come with its cosine."""
+    if problem.table_form != ONE_ANGLE:
+        return 4 * ITEMSIZE[problem.table_dtype]
+    return problem.table_step * ITEMSIZE[problem.table_dtype]
 
 
 def _out_dtype(problem: RotaryProblem, i: int) -> str:
@@ -289,8 +308,7 @@ def _rows_per_thread(problem: RotaryProblem, pairs: int, num_lanes: int, order: 
 
 def _has_dear_angles(problem: RotaryProblem) -> bool:
     """Return whether the angles are the most of what a thread loads, or are computed by it."""
-    pair_bytes = problem.table_step * ITEMSIZE[problem.table_dtype]
-    return pair_bytes >= ACCESS_BYTES or problem.table_dtype == FREQUENCY
+    return _pair_bytes(problem) >= ACCESS_BYTES or problem.table_dtype == FREQUENCY
 
 
 def _pass_run(problem: RotaryProblem) -> int:
@@ -335,10 +353,12 @@ def _kernel_name(
 ) -> str:
     x_run = share.pairs * (2 if problem.interleaved else 1)
     table_run = share.pairs * problem.table_step
+    if problem.table_form == BY_ELEMENT:
+        table_run = x_run
     is_common = _is_common(problem, widths, x_run, share.pass_run, table_run)
     # With positions: faster alone, and the same within the noise with attention behind it. Without
     # them it is not: see the results of 2026-11-25 in benchmarks/results.
-    has_positions = problem.position_dtype is not None
+    has_positions = problem.position_kind not in (IMPLICIT, COUNTED)
     is_light = problem.in_place or problem.cache is not None
     past_l1 = is_common and is_light and has_positions and order.axes[2] == HEAD
     arguments = (
@@ -353,8 +373,7 @@ def _kernel_name(
         _cpp(problem.eager),
         share.rows,
         share.pairs,
-        problem.table_step,
-        problem.sin_offset,
+        _table_type(problem),
         share.pass_run,
         _cpp(problem.in_place),
         _cpp(past_l1),
@@ -364,27 +383,40 @@ def _kernel_name(
 
 
 def _position_type(problem: RotaryProblem) -> str:
-    index = C_TYPES[problem.position_dtype]
-    if problem.position_kind in (IMPLICIT, GIVEN):
+    index, kind = C_TYPES[problem.position_dtype], problem.position_kind
+    if kind in (IMPLICIT, GIVEN):
         return index
-    if problem.position_kind == COUNTED:
+    if kind == COUNTED:
         return "Counted"
-    return f"{problem.position_kind.capitalize()}<{index}>"
+    if kind == PACKED:
+        begins = C_TYPES[problem.cu_dtype]
+        return f"Packed<{begins if problem.position_dtype is None else index}, {begins}>"
+    return f"{kind.capitalize()}<{index}>"
+
+
+def _table_type(problem: RotaryProblem) -> str:
+    if problem.table_form == BY_ELEMENT:
+        return "ByElement"
+    if problem.table_form == MATRICES:
+        return f"Matrices<{problem.table_step}>"
+    return f"OneAngle<{problem.table_step}, {problem.sin_offset}>"
 
 
 def _norm_type(problem: RotaryProblem, span: tuple[int, bool], of_token: int) -> str:
     if problem.norm is None:
         return "NoNorm"
     threads, shares = span
-    rounds = _cpp(problem.norm.norm.round_norm)
-    arguments = C_TYPES[problem.norm.dtype], of_token, threads, _cpp(shares), rounds
+    roundings = problem.norm.norm.num_roundings
+    arguments = C_TYPES[problem.norm.dtype], of_token, threads, _cpp(shares), roundings
     return f"RmsNorm<{', '.join(map(str, arguments))}>"
 
 
 def _destination_type(problem: RotaryProblem) -> str:
     if problem.cache is None:
         return "Outputs"
-    return f"Slots<{C_TYPES[problem.cache.slot_dtype]}, {C_TYPES[problem.cache.dtype]}>"
+    cache = problem.cache
+    arguments = cache.slot_dtype, cache.dtype, cache.scale_dtype
+    return f"Slots<{', '.join(C_TYPES[dtype] for dtype in arguments)}>"
 
 
 def _is_common(
@@ -442,22 +474,38 @@ def _tile(problem: RotaryProblem) -> int:
     come from memory every time, and a tile of it stays in the L2. Only where a batch's heads follow
     on those of the batch before, and have the same angles, so that both count as heads.
     """
-    pair_bytes = problem.table_step * ITEMSIZE[problem.table_dtype]
-    row_bytes = problem.rotary_dim // 2 * pair_bytes * (1 if problem.sin_offset else 2)
+    is_whole = problem.sin_offset or problem.table_form != ONE_ANGLE
+    row_bytes = problem.rotary_dim // 2 * _pair_bytes(problem) * (1 if is_whole else 2)
     if problem.num_tokens * row_bytes <= L2_BYTES or problem.table_dtype == FREQUENCY:
         return 0
-    tables = problem.cos.strides, problem.sin.strides, (*problem.position_strides, 0)
-    views = [(t.num_heads, view.strides) for t in problem.tensors for view in (t.x, t.out)]
+    by_token = _strides_by_token(problem)
+    views = [
+        (tensor.num_heads, strides)
+        for i, tensor in enumerate(problem.tensors)
+        for strides in (tensor.x.strides, _out_strides(problem, i))
+    ]
     follow_on = problem.batch == 1 or (
         all(strides[BATCH] == num_heads * strides[HEAD] for num_heads, strides in views)
-        and not any(strides[BATCH] for strides in tables)
+        and not any(strides[BATCH] for strides in by_token)
     )
-    if not follow_on or any(each[HEAD] for each in tables):
+    if not follow_on or any(each[HEAD] for each in by_token):
         return 0
-    widest = max(abs(strides[TOKEN]) for strides in (*tables, *(each[1] for each in views)))
+    widest = max(abs(strides[TOKEN]) for strides in (*by_token, *(each[1] for each in views)))
     most = min(TILE_BYTES // row_bytes, (2**31 - 1) // widest)  # offsets of a tile fit 32 bits
     tiles = range(most, MIN_TILE - 1, -1)
     return next((tile for tile in tiles if problem.num_tokens % tile == 0), 0)
+
+
+def _strides_by_token(problem: RotaryProblem) -> list[tuple[int, ...]]:
+    """Return the strides over batch, token and head of every array but tensors, read by token."""
+    pairs = [problem.position_strides, *([problem.cache.slot_strides] if problem.cache else [])]
+    return [problem.cos.strides, problem.sin.strides, *((*pair, 0) for pair in pairs)]
+
+
+def _out_strides(problem: RotaryProblem, i: int) -> tuple[int, ...]:
+    """Return the strides by which a tensor is written: the kernel finds a slot's place in a cache."""
+    strides = problem.tensors[i].out.strides
+    return (0, 0, strides[HEAD]) if problem.cache and i else strides
 
 
 def divisor(value: int) -> tuple[int, int, int]:
@@ -517,11 +565,9 @@ def _pack(
         outer, middle, inner = order.sizes(problem.batch, problem.num_tokens, num_sets)
         words += [blocks[which], outer * middle * inner]
         words += [*divisor(max(1, inner)), *divisor(max(1, middle))]
-        for y, width in ((tensor.x, widths.x[which]), (tensor.out, widths.out[which])):
-            strides: tuple[int, ...] = y.strides
-            if problem.cache and which and y is tensor.out:
-                strides = (0, 0, strides[HEAD])  # the slot's place is found in the kernel
-            words += [*view(strides, y.strides[3], width), num_sets * y.strides[HEAD]]
+        x, out = tensor.x.strides, _out_strides(problem, which)
+        words += [*view(x, x[3], widths.x[which]), num_sets * x[HEAD]]
+        words += [*view(out, tensor.out.strides[3], widths.out[which]), num_sets * out[HEAD]]
     words += table(problem.sin, widths.sin)
     words += [problem.sin_row, problem.keep, problem.rotary_offset, num_pair_lanes]
     words += view((0, 1, 0), 0, 0)  # the numbers of tokens

@@ -14,6 +14,8 @@ FREQUENCY = "frequency"  # the dtype of a table that angles are made of: see ker
 ANY_POSITION = 2**63 - 1  # that is not negative: how many such a table holds
 
 MAX_NORM_DIM = 512  # a head that is normalised lies in one block of threads
+# How a table holds what a pair is rotated by: one angle for both elements, or two.
+TABLE_FORMS = ONE_ANGLE, BY_ELEMENT, MATRICES = "one angle", "by element", "matrices"
 
 Four = tuple[int, int, int, int]
 
@@ -23,6 +25,9 @@ class TableSpec(NamedTuple):
 
     Or of frequencies, the same at every position, and of one number that scales sines and cosines,
     which are where there are cosines and sines else.
+
+    In a table by element both have 2 r for r. In one of matrices they are the rows of each, (...,
+    r, 2): a cosine and a sine, and a sine and a cosine.
     """
 
     cos: ArraySpec
@@ -31,6 +36,15 @@ class TableSpec(NamedTuple):
     step: int
     # Elements from a pair's cos to its sin where both lie in what the pair owns, else 0.
     sin_offset: int
+    form: str = ONE_ANGLE  # of TABLE_FORMS
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape at half width: (..., r)."""
+        if self.form == MATRICES:
+            return self.cos.shape[:-1]
+        *rows, width = self.cos.shape
+        return (*rows, width // 2 if self.form == BY_ELEMENT else width)
 
 
 class Canonical(NamedTuple):
@@ -69,6 +83,7 @@ class CacheProblem(NamedTuple):
     dtype: str
     slot_dtype: str
     slot_strides: tuple[int, int]  # over batch and token
+    scale_dtype: str  # of scales in memory
     num_blocks: int
     block_size: int
     scales: tuple[float, float]
@@ -91,13 +106,16 @@ class RotaryProblem(NamedTuple):
     table_dtype: str
     cos: View
     sin: View
+    table_form: str  # of TABLE_FORMS
     table_step: int
     sin_offset: int
+    table_column: int  # elements from the first number of a matrix's row to the second
     num_positions: int
     cos_row: int  # elements from one position to the next, with explicit positions
     sin_row: int
     position_kind: str
-    position_dtype: str | None
+    position_dtype: str | None  # of positions or seqlen_offsets
+    cu_dtype: str | None  # of cu_seqlens
     position_strides: tuple[int, int]  # over batch and token
     position_axis: int  # elements from one of three axes, or of sequences, to the next
     section_ends: tuple[int, int]  # pairs: see kernels/positions.cuh
@@ -113,6 +131,16 @@ class RotaryProblem(NamedTuple):
     @property
     def num_rows(self) -> int:
         return sum(map(self.num_rows_of, self.tensors))
+
+    @property
+    def table_steps(self) -> tuple[int, int]:
+        """Elements of a table from one pair to the next, and from its first angle to its second."""
+        step = self.cos.strides[3]
+        if self.table_form == MATRICES:
+            return step, self.table_column
+        if self.table_form == BY_ELEMENT:
+            return (2 * step, step) if self.interleaved else (step, self.rotary_dim // 2 * step)
+        return step, 0
 
     def num_rows_of(self, tensor: RotaryTensor) -> int:
         return self.batch * self.num_tokens * tensor.num_heads
@@ -212,7 +240,7 @@ def rotary_problem(
         )
     given = dict(rows)
     of_positions = {name: array for name, array in rows if name in OF_POSITIONS}
-    _check_table(table.cos.shape, batch, num_tokens, num_heads, of_positions)
+    _check_table(table.shape, batch, num_tokens, num_heads, of_positions)
     named = [*zip(names, xs, strict=True), *zip(output_names(names, options), outs, strict=True)]
     named += [("table", table.cos), ("table", table.sin), *rows]
     kind = _position_kind(of_positions, batch, num_tokens, rotary_dim // 2, options)
@@ -241,21 +269,24 @@ def rotary_problem(
         tensors=tensors,
         in_place=in_place,
         table_dtype=table.cos.dtype,
-        cos=_table_view(table.cos, by_position),
-        sin=_table_view(sin, by_position),
+        cos=_table_view(table.cos, table.form, by_position),
+        sin=_table_view(sin, table.form, by_position),
+        table_form=table.form,
         table_step=table.step,
         sin_offset=table.sin_offset,
+        table_column=table.cos.strides[-1] if table.form == MATRICES else 0,
         num_positions=table.cos.shape[0] if by_position else 1,
         cos_row=table.cos.strides[0] if by_position else 0,
         sin_row=sin.strides[0] if by_position else 0,
         position_kind=kind,
-        position_dtype=next((array.dtype for array in of_positions.values()), None),
+        position_dtype=positions.dtype if positions else None,
+        cu_dtype=cu_seqlens.dtype if cu_seqlens else None,
         position_strides=_position_strides(kind, positions),
         position_axis=positions.strides[0] if kind in (PACKED, *OF_AXES) and positions else 0,
         section_ends=_section_ends(options),
         num_sequences=cu_seqlens.shape[0] - 1 if cu_seqlens else 0,
         cu_stride=cu_seqlens.strides[0] if cu_seqlens else 0,
-        interleaved=options.interleaved,
+        interleaved=bool(options.interleaved),
         conjugate=options.conjugate,
         keep=options.out_of_range == "keep",
         eager=options.rounding == "eager",
@@ -419,9 +450,16 @@ def _cache_problem(
             f"one batch, got {slots.shape}"
         )
     element = options.cache.dtype or caches[0].dtype
+    of_scales = {name: given[name] for name in ("k_scale", "v_scale") if name in given}
     for name in ("k_scale", "v_scale"):
-        if name in given:
-            check_dtype(name, given[name], ("float32",))
+        if name in of_scales:
+            first = next(iter(of_scales))
+            check_dtype(name, given[name], FLOATS)
+            if given[name].dtype != given[first].dtype:
+                raise TypeError(
+                    f"{name} must have {first}'s dtype {given[first].dtype}, got "
+                    f"{given[name].dtype}"
+                )
             if given[name].shape not in ((), (1,)):
                 raise ValueError(f"{name} must be of one element, got shape {given[name].shape}")
         if element == dtype and (name in given or getattr(options.cache, name) != 1):
@@ -430,6 +468,7 @@ def _cache_problem(
         dtype=element,
         slot_dtype=slots.dtype,
         slot_strides=(slots.strides[0] if len(slots.shape) == 2 else 0, slots.strides[-1]),
+        scale_dtype=next((array.dtype for array in of_scales.values()), "float32"),
         num_blocks=num_blocks,
         block_size=block_size,
         scales=(options.cache.k_scale, options.cache.v_scale),
@@ -443,7 +482,7 @@ def out_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) -> int:
     """Return the position of the first token, or refuse positions that the table does not hold."""
-    shape = table.cos.shape
+    shape = table.shape
     if len(shape) > 2:
         if positions is not None:
             raise ValueError(
@@ -493,6 +532,8 @@ def _canonical_inputs(
 ) -> list[Canonical]:
     """See the inputs alike, and refuse any that differ on another axis than heads."""
     views = [_canonical(name, x, options) for name, x in zip(names, xs, strict=True)]
+    if options.layout is None and len(xs[0].shape) == 3:
+        _check_split(names, xs, options.head_dim)
     shared = [(*view.shape[:2], view.shape[3]) for view in views]
     for name, shape in zip(names, shared, strict=True):
         if shape != shared[0]:
@@ -512,9 +553,21 @@ def _canonical_inputs(
     return views
 
 
+def _check_split(
+    names: tuple[str, ...], xs: tuple[ArraySpec, ...], head_dim: int | None
+) -> None:
+    """Refuse a head_dim that splits nothing of three axes: they may be tokens and heads already."""
+    if all(x.shape[-1] == head_dim for x in xs):
+        raise ValueError(
+            f"head_dim must be None where the heads of {' and '.join(names)} are an axis already, "
+            f"or layout='bshd' must say that there is one head, got head_dim={head_dim} for shape "
+            f"{xs[0].shape}"
+        )
+
+
 def _check_rotary_dim(table: TableSpec, head_dim: int, offset: int) -> int:
     """Return how many elements of a head turn, which with their offset must fit the head."""
-    rotary_dim = 2 * table.cos.shape[-1]
+    rotary_dim = 2 * table.shape[-1]
     if not 0 < rotary_dim <= head_dim:
         raise ValueError(
             f"table must have a rotary_dim in (0, head_dim={head_dim}], got {rotary_dim}: if it "
@@ -570,7 +623,8 @@ def _check_table(
     if shape[0] not in (1, batch) or shape[1] != num_tokens:
         raise ValueError(
             f"table must have the shape ({batch} or 1, {num_tokens}, ...) of batch and tokens, "
-            f"got {shape}"
+            f"got {shape}: if its axes are others, name them, such as axes='sh' for tokens and "
+            "heads"
         )
     if len(shape) == 4 and shape[2] != 1 and any(shape[2] != heads for heads in num_heads):
         raise ValueError(
@@ -579,8 +633,8 @@ def _check_table(
         )
 
 
-def _table_view(table: ArraySpec, by_position: bool) -> View:
-    *rows, pair = table.strides
+def _table_view(table: ArraySpec, form: str, by_position: bool) -> View:
+    *rows, pair = table.strides[:-1] if form == MATRICES else table.strides
     strides = (0, 0 if by_position else rows[0], 0) if len(rows) == 1 else (*rows, 0)[:3]
     return View((*strides, pair), table.alignment)  # type: ignore[arg-type]
 
@@ -614,9 +668,6 @@ def _position_kind(
     """Check the arrays that tell the positions of tokens; return what they are."""
     for name, array in given.items():
         check_dtype(name, array, ("int32", "int64"))
-        first = next(iter(given))
-        if array.dtype != given[first].dtype:
-            raise TypeError(f"{name} must have {first}'s dtype, got {array.dtype}")
     sections = options.mrope_section
     if sections is not None:
         if "positions" not in given:
@@ -627,6 +678,8 @@ def _position_kind(
             raise ValueError(
                 f"mrope_section must add up to the {num_pairs} pairs of the table, got {sections}"
             )
+        if options.mrope_interleaved:
+            _check_interleaved(sections, num_pairs)
     if "positions" in given:
         _check_positions(given["positions"].shape, batch, num_tokens, sections is not None)
         if sections is None:
@@ -657,8 +710,24 @@ def _position_kind(
     return PACKED
 
 
+def _check_interleaved(sections: tuple[int, int, int], num_pairs: int) -> None:
+    """Refuse sections of which not every pair finds a place among every third one of its axis."""
+    for axis, most in ((1, (num_pairs + 1) // 3), (2, num_pairs // 3)):
+        if sections[axis] > most:
+            raise ValueError(
+                f"mrope_section must have at most {most} pairs of axis {axis}, every third one of "
+                f"{num_pairs}, with mrope_interleaved=True, got {sections}"
+            )
+
+
 def _check_positions(shape: tuple[int, ...], batch: int, num_tokens: int, of_axes: bool) -> None:
     axes = (NUM_AXES,) if of_axes else ()
+    if of_axes and batch == NUM_AXES and shape == (NUM_AXES, num_tokens):
+        raise ValueError(
+            f"positions must have the shape {(NUM_AXES, 1, num_tokens)} of three axes or "
+            f"{(NUM_AXES, batch, num_tokens)} of axes and batches where there are {batch} batches, "
+            f"got {shape}, which could be either's"
+        )
     if shape not in (
         (*axes, num_tokens),
         (*axes, 1, num_tokens),

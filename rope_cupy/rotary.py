@@ -18,7 +18,7 @@ def apply_rotary(
     positions: Any = None,
     seqlen_offsets: Any = None,
     cu_seqlens: Any = None,
-    interleaved: bool = False,
+    interleaved: bool | None = None,
     layout: str | None = None,
     head_dim: int | None = None,
     rotary_offset: int = 0,
@@ -65,7 +65,7 @@ def apply_rotary_qk(
     positions: Any = None,
     seqlen_offsets: Any = None,
     cu_seqlens: Any = None,
-    interleaved: bool = False,
+    interleaved: bool | None = None,
     layout: str | None = None,
     head_dim: int | None = None,
     rotary_offset: int = 0,
@@ -86,30 +86,39 @@ def apply_rotary_qk(
             producer, with any strides. They share dtype, device and every axis but heads.
         table: a `RotaryTable` on the device of q, or a tuple (cos, sin) that stands for
             ``RotaryTable(cos, sin)``: half width, so not the tables of Hugging Face transformers,
-            which `RotaryTable.from_full_width` takes.
+            which `RotaryTable.from_full_width` takes. No value of a table is read to see whether it
+            is what it is said to be: `RotaryTable.check` does that.
         positions: the table row of each token: None for its index along the token axis, an int for
             that index plus an offset (an error where the table is too short), or an int32 or int64
-            array of shape (s,) or (b, s), (3, s) or (3, b, s) with `mrope_section`.
+            array of shape (s,) or (b, s), with `mrope_section` (3, s), (3, 1, s) or (3, b, s): of 3
+            batches not (3, s), which could be meant for each batch.
         seqlen_offsets: an int, or an int32 or int64 array of shape (b,), or (sequences,) with
-            `cu_seqlens`: what is added to a token's index, such as how many tokens a cache holds.
+            `cu_seqlens`: what is added to a token's index, such as how many tokens a cache holds. A
+            sum that does not fit 64 bits is out of range.
         cu_seqlens: an int32 or int64 array of shape (sequences + 1,), for packed sequences ("thd"):
             sequence i has the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1, and its first one has
             the index 0. Tokens of none are out of range. It must not decrease.
         interleaved: True pairs elements (2 i, 2 i + 1), False elements (i, i + rotary_dim / 2).
+            None takes the table's own pairing: neighbours where it is of complex numbers or
+            matrices, which stand for them, and halves for all others.
         layout: the names of the axes: b, s (or t) for tokens, h for heads, and d last. By default
             "shd" for 3 axes and "bshd" for 4.
         head_dim: first splits the last axis into heads of this size: (t, h * d) or (b, s, h * d).
-        rotary_offset: where in a head the rotary_dim elements that turn begin; the others pass
-            through.
-        conjugate: turn the other way: the inverse, and the gradient.
+            Where nothing of three axes is split, because all tensors have one head, ``layout="bshd"``
+            must say that they are not (t, h, d).
+        rotary_offset: where in a head the rotary_dim elements that are rotated begin; the others
+            pass through.
+        conjugate: rotate the other way: the inverse, and the gradient. Of a table with two angles a
+            pair it is the transpose, which is the gradient alone.
         out: None for new arrays, or a tuple of two arrays to write, such as q and k themselves.
         out_of_range: what becomes of a token whose position, in an array of them, the table does
             not hold: "nan" fills its rotated slice with NaN, "keep" leaves it as it is.
         mrope_section: the pairs that turn by the first, second and third axis of `positions` (time,
             height, width): M-RoPE, Wang et al., "Qwen2-VL" (2024), section 2.1. They add up to
             rotary_dim / 2. A token is out of range where one of its positions is.
-        mrope_interleaved: False for sections one behind the other (Qwen2-VL), True for pairs in
-            turn, the first axis once the others have theirs (Qwen3-VL).
+        mrope_interleaved: False for sections one behind the other (Qwen2-VL), True for every third
+            pair by the second axis and by the third until they have theirs, and all others by the
+            first (Qwen3-VL). Sections that do not fit in this way are refused.
         rounding: "once", at the store; or "eager", which rounds every product and every sum as
             PyTorch's operations do one by one, and so gives bit by bit what models were trained
             with: `apply_rotary_pos_emb` of Hugging Face transformers, by its table in q's dtype,
@@ -167,11 +176,11 @@ def apply_norm_rotary(
     eps: float = 1e-6,
     norm: str = "head",
     weight_offset: float = 0.0,
-    round_norm: bool = True,
+    round_norm: bool | str = True,
     positions: Any = None,
     seqlen_offsets: Any = None,
     cu_seqlens: Any = None,
-    interleaved: bool = False,
+    interleaved: bool | None = None,
     layout: str | None = None,
     head_dim: int | None = None,
     rotary_offset: int = 0,
@@ -219,11 +228,11 @@ def apply_qk_norm_rotary(
     eps: float = 1e-6,
     norm: str = "head",
     weight_offset: float = 0.0,
-    round_norm: bool = True,
+    round_norm: bool | str = True,
     positions: Any = None,
     seqlen_offsets: Any = None,
     cu_seqlens: Any = None,
-    interleaved: bool = False,
+    interleaved: bool | None = None,
     layout: str | None = None,
     head_dim: int | None = None,
     rotary_offset: int = 0,
@@ -251,8 +260,13 @@ def apply_qk_norm_rotary(
             heads of a token together (Wan, LTX, OLMo 2). Of these a block of 1,024 threads must
             hold a token: with dense arrays that is 65,536 elements of 16 bits.
         weight_offset: is added to weights; 1.0 for Gemma.
-        round_norm: True rounds what is normalised to q's dtype before it turns, as models do whose
-            norm is a module of its own; False rounds once, at the store.
+        round_norm: True rounds what is normalised and weighed to q's dtype before it is rotated, as
+            models do whose norm is a module of its own (Gemma, `torch.nn.RMSNorm`);
+            "before_weight" rounds before the weights too, as Llama's norm does in transformers and
+            in the models that took it over (Qwen3, OLMo 2, GLM-4-MoE), and diffusers' RMSNorm with
+            weights of 16 bits; False rounds once, at the store. With ``rounding="eager"`` the root
+            is computed as PyTorch does it too, and results have the bits of those modules, but for
+            elements that the order of a float32 sum decides.
 
     Returns:
         (q_out, k_out), as `apply_rotary_qk`.
@@ -301,11 +315,11 @@ def apply_rotary_qkv(
     norm: str | None = None,
     eps: float = 1e-6,
     weight_offset: float = 0.0,
-    round_norm: bool = True,
+    round_norm: bool | str = True,
     positions: Any = None,
     seqlen_offsets: Any = None,
     cu_seqlens: Any = None,
-    interleaved: bool = False,
+    interleaved: bool | None = None,
     layout: str | None = None,
     head_dim: int | None = None,
     rotary_offset: int = 0,
@@ -377,11 +391,11 @@ def apply_rotary_kv_cache(
     norm: str | None = None,
     eps: float = 1e-6,
     weight_offset: float = 0.0,
-    round_norm: bool = True,
+    round_norm: bool | str = True,
     positions: Any = None,
     seqlen_offsets: Any = None,
     cu_seqlens: Any = None,
-    interleaved: bool = False,
+    interleaved: bool | None = None,
     layout: str | None = None,
     head_dim: int | None = None,
     rotary_offset: int = 0,
@@ -406,7 +420,8 @@ def apply_rotary_kv_cache(
             d).
         cache_dtype: "float8_e4m3fn" or "float8_e5m2" for what the elements of uint8 caches are.
         k_scale, v_scale: what is divided by before it is rounded to 8 bits: None for 1, a number,
-            or a float32 array of one element. What is too large becomes the largest number.
+            or an array of one element, of one of the four dtypes. What is too large becomes the
+            largest number.
         q_weight, k_weight, norm, eps, weight_offset, round_norm: as for `apply_qk_norm_rotary`;
             where `norm` is None there is none, but "head" where a weight is given.
         out: None for a new q, or an array to write, such as q itself.

@@ -12,12 +12,21 @@ import numpy as np
 from . import tensor
 from .checks import count, described
 from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
-from .problem import ANY_POSITION, FREQUENCY, TableSpec, check_dtype
+from .problem import (
+    ANY_POSITION,
+    BY_ELEMENT,
+    FREQUENCY,
+    MATRICES,
+    ONE_ANGLE,
+    TableSpec,
+    check_dtype,
+)
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
 
 COMPLEX_PARTS = {"complex64": "float32", "complex128": "float64"}
+AXES = "p", "s", "bs", "sh", "bsh"  # of a table: positions, batches, tokens, heads
 TURNS_PER_RADIAN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A566  # in units of 2^-160
 MOST_RADIANS = 2**64  # of a frequency whose turns those digits are enough for
 
@@ -33,8 +42,13 @@ class RotaryTable:
 
     and the dtype float16, bfloat16, float32 or float64, which need not be that of the arrays to
     rotate. They may be strided, of any library, on the CPU or a GPU. Later changes to their values
-    are seen. Other forms: `from_full_width`, `from_cache`, `from_complex`, `from_matrices`,
-    `from_inverse_frequencies`, `from_config`, `from_angles`.
+    are seen. Other forms: `from_full_width`, `from_elementwise`, `from_cache`, `from_complex`,
+    `from_matrices`, `from_inverse_frequencies`, `from_config`, `from_angles`. No constructor reads
+    a value, so none can see that a table has another form than its own: `check` can.
+
+    `axes` names the axes before the last where there are others than their number says: "p" for
+    positions, "b" for batches, "s" for tokens and "h" for heads, as "p", "s", "bs", "sh" or "bsh".
+    So ``axes="sh"`` takes (s, h, rotary_dim / 2), which is a row for each batch and token without.
 
     Raises TypeError or ValueError when the arrays do not fit together.
 
@@ -44,24 +58,46 @@ class RotaryTable:
     RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
     """
 
-    def __init__(self, cos: Any, sin: Any) -> None:
-        self._look(_half_width, cos, sin)
+    def __init__(self, cos: Any, sin: Any, *, axes: str | None = None) -> None:
+        self._look(_half_width, axes, cos, sin)
 
     @classmethod
-    def from_full_width(cls, cos: Any, sin: Any) -> RotaryTable:
+    def from_full_width(cls, cos: Any, sin: Any, *, axes: str | None = None) -> RotaryTable:
         """View tables of shape (..., rotary_dim), which hold every angle once for each element.
 
         Each element of the head finds its angle at its own place: with ``interleaved=False`` the
         halves repeat (Hugging Face transformers), with ``interleaved=True`` every angle repeats at
-        once (diffusers' Flux, CogVideoX and HunyuanVideo). The second copy is never read. Errors
-        as for `RotaryTable`.
+        once (diffusers' Flux, CogVideoX and HunyuanVideo). Of each pair the first element's number
+        is read alone: columns 0 to rotary_dim / 2 - 1, or with ``interleaved=True`` every second
+        column from 0 on. The second copy is never read. Where it is no copy, because the elements
+        of a pair have angles of their own, `from_elementwise` reads both. `axes` and errors are as
+        for `RotaryTable`.
 
         >>> import numpy as np
         >>> angles = np.outer(np.arange(4), [1.0, 0.1])
         >>> RotaryTable.from_full_width(np.tile(np.cos(angles), 2), np.tile(np.sin(angles), 2))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        return cls._of(_full_width, cos, sin)
+        return cls._of(_full_width, axes, cos, sin)
+
+    @classmethod
+    def from_elementwise(cls, cos: Any, sin: Any, *, axes: str | None = None) -> RotaryTable:
+        """View tables of shape (..., rotary_dim), in which each element has an angle of its own.
+
+        A pair (a, b), of halves or of neighbours as `interleaved` says, becomes (a cos_a - b sin_a,
+        b cos_b + a sin_b), where cos_a lies where a does, and so on (ERNIE-Image, V-JEPA 2, the
+        reference functions of apex and FlashInfer, and whatever computes ``x * cos + rotate_half(x)
+        * sin``). Both numbers of a pair are read. Such a pair is not rotated in general:
+        ``conjugate=True`` is the transpose, which is the gradient, and not the inverse. Where both
+        angles of every pair are one, `from_full_width` gives the same by half of the reads. `axes`
+        and errors are as for `RotaryTable`.
+
+        >>> import numpy as np
+        >>> angles = np.outer(np.arange(4), [1.0, 0.1, 0.01, 0.001])
+        >>> RotaryTable.from_elementwise(np.cos(angles), np.sin(angles))
+        RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
+        """
+        return cls._of(_elementwise, axes, cos, sin)
 
     @classmethod
     def from_cache(cls, cos_sin: Any) -> RotaryTable:
@@ -74,26 +110,28 @@ class RotaryTable:
         >>> RotaryTable.from_cache(np.concatenate([np.cos(angles), np.sin(angles)], axis=-1))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        return cls._of(_cache, cos_sin)
+        return cls._of(_cache, None, cos_sin)
 
     @classmethod
-    def from_complex(cls, freqs_cis: Any) -> RotaryTable:
+    def from_complex(cls, freqs_cis: Any, *, axes: str | None = None) -> RotaryTable:
         """View cos + i sin, complex64 or complex128 (Llama's own code, Qwen-Image, Lumina).
 
-        The shapes are those of `RotaryTable`, and so are the errors.
+        The shapes are those of `RotaryTable`, and so are `axes` and the errors. A complex number
+        rotates two neighbours, unless a call says ``interleaved=False``.
 
         >>> import numpy as np
         >>> RotaryTable.from_complex(np.exp(1j * np.outer(np.arange(4), [1.0, 0.1])))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        return cls._of(_complex, freqs_cis)
+        return cls._of(_complex, axes, freqs_cis)
 
     @classmethod
-    def from_matrices(cls, freqs: Any) -> RotaryTable:
+    def from_matrices(cls, freqs: Any, *, axes: str | None = None) -> RotaryTable:
         """View matrices [[cos, -sin], [sin, cos]], (..., rotary_dim / 2, 2, 2) (Flux, ComfyUI).
 
-        The first column of each is read. What stands for the dots is as for `RotaryTable`, and so
-        are the errors.
+        Any others are as good: all four numbers are read, and ``conjugate=True``, the gradient, is
+        the transpose. A matrix rotates two neighbours, unless a call says ``interleaved=False``.
+        What stands for the dots is as for `RotaryTable`, and so are `axes` and the errors.
 
         >>> import numpy as np
         >>> angles = np.outer(np.arange(4), [1.0, 0.1])
@@ -101,7 +139,7 @@ class RotaryTable:
         >>> RotaryTable.from_matrices(np.stack([cos, -sin, sin, cos], axis=-1).reshape(4, 2, 2, 2))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        return cls._of(_matrices, freqs)
+        return cls._of(_matrices, axes, freqs)
 
     @classmethod
     def from_inverse_frequencies(
@@ -226,41 +264,68 @@ class RotaryTable:
     @classmethod
     def _own(cls, form: Callable[..., TableView], *arrays: Any) -> RotaryTable:
         """Make a table of arrays that no one else has: nothing of them but values can change."""
-        table = cls._of(form, *arrays)
+        table = cls._of(form, None, *arrays)
         if not tensor.is_compiling(arrays[0]):
             table._source = TableSource(form, arrays, tensor.glance(arrays))
         return table
 
     @classmethod
-    def _of(cls, form: Callable[..., TableView], *sources: Any) -> RotaryTable:
+    def _of(cls, form: Callable[..., TableView], axes: str | None, *sources: Any) -> RotaryTable:
         table = cls.__new__(cls)
-        table._look(form, *sources)
+        table._look(form, axes, *sources)
         return table
 
-    def _look(self, form: Callable[..., TableView], *arrays: Any) -> None:
+    def _look(self, form: Callable[..., TableView], axes: str | None, *arrays: Any) -> None:
+        if axes is not None:
+            arrays = tuple([_with_axes(array, axes, form is _matrices) for array in arrays])
         if tensor.is_compiling(arrays[0]):  # what is compiled checks it when it runs
             self._source = TableSource(form, arrays)
             return
         self._source = _lasting(form, arrays)
-        if not self._cos.shape[-1]:
+        if not self.shape[-1]:
             raise ValueError("table must have a rotary_dim of 2 or more, got 0")
 
+    def check(self) -> str:
+        """Read all values and return a sentence that says what they are.
+
+        It names the constructor that they are for where that is another one: "every angle twice, in
+        halves: use RotaryTable.from_full_width", or "not a rotation". On a GPU it copies the arrays
+        to the CPU and waits for that, so it is for a program that is being written.
+
+        >>> import numpy as np
+        >>> angles = np.outer(np.arange(4), [1.0, 0.1])
+        >>> RotaryTable(np.cos(angles), np.sin(angles)).check()
+        'one angle a pair, of every position'
+        >>> RotaryTable(np.tile(np.cos(angles), 2), np.tile(np.sin(angles), 2)).check()
+        'every angle twice, in halves: use RotaryTable.from_full_width'
+        """
+        from .table_check import verdict  # which programs that run need not import
+
+        form, arrays = self._source.form.__name__, self._source.arrays
+        values = [tensor.library_of("table", array).download(array) for array in arrays]
+        return verdict(form, values, self.axes)
+
     @property
-    def _cos(self) -> ArraySpec:
-        return self._source.view(None).specs[0].cos
+    def _spec(self) -> TableSpec:
+        return self._source.view(None).specs[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy looks at the copies of the arrays, not at the addresses of these.
-        return type(self)._of, (self._source.form, *self._source.arrays)
+        return type(self)._of, (self._source.form, None, *self._source.arrays)
+
+    @property
+    def axes(self) -> str:
+        """The names of all axes but the last: "p" of positions, "bs" or "bsh"."""
+        return {2: "p", 3: "bs", 4: "bsh"}[len(self.shape)]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of cos and of sin at half width: (..., rotary_dim / 2)."""
-        return self._cos.shape
+        return self._spec.shape
 
     @property
     def rotary_dim(self) -> int:
-        """How many elements of a head turn."""
+        """How many elements of a head are rotated."""
         return 2 * self.shape[-1]
 
     @property
@@ -274,17 +339,18 @@ class RotaryTable:
     @property
     def dtype(self) -> str:
         """The dtype of cos and sin, such as "float32"; "frequency" with ``precompute=False``."""
-        return self._cos.dtype
+        return self._spec.cos.dtype
 
     @property
     def device(self) -> str:
         """The device of cos and sin, "cpu" or such as "cuda:0"."""
-        return self._cos.device
+        return self._spec.cos.device
 
     def __repr__(self) -> str:
+        axes = "" if self.axes == "p" else f"axes={self.axes!r}, "
         return (
-            f"RotaryTable(shape={self.shape}, rotary_dim={self.rotary_dim}, dtype={self.dtype!r}, "
-            f"device={self.device!r})"
+            f"RotaryTable(shape={self.shape}, {axes}rotary_dim={self.rotary_dim}, "
+            f"dtype={self.dtype!r}, device={self.device!r})"
         )
 
 
@@ -302,6 +368,11 @@ class TableSource(NamedTuple):
     form: Callable[..., TableView]
     arrays: tuple[Any, ...]
     fixed: tensor.Glance | None = None  # of arrays that nothing but their values can change of
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether neighbours are rotated where a call does not say it: by what pairs stand for."""
+        return self.form in (_complex, _matrices)
 
     def view(self, stream: int | None) -> TableView:
         """Return where the table lies now, ready for work on `stream`."""
@@ -339,16 +410,19 @@ def _half_width(stream: int | None, cos: Any, sin: Any) -> TableView:
 
 def _full_width(stream: int | None, cos: Any, sin: Any) -> TableView:
     arrays = _describe_two(cos, sin, stream)
-    width = arrays[0].spec.shape[-1]
-    if width % 2:
-        raise ValueError(
-            f"cos must have an even last axis, rotary_dim, got shape {arrays[0].spec.shape}"
-        )
+    width = _check_even(arrays[0].spec)
     halves = [_every(array.spec, slice(0, width // 2)) for array in arrays]
     evens = [_every(array.spec, slice(0, None, 2)) for array in arrays]
     step = 2 if all(spec.strides[-1] == 2 for spec in evens) else 1
     specs = TableSpec(halves[0], halves[1], 1, 0), TableSpec(evens[0], evens[1], step, 0)
     return TableView(arrays, (arrays[0].pointer, arrays[1].pointer), specs)
+
+
+def _elementwise(stream: int | None, cos: Any, sin: Any) -> TableView:
+    arrays = _describe_two(cos, sin, stream)
+    _check_even(arrays[0].spec)
+    spec = TableSpec(arrays[0].spec, arrays[1].spec, 1, 0, BY_ELEMENT)
+    return TableView(arrays, (arrays[0].pointer, arrays[1].pointer), (spec, spec))
 
 
 def _cache(stream: int | None, cos_sin: Any) -> TableView:
@@ -361,7 +435,7 @@ def _cache(stream: int | None, cos_sin: Any) -> TableView:
         )
     num_pairs = cache.spec.shape[1] // 2
     cos = _every(cache.spec, slice(0, num_pairs))
-    return _one_array(cache, cos, num_pairs * cache.spec.strides[-1], step=1)
+    return _one_array(cache, cos, num_pairs * cache.spec.strides[-1], 1)
 
 
 def _complex(stream: int | None, freqs_cis: Any) -> TableView:
@@ -370,7 +444,7 @@ def _complex(stream: int | None, freqs_cis: Any) -> TableView:
     _check_shape("freqs_cis", freqs.spec, 0)
     strides = tuple(2 * stride for stride in freqs.spec.strides)
     cos = freqs.spec._replace(strides=strides, dtype=COMPLEX_PARTS[freqs.spec.dtype])
-    return _one_array(freqs, cos, 1, step=2)
+    return _one_array(freqs, cos, 1, 2 if strides[-1] == 2 else 1)
 
 
 def _matrices(stream: int | None, freqs: Any) -> TableView:
@@ -380,8 +454,11 @@ def _matrices(stream: int | None, freqs: Any) -> TableView:
     if shape[-2:] != (2, 2):
         raise ValueError(f"freqs must have 2 x 2 matrices on its last two axes, got shape {shape}")
     _check_shape("freqs", matrices.spec, 2)
-    cos = matrices.spec._replace(shape=shape[:-2], strides=strides[:-2])
-    return _one_array(matrices, cos, strides[-2], step=4 if strides[-2:] == (2, 1) else 1)
+    rows = matrices.spec._replace(
+        shape=(*shape[:-2], 2), strides=(*strides[:-2], strides[-1])
+    )
+    step = 4 if strides[-3:] == (4, 2, 1) else 1
+    return _one_array(matrices, rows, strides[-2], step, MATRICES)
 
 
 def _frequencies(stream: int | None, words: Any) -> TableView:
@@ -398,17 +475,19 @@ def _frequencies(stream: int | None, words: Any) -> TableView:
 
 FORMS = {
     form.__name__: form
-    for form in (_half_width, _full_width, _cache, _complex, _matrices, _frequencies)
+    for form in (
+        *(_half_width, _full_width, _elementwise, _cache, _complex, _matrices, _frequencies),
+    )
 }
 
 
-def _one_array(array: tensor.Array, cos: ArraySpec, to_sin: int, step: int) -> TableView:
+def _one_array(
+    array: tensor.Array, cos: ArraySpec, to_sin: int, step: int, form: str = ONE_ANGLE
+) -> TableView:
     """View sines that lie `to_sin` elements behind their cosines in one array."""
     pointer = array.pointer + to_sin * ITEMSIZE[cos.dtype]
     sin = cos._replace(alignment=alignment(pointer))
-    if cos.strides[-1] != step:
-        step = 1
-    spec = TableSpec(cos, sin, step, to_sin if step > 1 else 0)
+    spec = TableSpec(cos, sin, step, to_sin if step > 1 else 0, form)
     return TableView((array,), (array.pointer, pointer), (spec, spec))
 
 
@@ -426,6 +505,28 @@ def _describe_two(cos: Any, sin: Any, stream: int | None) -> tuple[tensor.Array,
         )
     _check_shape("cos", first.spec, 0)
     return first, second
+
+
+def _check_even(spec: ArraySpec) -> int:
+    """Return the width of a table that has a number for each element."""
+    if spec.shape[-1] % 2:
+        raise ValueError(f"cos must have an even last axis, rotary_dim, got shape {spec.shape}")
+    return spec.shape[-1]
+
+
+def _with_axes(array: Any, axes: object, of_matrices: bool) -> Any:
+    """Return an array with the axes that these names say: with one batch where they name none."""
+    if not isinstance(axes, str):
+        raise TypeError(f"axes must be None or one of {', '.join(AXES)}, got {described(axes)}")
+    if axes not in AXES:
+        raise ValueError(f"axes must be None or one of {', '.join(AXES)}, got {axes!r}")
+    rank = len(axes) + (3 if of_matrices else 1)
+    if getattr(array, "ndim", None) != rank:
+        raise ValueError(
+            f"axes={axes!r} must be given with arrays of {rank} axes, got "
+            f"{getattr(array, 'shape', type(array).__name__)}"
+        )
+    return array if axes == "p" or "b" in axes else array[None]
 
 
 def _check_shape(name: str, spec: ArraySpec, trailing: int) -> None:

@@ -267,7 +267,8 @@ class _Torch(Library):
         return function(module, *(copy.to(like.device) for copy in copies))
 
     def download(self, array: Any) -> NDArray[Any]:
-        return array.detach().cpu().double().numpy()  # type: ignore[no-any-return]
+        copy = array.detach().cpu()
+        return (copy if copy.is_complex() else copy.double()).numpy()  # type: ignore[no-any-return]
 
     def streams(self) -> Callable[[int], int]:
         return _torch_c()._cuda_getCurrentRawStream  # type: ignore[no-any-return]

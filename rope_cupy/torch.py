@@ -493,7 +493,7 @@ _ARGUMENTS = (
     "SymInt? first, str[] names, Tensor[] more, bool interleaved, str? layout, int? head_dim, "
     "int rotary_offset, bool conjugate, str out_of_range, int[]? mrope_section, "
     "bool mrope_interleaved, str rounding, str? norm, float eps, float weight_offset, "
-    "bool round_norm, int[]? packed, str? cache_layout, str? cache_dtype, float? k_scale, "
+    "str round_norm, int[]? packed, str? cache_layout, str? cache_dtype, float? k_scale, "
     "float? v_scale"
 )
 _ROTATE, _NEW, _INTO = "rope_cupy::rotate", "rope_cupy::rotate_new", "rope_cupy::rotate_into"
@@ -516,6 +516,8 @@ def traced(
     What is written in place where a gradient is recorded is written from a new result.
     """
     source = source_of(table)
+    if options[0] is None:
+        options = source.interleaved, *options[1:]
     rows, first = _arrays_and_int(positions)
     if any([hasattr(x, "device_mesh") for x in xs]):
         there = {name: row for name, row in zip(_ROWS, rows, strict=True) if row is not None}
@@ -552,12 +554,14 @@ def _flat(options: Sequence[Any]) -> tuple[Any, ...]:
     """Return options as an operator takes them: the fields of their parts one by one."""
     *plain, norm, packed, cache = options
     last = None if packed is None else list(packed), *(cache or (None,) * 4)
-    return *plain, *(norm or (None, 0.0, 0.0, False)), *last
+    *of_norm, round_norm = norm or (None, 0.0, 0.0, False)
+    return *plain, *of_norm, str(round_norm), *last
 
 
 def _options(flat: Sequence[Any]) -> Options:
     """Return the options that an operator has been given, checked."""
     plain, (*norm, packed), cache = flat[:-9], flat[-9:-4], flat[-4:]
+    norm[-1] = {"True": True, "False": False}.get(norm[-1], norm[-1])
     parts = checked_parts(
         None if norm[0] is None else norm, packed, None if cache[0] is None else cache
     )

@@ -28,8 +28,10 @@ from rope_cupy.memory import ITEMSIZE, ndarray_at
 from rope_cupy.options import NUM_AXES
 from rope_cupy.plan import launch_plan
 from rope_cupy.problem import (
+    BY_ELEMENT,
     FREQUENCY,
     IMPLICIT,
+    MATRICES,
     MIXED,
     OFFSET,
     PACKED,
@@ -136,7 +138,7 @@ def arrays_of(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
         arrays["sin"] = _table(problem, pointers.sin, problem.sin, problem.sin_row)
         if problem.table_dtype == FREQUENCY:  # of which there is one scale
             arrays["sin"] = Array(pointers.sin, ITEMSIZE[FREQUENCY], (1,), (1,))
-    if problem.position_dtype:
+    if problem.position_dtype or problem.cu_dtype:
         arrays |= _rows(problem, pointers)
     return arrays | _weights(problem, pointers) | _slots(problem, pointers)
 
@@ -164,18 +166,23 @@ def _slots(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
     arrays = {"slots": Array(pointers.slots, itemsize, shape, strides)}
     for name in ("k_scale", "v_scale"):
         if address := getattr(pointers, name):
-            arrays[name] = Array(address, ITEMSIZE["float32"], (1,), (1,))
+            arrays[name] = Array(address, ITEMSIZE[problem.cache.scale_dtype], (1,), (1,))
     return arrays
 
 
 def _rows(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
     """What tells the rows of tokens; of an offset for every sequence there may be none."""
-    itemsize, axis = ITEMSIZE[problem.position_dtype], problem.position_axis
+    axis = problem.position_axis
     if problem.position_kind == PACKED:
         shape, strides = (problem.num_sequences,), (problem.cu_stride,)
-        begins = Array(pointers.cu_seqlens, itemsize, (shape[0] + 1,), strides)
-        offsets = Array(pointers.positions, itemsize, shape, (axis,))
-        return {"cu_seqlens": begins} | ({"positions": offsets} if pointers.positions else {})
+        begins = Array(
+            pointers.cu_seqlens, ITEMSIZE[problem.cu_dtype], (shape[0] + 1,), strides
+        )
+        if not pointers.positions:
+            return {"cu_seqlens": begins}
+        offsets = Array(pointers.positions, ITEMSIZE[problem.position_dtype], shape, (axis,))
+        return {"cu_seqlens": begins, "positions": offsets}
+    itemsize = ITEMSIZE[problem.position_dtype]
     shape, strides = (problem.batch, problem.num_tokens), problem.position_strides
     if problem.position_kind == OFFSET:
         shape = (problem.batch, 1)
@@ -185,13 +192,18 @@ def _rows(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
 
 
 def _table(problem: RotaryProblem, address: int, view: View, row: int) -> Array:
-    num_pairs, step = problem.rotary_dim // 2, problem.table_step
+    size, step = problem.rotary_dim // 2, problem.table_step
+    element = view.strides[3] // step
+    if problem.table_form == BY_ELEMENT:
+        size *= 2
+    elif problem.table_form == MATRICES and step == 1:
+        step, element = 2, problem.table_column
     shape: tuple[int, ...] = (problem.num_positions,)
     strides: tuple[int, ...] = (row,)
     if problem.position_kind == IMPLICIT:
         heads = max(tensor.num_heads for tensor in problem.tensors)
         shape, strides = (problem.batch, problem.num_tokens, heads), view.strides[:3]
-    shape, strides = (*shape, num_pairs, step), (*strides, view.strides[3], view.strides[3] // step)
+    shape, strides = (*shape, size, step), (*strides, view.strides[3], element)
     return Array(address, ITEMSIZE[problem.table_dtype], shape, strides)
 
 
