@@ -108,16 +108,20 @@ struct RmsNorm {
       const Vec<T, kSize>& run, Real scale, const Vec<Weight, kSize>& weights, bool has_weights,
       Real offset) {
     auto numbers = widen<Real>(run);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) numbers.values[i] = multiply(numbers.values[i], scale);
-    if constexpr (kRoundings == 2) numbers = widen<Real>(narrow<T>(numbers));
+    const auto scaled = [&](int i) {
+      const Real number = multiply(numbers.values[i], scale);
+      return kRoundings == 2 ? widen<Real>(narrow<T>(number)) : number;
+    };
     if (has_weights) {
       const auto weight = widen<Real>(weights);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const Real factor = add(weight.values[i], offset);
-        numbers.values[i] = multiply(numbers.values[i], factor);
+        numbers.values[i] = multiply(scaled(i), factor);
       }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) numbers.values[i] = scaled(i);
     }
     return kRoundings > 0 ? widen<Real>(narrow<T>(numbers)) : numbers;
   }

@@ -263,9 +263,7 @@ def _of_pairs(problem: RotaryProblem, positions: Array) -> Array:
     return np.moveaxis(positions[axis], 0, -1)[:, :, None]
 
 
-def _angles(
-    problem: RotaryProblem, pointers: Pointers, num_heads: int
-) -> Callable[[Any], Angles]:
+def _angles(problem: RotaryProblem, pointers: Pointers, num_heads: int) -> Callable[[Any], Angles]:
     """Return what finds angles of (batch, tokens, heads, pairs), by block or row."""
     num_pairs, storage = problem.rotary_dim // 2, _STORAGE[problem.table_dtype]
     if problem.table_dtype == FREQUENCY:
@@ -278,8 +276,8 @@ def _angles(
             return Angles(cos, sin, cos, sin)
 
         return computed
-    first = _table(problem, num_heads, pointers, 0)
-    second = _table(problem, num_heads, pointers, problem.table_steps[1])
+    first = _table(problem, num_heads, pointers, of_second=False)
+    second = _table(problem, num_heads, pointers, of_second=True)
 
     def read(at: Any) -> Angles:
         if problem.position_kind != IMPLICIT:
@@ -296,17 +294,17 @@ def _angles(
 
 
 def _table(
-    problem: RotaryProblem, num_heads: int, pointers: Pointers, start: int
+    problem: RotaryProblem, num_heads: int, pointers: Pointers, of_second: bool
 ) -> tuple[Array, Array]:
     """View cosines and sines as (batch, tokens, heads, pairs), or by position (rows, 1, pairs).
 
-    They begin `start` elements behind the first of all.
+    They are those of the first angle of each pair, or of the second.
     """
     num_pairs, storage = problem.rotary_dim // 2, _STORAGE[problem.table_dtype]
 
     def part(pointer: int, view: View, row: int) -> Array:
-        pointer += start * ITEMSIZE[problem.table_dtype]
-        step = problem.table_steps[0]
+        step, to_second = problem.table_steps(view)
+        pointer += of_second * to_second * ITEMSIZE[problem.table_dtype]
         if problem.position_kind == IMPLICIT:
             heads = num_heads if view.strides[2] else 1
             by_token = (problem.batch, problem.num_tokens, heads, num_pairs)

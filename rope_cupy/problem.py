@@ -132,10 +132,9 @@ class RotaryProblem(NamedTuple):
     def num_rows(self) -> int:
         return sum(map(self.num_rows_of, self.tensors))
 
-    @property
-    def table_steps(self) -> tuple[int, int]:
-        """Elements of a table from one pair to the next, and from its first angle to its second."""
-        step = self.cos.strides[3]
+    def table_steps(self, part: View) -> tuple[int, int]:
+        """Elements of cos or sin from one pair to the next, and from its first angle to its second."""
+        step = part.strides[3]
         if self.table_form == MATRICES:
             return step, self.table_column
         if self.table_form == BY_ELEMENT:
@@ -553,9 +552,7 @@ def _canonical_inputs(
     return views
 
 
-def _check_split(
-    names: tuple[str, ...], xs: tuple[ArraySpec, ...], head_dim: int | None
-) -> None:
+def _check_split(names: tuple[str, ...], xs: tuple[ArraySpec, ...], head_dim: int | None) -> None:
     """Refuse a head_dim that splits nothing of three axes: they may be tokens and heads already."""
     if all(x.shape[-1] == head_dim for x in xs):
         raise ValueError(

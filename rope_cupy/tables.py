@@ -454,9 +454,7 @@ def _matrices(stream: int | None, freqs: Any) -> TableView:
     if shape[-2:] != (2, 2):
         raise ValueError(f"freqs must have 2 x 2 matrices on its last two axes, got shape {shape}")
     _check_shape("freqs", matrices.spec, 2)
-    rows = matrices.spec._replace(
-        shape=(*shape[:-2], 2), strides=(*strides[:-2], strides[-1])
-    )
+    rows = matrices.spec._replace(shape=(*shape[:-2], 2), strides=(*strides[:-2], strides[-1]))
     step = 4 if strides[-3:] == (4, 2, 1) else 1
     return _one_array(matrices, rows, strides[-2], step, MATRICES)
 

@@ -34,6 +34,7 @@ from reference import (
     rotate,
     rotate_eagerly,
     rounded,
+    row_number,
     sequence_places,
     to_bits,
 )
@@ -227,45 +228,62 @@ def in_order_of(y: Any, x: Any) -> bool:
     return all(n == 1 or a == b for n, a, b in zip(x.shape, like.strides, y_strides, strict=True))
 
 
-FORMS = ["half", "full", "cache", "complex", "matrices", "frequencies"]
+FORMS = ["half", "full", "elementwise", "cache", "complex", "matrices", "frequencies"]
+TWO_ANGLES = "elementwise", "matrices"  # of which each element of a pair has one
 
 
-def make_table(
-    cos: np.ndarray, sin: np.ndarray, case: Case
-) -> tuple[rope_cupy.RotaryTable, list[Held]]:
-    """A RotaryTable of the case's form from half-width arrays, and what holds its memory."""
+class Angles(NamedTuple):
+    """Cosines and sines, half width, of the first elements of pairs and of the second ones."""
+
+    cos: np.ndarray
+    sin: np.ndarray
+    second: tuple[np.ndarray, np.ndarray] | None = None  # None where they are the same
+
+
+def make_table(angles: Angles, case: Case) -> tuple[rope_cupy.RotaryTable, list[Held]]:
+    """A RotaryTable of the case's form, and what holds its memory."""
     table, dtype = rope_cupy.RotaryTable, case.table_dtype
+    cos, sin, second = angles
     make, arrays = table, [cos, sin]
-    if case.form == "full":
-        twice = np.repeat if case.interleaved else lambda x, n, axis: np.concatenate([x] * n, axis)
-        make, arrays = table.from_full_width, [twice(part, 2, -1) for part in arrays]
+    if case.form in ("full", "elementwise"):
+        make = table.from_full_width if case.form == "full" else table.from_elementwise
+        parts = zip((cos, sin), second or (cos, sin), strict=True)
+        if case.interleaved:
+            arrays = [np.stack(part, -1).reshape(*cos.shape[:-1], -1) for part in parts]
+        else:
+            arrays = [np.concatenate(part, -1) for part in parts]
     elif case.form == "cache":
         make, arrays = table.from_cache, [np.concatenate(arrays, -1)]
     elif case.form == "complex":
         make, arrays = table.from_complex, [cos + 1j * sin]
         dtype = {"float32": "complex64", "float64": "complex128"}[dtype]
     elif case.form == "matrices":
-        rows = [np.stack([cos, -sin], -1), np.stack([sin, cos], -1)]
+        second_cos, second_sin = second
+        rows = [np.stack([cos, -sin], -1), np.stack([second_sin, second_cos], -1)]
         make, arrays = table.from_matrices, [np.stack(rows, -2)]
     held = [hold(array, dtype, case.table_library, case.table_style) for array in arrays]
     return make(*(h.array for h in held)), held
 
 
-def table_values(held: list[Held], case: Case) -> tuple[np.ndarray, np.ndarray]:
+def table_values(held: list[Held], case: Case) -> Angles:
     """The cosines and sines, half width, that the memory of a table holds."""
     values = [h.elements for h in held]
     if case.form != "complex":
         values = [decode(elements, case.table_dtype) for elements in values]
     first, last = values[0], values[-1]
     width = first.shape[-1] // 2
-    if case.form == "full":
-        half = np.s_[..., ::2] if case.interleaved else np.s_[..., :width]
-        return first[half], last[half]
+    if case.form in ("full", "elementwise"):
+        halves = np.s_[..., :width], np.s_[..., width:]
+        one, other = (np.s_[..., ::2], np.s_[..., 1::2]) if case.interleaved else halves
+        second = (first[other], last[other]) if case.form == "elementwise" else None
+        return Angles(first[one], last[one], second)
     if case.form == "cache":
-        return first[..., :width], first[..., width:]
+        return Angles(first[..., :width], first[..., width:])
     if case.form == "complex":
-        return np.float64(first.real), np.float64(first.imag)
-    return (first[..., 0, 0], first[..., 1, 0]) if case.form == "matrices" else (first, last)
+        return Angles(np.float64(first.real), np.float64(first.imag))
+    if case.form == "matrices":
+        return Angles(first[..., 0, 0], -first[..., 0, 1], (first[..., 1, 1], first[..., 1, 0]))
+    return Angles(first, last)
 
 
 class Case(NamedTuple):
@@ -291,7 +309,7 @@ class Case(NamedTuple):
     rounding: str = "once"
     norm: str = "none"
     weights: str = "none"  # their dtype
-    round_norm: bool = False
+    round_norm: bool | str = False
 
     @property
     def kind(self) -> str:
@@ -350,7 +368,7 @@ OPTIONS: dict[str, list[Any]] = {
     "rounding": ["once", "once", "once", "eager"],
     "norm": ["none", "none", "head", "heads"],
     "weights": ["none", *FORMATS],
-    "round_norm": [False, True],
+    "round_norm": [False, True, "before_weight"],
 }
 
 
@@ -462,9 +480,10 @@ class Call:
             self.table, self.held = make(inv_freq, like=like, precompute=False), []
             leading = (MOST_COMPUTED,)
         else:
-            angle = rng.uniform(-np.pi, np.pi, (*leading, rotary_dim // 2))
-            self.table, self.held = make_table(np.cos(angle), np.sin(angle), case)
-            self.cos, self.sin = table_values(self.held, case)
+            angle, other = rng.uniform(-np.pi, np.pi, (2, *leading, rotary_dim // 2))
+            second = (np.cos(other), np.sin(other)) if case.form in TWO_ANGLES else None
+            self.table, self.held = make_table(Angles(np.cos(angle), np.sin(angle), second), case)
+            self.angles = table_values(self.held, case)
         if " " in case.positions:
             dtype, kind = case.positions.split(maxsplit=1)
             self.rows = self.hold_rows(dtype, kind, leading[0])
@@ -474,10 +493,14 @@ class Call:
             inside = (rows >= 0) & (rows < 2**63 - 1)
             used, row = np.unique(np.where(inside, rows, 0), return_inverse=True)
             self.rows = np.where(inside, row.reshape(rows.shape), -1)
-            self.cos, self.sin = cos_sin_at(used, inv_freq)
-        self.outside = None if self.rows is None else self.beside(len(self.cos))
+            self.angles = Angles(*cos_sin_at(used, inv_freq))
+        self.outside = None if self.rows is None else self.beside(len(self.angles.cos))
+        own_pairing = case.form in ("complex", "matrices")
         self.options |= {
-            "interleaved": case.interleaved,
+            # None is the table's own.
+            "interleaved": None
+            if case.interleaved == own_pairing and rng.random() < 0.5
+            else case.interleaved,
             "rotary_offset": offset,
             "conjugate": case.conjugate,
             "out_of_range": "keep" if case.outside == "keep" else "nan",
@@ -499,7 +522,7 @@ class Call:
         case, rng = self.case, self._rng
         batch, tokens, *_ = case.sizes
 
-        def held(name: str, values: np.ndarray, most: int) -> np.ndarray:
+        def held(name: str, values: np.ndarray, most: int, dtype: str = dtype) -> np.ndarray:
             if case.outside != "inside" and name != "cu_seqlens":
                 beside = [*OUTSIDE[dtype], most]
                 if case.form == "frequencies":  # which hold what is not negative
@@ -510,26 +533,46 @@ class Call:
             self.where[name] = self.held[-1].array
             return self.held[-1].elements.astype(np.int64)
 
+        def offsets_of(count: int) -> np.ndarray:
+            """Offsets, in part beside an int that is added to them: numbers of any size."""
+            offsets = rng.integers(0, num_rows - tokens, count)
+            beside = case.outside != "inside"
+            computed = beside and case.form == "frequencies"  # whose rows are next to all numbers
+            first = 0 if computed else int(rng.choice([0, 0, 2, -3]))
+            if beside and not computed and dtype == "int64" and rng.random() < 0.4:
+                first = int(rng.choice([2**63 - 1, -(2**63), 2**62, -(2**62)]))
+                offsets = offsets - max(first, -(2**63 - 1))
+            else:
+                offsets = offsets - first
+            if first:
+                self.where["positions"] = first
+            offsets = held("seqlen_offsets", offsets, num_rows)
+            return np.array([int(offset) + first for offset in offsets] + [None])[:-1]
+
         if kind == "offset":
-            offsets = held("seqlen_offsets", rng.integers(0, num_rows - tokens, batch), num_rows)
-            with np.errstate(over="ignore"):
-                return np.arange(tokens) + offsets[:, None]
+            rows = np.arange(tokens).astype(object) + offsets_of(batch)[:, None]
+            return np.vectorize(row_number, otypes=[np.int64])(rows)
         if "packed" in kind:
             num_sequences = int(rng.integers(1, 5))
             begins = np.sort(rng.integers(0, tokens + 1, num_sequences + 1))
             if case.outside == "inside":
                 begins[0], begins[-1] = 0, tokens
-            begins = held("cu_seqlens", begins, 0)
+            begins = held("cu_seqlens", begins, 0, str(rng.choice(INDEX)))
             offsets = np.zeros(num_sequences, np.int64)
             if "offset" in kind:
-                most = num_rows - tokens
-                offsets = held("seqlen_offsets", rng.integers(0, most, num_sequences), num_rows)
+                offsets = offsets_of(num_sequences)
             return sequence_places(begins.tolist(), offsets.tolist(), tokens)
         axes, names = ((3,), kind[1:].split()[0]) if kind[0] == "3" else ((), kind)
+        if axes and batch == 3 and names == "s":  # which could be meant for each batch
+            names = "1s"
         shape = {"s": (tokens,), "bs": (batch, tokens), "1s": (1, tokens)}[names]
         if axes:
-            cuts = np.sort(rng.integers(0, case.head[1] // 2 + 1, 2))
-            section = np.diff([0, *cuts, case.head[1] // 2])
+            num_pairs = case.head[1] // 2
+            cuts = np.sort(rng.integers(0, num_pairs + 1, 2))
+            section = np.diff([0, *cuts, num_pairs])
+            if "mixed" in kind:
+                own = rng.integers(0, [(num_pairs + 1) // 3 + 1, num_pairs // 3 + 1])
+                section = [num_pairs - sum(own), *own]
             self.options["mrope_section"] = tuple(map(int, section))
             self.options["mrope_interleaved"] = "mixed" in kind
         shape = (*axes, *shape)
@@ -573,13 +616,19 @@ class Call:
             *weights[first : first + len(xs)],
             self.table,
             **self.where,
-            layout=None if self.case.layout in DEFAULT_LAYOUTS else self.axes,
+            layout=None if self.layout_is_plain(xs) else self.axes,
             head_dim=self.split,
             out=(tuple(out) if two else out[0]) if out else None,
             **norm,
             **self.options | options,
         )
         return list(rotated) if two else [rotated]
+
+    def layout_is_plain(self, xs: tuple[Any, ...]) -> bool:
+        """Whether the number of axes says which they are; of three not, where nothing is split."""
+        shapes = [getattr(x, "array", x).shape for x in xs]
+        one_head = all(len(shape) == 3 and shape[-1] == self.split for shape in shapes)
+        return self.case.layout in DEFAULT_LAYOUTS and not one_head
 
     def exact(self, x: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
         """The result for x (batch, tokens, heads, head_dim), and how far off it may be, by pair."""
@@ -589,15 +638,28 @@ class Call:
         off = np.zeros(x.shape)
         if case.norm != "none":
             weight = decode(self.weights[i].elements, case.weights) if self.weights else None
-            x = normalised(x, weight, EPS, WEIGHT_OFFSET, of_token=case.norm == "heads")
-            off = np.abs(x) * (1e-14 if double else NORM_ERROR)
-            if case.round_norm:  # may round the other way
+            error = 1e-14 if double else NORM_ERROR
+            x = normalised(x, None, EPS, 0.0, of_token=case.norm == "heads")
+            off = np.abs(x) * error
+
+            def with_rounding(x: np.ndarray, off: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                """Numbers and errors of what may be rounded the other way."""
                 low, high = (rounded(x + sign * off, case.dtype) for sign in (-1, 1))
-                x, off = rounded(x, case.dtype), np.abs(high - low)
-        exact = rotate(x, self.cos, self.sin, positions=self.rows, **options)
+                return rounded(x, case.dtype), np.abs(high - low)
+
+            if case.round_norm == "before_weight":
+                x, off = with_rounding(x, off)
+            if weight is not None:
+                factor = weight.reshape(-1, x.shape[3]) + WEIGHT_OFFSET
+                x, off = x * factor, off * np.abs(factor) + np.abs(x * factor) * error
+            if case.round_norm:
+                x, off = with_rounding(x, off)
+        options |= {"interleaved": case.interleaved, "second": self.angles.second}
+        cos, sin = self.angles[:2]
+        exact = rotate(x, cos, sin, positions=self.rows, **options)
         if eager:
             dtypes = case.dtype, case.table_dtype
-            eagerly = rotate_eagerly(x, self.cos, self.sin, dtypes, positions=self.rows, **options)
+            eagerly = rotate_eagerly(x, cos, sin, dtypes, positions=self.rows, **options)
             turns = self.turned & (True if self.outside is None else ~self.outside[..., None, None])
             exact = np.where(turns, eagerly, exact)
             if case.form in ("complex", "frequencies") or case.norm != "none":

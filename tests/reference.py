@@ -51,6 +51,7 @@ def rotate(
     cos: np.ndarray,
     sin: np.ndarray,
     *,
+    second: tuple[np.ndarray, np.ndarray] | None = None,
     interleaved: bool = False,
     positions: int | np.ndarray | None = None,
     rotary_offset: int = 0,
@@ -65,7 +66,11 @@ def rotate(
     from there, an array (tokens,) or (batch, tokens) names each token's row; with mrope_section one
     for each of three axes, (3, tokens) or (3, batch, tokens). Or a row for each token: (batch,
     tokens, pairs) or (batch, tokens, heads, pairs), where batch and heads may be 1.
+
+    second: the cosines and sines of the second elements, where they have angles of their own. The
+    conjugate is the transpose then.
     """
+    tables = (cos, sin, *(second or (cos, sin)))
     batch, tokens, heads, _ = x.shape
     pairs = cos.shape[-1]
     if mrope_section is not None:
@@ -74,37 +79,34 @@ def rotate(
         )
         inside = ((axes >= 0) & (axes < len(cos))).all(0)
         rows = np.where(inside, axes, 0)[axes_of_pairs(mrope_section, mrope_interleaved)]
-        cos, sin = (
-            np.stack([table[row, pair] for pair, row in enumerate(rows)], -1)
-            for table in (cos, sin)
-        )
+        tables = [
+            np.stack([table[row, pair] for pair, row in enumerate(rows)], -1) for table in tables
+        ]
     elif cos.ndim == 2:
         if positions is None or isinstance(positions, int):
             positions = np.arange(tokens) + (positions or 0)
         row = np.broadcast_to(positions, (batch, tokens))
         inside = (row >= 0) & (row < len(cos))
-        cos, sin = (table[np.where(inside, row, 0)] for table in (cos, sin))
+        tables = [table[np.where(inside, row, 0)] for table in tables]
     else:
         inside = np.ones((batch, tokens), bool)
-    if cos.ndim == 3:
-        cos, sin = cos[:, :, None], sin[:, :, None]
-    cos, sin = (np.broadcast_to(table, (batch, tokens, heads, pairs)) for table in (cos, sin))
+    tables = [table[:, :, None] if table.ndim == 3 else table for table in tables]
+    shape = batch, tokens, heads, pairs
+    cos_a, sin_a, cos_b, sin_b = (np.broadcast_to(table, shape) for table in tables)
     if conjugate:
-        sin = -sin
+        sin_a, sin_b = -sin_b, -sin_a
 
     if interleaved:
-        first = rotary_offset + 2 * np.arange(pairs)
-        second = first + 1
+        first, step = rotary_offset + 2 * np.arange(pairs), 1
     else:
-        first = rotary_offset + np.arange(pairs)
-        second = first + pairs
-    a, b = x[..., first], x[..., second]
+        first, step = rotary_offset + np.arange(pairs), pairs
+    a, b = x[..., first], x[..., first + step]
     inside = inside[:, :, None, None]
     lost = {"nan": (np.nan, np.nan), "keep": (a, b)}[out_of_range]
     y = x.copy()
     with np.errstate(invalid="ignore", over="ignore"):
-        y[..., first] = np.where(inside, a * cos - b * sin, lost[0])
-        y[..., second] = np.where(inside, b * cos + a * sin, lost[1])
+        y[..., first] = np.where(inside, a * cos_a - b * sin_a, lost[0])
+        y[..., first + step] = np.where(inside, b * cos_b + a * sin_b, lost[1])
     return y
 
 
@@ -133,11 +135,9 @@ def rotate_eagerly(
     def each(values: np.ndarray) -> np.ndarray:
         return rounded(rounded(values, wide), product)  # products of 16 bits are exact in float32
 
-    def with_angles(cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-        return rotate(x, cos, sin, **options)
-
-    by_cos = each(with_angles(cos, 0 * sin))
-    by_sin = each(with_angles(0 * cos, sin))
+    second_cos, second_sin = options.pop("second", None) or (cos, sin)
+    by_cos = each(rotate(x, cos, 0 * sin, second=(second_cos, 0 * sin), **options))
+    by_sin = each(rotate(x, 0 * cos, sin, second=(0 * cos, second_sin), **options))
     with np.errstate(over="ignore", invalid="ignore"):  # of what does not turn
         y = each(by_cos + by_sin)
     return rounded(y, "float32") if FORMATS[dtype].mantissa_bits < 23 else y
@@ -160,14 +160,20 @@ def sequence_places(cu_seqlens: list[int], offsets: list[int], tokens: int) -> n
     places = np.full(tokens, -1, np.int64)
     for begin, end, offset in zip(cu_seqlens[:-1], cu_seqlens[1:], offsets, strict=True):
         for token in range(max(begin, 0), min(end, tokens)):
-            places[token] = (token - begin + offset + 2**63) % 2**64 - 2**63  # as int64 wraps
+            places[token] = row_number(token - begin + offset)
     return places
+
+
+def row_number(position: int) -> int:
+    """A position as a row, -1 where 64 bits do not hold it: it is of no table then."""
+    return position if 0 <= position < 2**63 else -1
 
 
 def pair_norms(x: np.ndarray, interleaved: bool) -> np.ndarray:
     """The norm of the pair that each element of (..., rotary_dim) belongs to."""
-    pairs = (-1, 2) if interleaved else (2, -1)
-    norms = np.linalg.norm(x.reshape(*x.shape[:-1], *pairs), axis=pairs.index(2) - 2)
+    num_pairs = x.shape[-1] // 2
+    pairs = (num_pairs, 2) if interleaved else (2, num_pairs)
+    norms = np.linalg.norm(x.reshape(*x.shape[:-1], *pairs), axis=-1 if interleaved else -2)
     return np.repeat(norms, 2, -1) if interleaved else np.tile(norms, 2)
 
 

@@ -73,8 +73,7 @@ class Template(NamedTuple):
     eager: str
     rows: str
     pairs: str
-    table_step: str
-    sin_offset: str
+    form: str
     pass_run: str
     in_place: str
     past_l1: str
@@ -119,10 +118,10 @@ def problem(xs, rotary_dim, outs=None, table=None, **given):
 
 
 def matrices(rotary_dim, dtype="float32"):
-    """A table of 2 x 2 matrices: 4 elements a pair, of which cos is the first and sin the third."""
+    """A table of dense 2 x 2 matrices, as their first and second rows."""
     num_pairs = rotary_dim // 2
-    part = spec((4096, num_pairs), dtype, strides=(4 * num_pairs, 4))
-    return TableSpec(part, part, 4, 2)
+    row = spec((4096, num_pairs, 2), dtype, strides=(4 * num_pairs, 4, 1))
+    return TableSpec(row, row, 4, 2, "matrices")
 
 
 def frequencies(rotary_dim, address=0):
@@ -224,12 +223,18 @@ def test_every_template_argument_is_in_its_place():
     chosen = template_of([x], 64, outs=[x], table=matrices(64, "float64"), **options)
     assert chosen == Template(
         *("float16", "double", "int", "NoNorm", "Outputs", "2", "true", "false", "false"),
-        *("1", "4", "4", "2", "8", "false", "false", "true"),
+        *("1", "4", "Matrices<4>", "8", "false", "false", "true"),
     )
     assert template_of([x], 64, conjugate=True, positions=positions) == Template(
         *("float16", "float", "int", "NoNorm", "Outputs", "2", "false", "true", "false"),
-        *("1", "8", "1", "0", "0", "true", "true", "true"),
+        *("1", "8", "OneAngle<1, 0>", "0", "true", "true", "true"),
     )
+    by_element = spec((4096, 64), "float32")
+    for form, name in (("by element", "ByElement"), ("matrices", "Matrices<1>")):
+        two = spec((4096, 32, 2), "float32", strides=(128, 1, 64))
+        part = by_element if form == "by element" else two
+        table = TableSpec(part, part, 1, 0, form)
+        assert template_of([x], 64, outs=[x], table=table).form == name
 
 
 BSHD, BHSD = "bshd", "bhsd"
@@ -762,14 +767,14 @@ def test_every_integer_of_a_launch_by_positions():
 
 def test_the_integers_of_positions_on_three_axes():
     x, positions = spec((2, 5, 3, 128)), spec((3, 2, 5), "int32", strides=(40, 7, 1))
-    options = {"positions": positions, "mrope_section": (16, 24, 24)}
+    options = {"positions": positions, "mrope_section": (24, 20, 20)}
     plan = launch_plan(problem([x], 128, **options))
     packed, chosen = fields(plan), template(plan.kernel)
-    assert (chosen.position, chosen.pairs) == ("Sections<int>", "8")
+    assert (chosen.position, chosen.pairs) == ("Sections<int>", "4")
     assert [packed[f"position_arguments.{name}"] for name in POSITION_ARGUMENTS] == [
         40,
-        16,
-        40,
+        24,
+        44,
         0,
         0,
     ]
@@ -780,8 +785,8 @@ def test_the_integers_of_positions_on_three_axes():
     assert chosen.position == "Mixed<int>"
     assert [packed[f"position_arguments.{name}"] for name in POSITION_ARGUMENTS] == [
         40,
-        72,
-        72,
+        60,
+        60,
         0,
         0,
     ]
@@ -793,16 +798,16 @@ def test_the_integers_of_positions_on_three_axes():
 def test_the_pairs_of_a_thread_are_of_one_section(section, pairs):
     x, positions = spec((1, 5, 3, 128)), spec((3, 5), "int64")
     assert template_of([x], 128, positions=positions, mrope_section=section).pairs == str(pairs)
-    mixed = {"mrope_section": section, "mrope_interleaved": True}
+    mixed = {"mrope_section": (24, 20, 20), "mrope_interleaved": True}
     assert template_of([x], 128, positions=positions, **mixed).pairs == "4"
 
 
 def test_the_integers_of_packed_sequences():
     x = spec((9, 3, 128))
-    cu_seqlens, offsets = spec((5,), "int64", strides=(3,)), spec((4,), "int64", strides=(-2,))
+    cu_seqlens, offsets = spec((5,), "int32", strides=(3,)), spec((4,), "int64", strides=(-2,))
     plan = launch_plan(problem([x], 128, seqlen_offsets=offsets, cu_seqlens=cu_seqlens))
     packed = fields(plan)
-    assert template(plan.kernel).position == "Packed<long long>"
+    assert template(plan.kernel).position == "Packed<long long, int>"
     assert [packed[f"position_arguments.{name}"] for name in POSITION_ARGUMENTS] == [-2, 0, 0, 4, 3]
     assert (packed["token.outer"], packed["token.middle"], packed["token.inner"]) == (0, 1, 0)
     assert packed["position.middle"] == 0

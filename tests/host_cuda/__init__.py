@@ -175,9 +175,7 @@ def _rows(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
     axis = problem.position_axis
     if problem.position_kind == PACKED:
         shape, strides = (problem.num_sequences,), (problem.cu_stride,)
-        begins = Array(
-            pointers.cu_seqlens, ITEMSIZE[problem.cu_dtype], (shape[0] + 1,), strides
-        )
+        begins = Array(pointers.cu_seqlens, ITEMSIZE[problem.cu_dtype], (shape[0] + 1,), strides)
         if not pointers.positions:
             return {"cu_seqlens": begins}
         offsets = Array(pointers.positions, ITEMSIZE[problem.position_dtype], shape, (axis,))
