@@ -17,7 +17,6 @@ from .problem import (
     FREQUENCY,
     GIVEN,
     IMPLICIT,
-    MATRICES,
     MIXED,
     OFFSET,
     ONE_ANGLE,

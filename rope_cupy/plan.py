@@ -234,12 +234,12 @@ def _access_widths(problem: RotaryProblem) -> Widths:
 
 
 def _has_columns(problem: RotaryProblem) -> bool:
-    """Return whether the numbers of a table's matrices lie apart, so that each has its own place."""
+    """Return whether the numbers of a table's matrices lie apart, each in its own place."""
     return problem.table_form == MATRICES and problem.table_step == 1
 
 
 def _pair_bytes(problem: RotaryProblem) -> int:
-    """Return how many bytes of a table a pair owns: of one angle those that come with its cosine."""
+    """Return how many bytes of a table a pair owns: of one angle, those beside its cosine."""
     if problem.table_form != ONE_ANGLE:
         return 4 * ITEMSIZE[problem.table_dtype]
     return problem.table_step * ITEMSIZE[problem.table_dtype]
@@ -503,7 +503,7 @@ def _strides_by_token(problem: RotaryProblem) -> list[tuple[int, ...]]:
 
 
 def _out_strides(problem: RotaryProblem, i: int) -> tuple[int, ...]:
-    """Return the strides by which a tensor is written: the kernel finds a slot's place in a cache."""
+    """Return the strides by which a tensor is written; the kernel finds a slot's place itself."""
     strides = problem.tensors[i].out.strides
     return (0, 0, strides[HEAD]) if problem.cache and i else strides
 

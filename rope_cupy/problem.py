@@ -133,7 +133,7 @@ class RotaryProblem(NamedTuple):
         return sum(map(self.num_rows_of, self.tensors))
 
     def table_steps(self, part: View) -> tuple[int, int]:
-        """Elements of cos or sin from one pair to the next, and from its first angle to its second."""
+        """Elements of cos or sin from one pair to the next, and from a first angle to a second."""
         step = part.strides[3]
         if self.table_form == MATRICES:
             return step, self.table_column

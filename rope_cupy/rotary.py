@@ -104,8 +104,8 @@ def apply_rotary_qk(
         layout: the names of the axes: b, s (or t) for tokens, h for heads, and d last. By default
             "shd" for 3 axes and "bshd" for 4.
         head_dim: first splits the last axis into heads of this size: (t, h * d) or (b, s, h * d).
-            Where nothing of three axes is split, because all tensors have one head, ``layout="bshd"``
-            must say that they are not (t, h, d).
+            Where that splits nothing of three axes, because all tensors have one head,
+            ``layout="bshd"`` must say that they are not (t, h, d).
         rotary_offset: where in a head the rotary_dim elements that are rotated begin; the others
             pass through.
         conjugate: rotate the other way: the inverse, and the gradient. Of a table with two angles a

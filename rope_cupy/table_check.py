@@ -1,4 +1,4 @@
-"""What the values of a table are: which constructor they are for, as `RotaryTable.check` says it."""
+"""What the values of a table are, and which constructor is for them: `RotaryTable.check`."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _rotation(cos: Values, sin: Values) -> str:
     """Return what cosines and sines of one shape are."""
     squares = cos * cos + sin * sin
     least, most = squares.min(initial=np.inf), squares.max(initial=0.0)
-    if not squares.size or abs(most - 1) <= CLOSE and abs(least - 1) <= CLOSE:
+    if not squares.size or (abs(most - 1) <= CLOSE and abs(least - 1) <= CLOSE):
         return "one angle a pair"
     if least > 0 and most / least <= 1 + 4 * CLOSE:
         return f"one angle a pair, times {np.sqrt(most):.4g}"

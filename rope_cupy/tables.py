@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import tensor
-from .checks import count, described
+from .checks import count, described, is_array
 from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
 from .problem import (
     ANY_POSITION,
@@ -518,11 +518,15 @@ def _with_axes(array: Any, axes: object, of_matrices: bool) -> Any:
         raise TypeError(f"axes must be None or one of {', '.join(AXES)}, got {described(axes)}")
     if axes not in AXES:
         raise ValueError(f"axes must be None or one of {', '.join(AXES)}, got {axes!r}")
-    rank = len(axes) + (3 if of_matrices else 1)
-    if getattr(array, "ndim", None) != rank:
+    own = 3 if of_matrices else 1
+    if not is_array(array):
+        raise TypeError(
+            f"axes must be None with what is no array of its own, got {axes!r} with "
+            f"{type(array).__name__}"
+        )
+    if array.ndim != len(axes) + own:
         raise ValueError(
-            f"axes={axes!r} must be given with arrays of {rank} axes, got "
-            f"{getattr(array, 'shape', type(array).__name__)}"
+            f"axes must name {array.ndim - own} axes of an array of {array.ndim}, got {axes!r}"
         )
     return array if axes == "p" or "b" in axes else array[None]
 

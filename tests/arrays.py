@@ -15,6 +15,8 @@ import importlib
 import importlib.util
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -40,6 +42,7 @@ from reference import (
 )
 
 import rope_cupy
+from rope_cupy import calls, plan
 
 HAS_ML_DTYPES = importlib.util.find_spec("ml_dtypes") is not None
 
@@ -197,6 +200,11 @@ class Held:
         device = devices[0] if library == "jax-cuda" else jax.devices("cpu")[0]
         array = jax.device_put(self._view(host, kind, shape), device)
         return array, array
+
+    def become_parameter(self) -> None:
+        """Be what a module holds: a torch.nn.Parameter, of which no gradient is wanted here."""
+        parameter = importlib.import_module("torch").nn.Parameter
+        self.array = parameter(self.array, requires_grad=False)
 
     def assert_unchanged(self) -> None:
         """No byte of the buffer has changed."""
@@ -452,6 +460,23 @@ def known(style: str | Strides, library: str, written: bool) -> str | Strides:
     return "packed" if written and style in INPUT_STYLES else style
 
 
+@contextmanager
+def small_tiles() -> Iterator[None]:
+    """Take a table of a few rows for one that does not stay in a cache: see the planner's tiles."""
+    sizes = {"L2_BYTES": 8, "TILE_BYTES": 2**10, "MIN_TILE": 1}
+
+    def forget() -> None:
+        plan.launch_plan.cache_clear()
+        calls._calls.clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in sizes.items():
+            patch.setattr(plan, name, size)
+        forget()
+        yield
+    forget()
+
+
 class Call:
     """The arrays and options of a case, and the calls that they allow."""
 
@@ -515,6 +540,11 @@ class Call:
             self.weights = [
                 hold(value, case.weights, library, styles[rng.integers(4)]) for value in values
             ]
+            if len({*sizes}) == 1 and rng.random() < 0.5:  # one for both, as in some models
+                self.weights = self.weights[:1] * len(values)
+            if library.startswith("torch") and rng.random() < 0.5:  # as in every model
+                for weight in self.weights:
+                    weight.become_parameter()
             self.held += self.weights
 
     def hold_rows(self, dtype: str, kind: str, num_rows: int) -> np.ndarray:

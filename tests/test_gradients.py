@@ -53,6 +53,15 @@ def matrices(device):
     return RotaryTable.from_matrices(stacked)
 
 
+def by_element(device):
+    return RotaryTable.from_elementwise(*parts(TOKENS + 4, 2 * PAIRS, device=device))
+
+
+def general_matrices(device):
+    matrices = torch.rand(TOKENS + 4, PAIRS, 2, 2, device=device, dtype=torch.float64)
+    return RotaryTable.from_matrices(matrices.transpose(-1, -2))
+
+
 CALLS = {  # shapes of q and k, a table, and options
     "halves": ((2, TOKENS, 4, 6), (2, TOKENS, 2, 6), by_position, {}),
     "interleaved": ((2, TOKENS, 4, 6), (2, TOKENS, 2, 6), by_position, {"interleaved": True}),
@@ -94,6 +103,12 @@ CALLS = {  # shapes of q and k, a table, and options
     "full width": ((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), full_width, {}),
     "complex": ((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), complex_numbers, {"interleaved": True}),
     "matrices": ((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), matrices, {"interleaved": True}),
+    "by element": ((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), by_element, {}),
+    "by element, neighbours": (
+        *((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), by_element),
+        {"interleaved": True, "conjugate": True},
+    ),
+    "matrices of no rotation": ((1, TOKENS, 2, 6), (1, TOKENS, 2, 6), general_matrices, {}),
     "a batch's own": (
         *((2, TOKENS, 2, 6), (2, TOKENS, 4, 6)),
         *(lambda device: parts(2, TOKENS, PAIRS, device=device), {}),

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from arrays import Held, hold, place
+from arrays import Held, hold, place, small_tiles
 from reference import (
     FORMATS,
     arranged,
@@ -560,3 +560,64 @@ def test_every_number_of_16_bits_becomes_what_pytorch_makes_of_it(library, dtype
     found = to_bits(cache)[1]
     wrong = np.flatnonzero(found != expected)
     assert not len(wrong), f"{len(wrong)} of {dtype}: {[*map(hex, wrong[:9])]}"
+
+
+@on_every("numpy", "cupy", "torch-cuda", ON_THE_HOST)
+@pytest.mark.parametrize("block_size", [4, 1])
+def test_every_batch_writes_to_its_own_slots_where_tokens_are_numbered_by_tiles(
+    library, block_size
+):
+    """Heads before tokens and a table that is large: a tile must fit the array of slots too."""
+    shape = (2, H, 8, D)  # batch, heads, tokens, head_dim
+    q, k, v = np.float32(RNG.standard_normal((3, *shape)))
+    blocks = 16 // block_size
+    slots = RNG.permutation(16).reshape(2, 8)
+    caches = [hold(np.zeros((blocks, H, block_size, D)), "float32", library) for _ in range(2)]
+    table = RotaryTable(*(hold(part, "float32", library).array for part in (COS, SIN)))
+    with small_tiles():
+        apply_rotary_kv_cache(
+            *(hold(x, "float32", library).array for x in (q, k, v)),
+            *(cache.array for cache in caches),
+            table,
+            slot_mapping=hold(slots, "int64", library).array,
+            layout="bhsd",
+            cache_layout="HND",
+        )
+    rotated = arranged(rotate(np.float64(canonical(k, "bhsd")), COS, SIN), "bhsd")
+    for held, wanted in zip(caches, (rotated, v), strict=True):
+        by_slot = to_float64(held.array).swapaxes(1, 2).reshape(16, H, D)
+        check(by_slot[slots], np.moveaxis(np.float64(wanted), 2, 1), "float32")
+
+
+@on_every("numpy", "torch", "cupy", "torch-cuda", ON_THE_HOST)
+@pytest.mark.parametrize("dtype", FORMATS)
+@in_both_formats
+def test_scales_in_memory_have_any_dtype(library, dtype, element):
+    if dtype == "bfloat16" and library in ("numpy", "cupy"):
+        pytest.importorskip("ml_dtypes")
+    x = np.float32(RNG.standard_normal((3, 5, H, D)))
+    table = RotaryTable(*(hold(part, "float32", library).array for part in (COS, SIN)))
+
+    def written(k_scale, v_scale):
+        caches = [hold_bytes(np.zeros((5, H, D), np.uint8), library) for _ in range(2)]
+        apply_rotary_kv_cache(
+            *(hold(part, "float32", library).array for part in x),
+            *caches,
+            table,
+            slot_mapping=hold(np.arange(5), "int32", library).array,
+            cache_dtype=element,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+        return [np.asarray(to_bits(cache)) for cache in caches]
+
+    scales = [hold([scale], dtype, library).array for scale in (0.375, 2.0)]
+    for ours, wanted in zip(written(*scales), written(0.375, 2.0), strict=True):
+        assert np.array_equal(ours, wanted)
+
+
+def hold_bytes(array, library):
+    """Bytes as an array of a library."""
+    if library.startswith("torch"):
+        return torch.from_numpy(array).to("cuda" if library == "torch-cuda" else "cpu")
+    return array if library == "numpy" else pytest.importorskip("cupy").asarray(array)
