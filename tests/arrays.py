@@ -565,17 +565,19 @@ class Call:
 
         def offsets_of(count: int) -> np.ndarray:
             """Offsets, in part beside an int that is added to them: numbers of any size."""
-            offsets = rng.integers(0, num_rows - tokens, count)
+            sums = rng.integers(0, num_rows - tokens, count).tolist()
             beside = case.outside != "inside"
             computed = beside and case.form == "frequencies"  # whose rows are next to all numbers
             first = 0 if computed else int(rng.choice([0, 0, 2, -3]))
             if beside and not computed and dtype == "int64" and rng.random() < 0.4:
                 first = int(rng.choice([2**63 - 1, -(2**63), 2**62, -(2**62)]))
-                offsets = offsets - max(first, -(2**63 - 1))
-            else:
-                offsets = offsets - first
+                sums = rng.integers(-tokens, num_rows - tokens, count).tolist()
+            # The sum itself, or one that 64 bits would make it of.
+            choices = [[row - first + turn for turn in (0, 2**64, -(2**64))] for row in sums]
+            kept = [[n for n in each if -(2**63) <= n < 2**63] for each in choices]
             if first:
                 self.where["positions"] = first
+            offsets = np.array([each[rng.integers(len(each))] for each in kept], np.int64)
             offsets = held("seqlen_offsets", offsets, num_rows)
             return np.array([int(offset) + first for offset in offsets] + [None])[:-1]
 

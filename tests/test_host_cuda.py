@@ -10,6 +10,7 @@ from typing import NamedTuple
 import host_cuda
 import numpy as np
 import pytest
+import test_position_sums
 import test_rotary
 from arrays import Case, possible, verify
 from host_cuda import Array, KernelError
@@ -33,7 +34,9 @@ def test_a_call_of_any_kind_is_right(case, record):
 
 def test_the_kernel_compiles_without_a_warning(tmp_path):
     types = "bfloat16, float, int, NoNorm, Outputs, 2"
-    kernel = f"rotary_kernel<{types}, true, false, false, 2, 4, 1, 0, 8, false, false, false>"
+    kernel = (
+        f"rotary_kernel<{types}, true, false, false, 2, 4, OneAngle<1, 0>, 8, false, false, false>"
+    )
     options = host_cuda.kernel_options(jit.sources() / "rotary.cu", kernel)
     command = host_cuda.command(*options, "-o", str(tmp_path / "kernel.so"))
     assert {"-Wall", "-Wextra"} <= set(command)
@@ -171,6 +174,14 @@ class OfTheirOwn(Mutant):
         test_rotary.test_cosines_and_sines_have_strides_of_their_own("numpy", rows, styles)
 
 
+class OfSums(Mutant):
+    def show(self):
+        least = -(2**63)
+        add = test_position_sums.test_the_sum_of_a_position_and_a_batchs_offset
+        add(least, least, [None] * 4, "numpy")
+        add(least, 2**63 - 1, [None, 0, 1, 2], "numpy")
+
+
 PLAIN = Mutant._field_defaults["case"]
 GATHERED = PLAIN._replace(positions="int64 bs", outside="nan")
 ON_AXES = PLAIN._replace(positions="int64 3bs", outside="nan", sizes=(2, 40, 3, 1))
@@ -182,6 +193,11 @@ TWO_ROWS = PLAIN._replace(interleaved=True, sizes=(2, 5, 4, 2))  # of one thread
 COMPUTED = PLAIN._replace(form="frequencies", sizes=(2, 40, 3, 1))
 NORMAL = PLAIN._replace(norm="head", weights="float32", sizes=(2, 5, 4, 2))
 OF_TOKENS = NORMAL._replace(norm="heads", dtype="float16", sizes=(1, 9, 8, 4))
+ROUNDED = NORMAL._replace(dtype="bfloat16", library="torch", round_norm=True, sizes=(2, 50, 4, 2))
+BY_ELEMENT = PLAIN._replace(form="elementwise")
+TRANSPOSED = BY_ELEMENT._replace(conjugate=True)
+DENSE = PLAIN._replace(form="matrices")
+STRIDED = DENSE._replace(table_style="transposed")
 UNWRITTEN = PLAIN._replace(write="out")  # shows: the arrays hold other numbers
 OUT_OF_BOUNDS = "AddressSanitizer: (use-after-poison|SEGV)"
 WRONG = "^(bfloat16|float(8|16|32|64)) at .* expected "
@@ -189,8 +205,8 @@ CHANGED = "what is not rotated must keep its bits"
 MUTANTS = {
     "an index off by one": Mutant(
         "rotary.cu",
-        "args.cos_data + pair *",
-        "args.cos_data + (pair + 1) *",
+        "args.cos_data + to_pair *",
+        "args.cos_data + (to_pair + 1) *",
         OUT_OF_BOUNDS,
         PLAIN._replace(table_style="offset1"),
     ),
@@ -245,6 +261,15 @@ MUTANTS = {
         WRONG,
         PLAIN._replace(positions="int64 offset"),
     ),
+    "a sum that wraps around": OfSums(
+        "positions.cuh", "return high == 0 ?", "return true ?", r"^assert \[0, 1, 2, 3\]"
+    ),
+    "a carry that is lost": OfSums(
+        "positions.cuh",
+        "(low < static_cast<unsigned long long>(number)) -",
+        "-",
+        r"^assert \[None, None, None, None\]",
+    ),
     "a sequence that holds its end": OfManySizes(
         "positions.cuh", "<= token) {", "< token) {", WRONG, PACKED
     ),
@@ -263,7 +288,7 @@ MUTANTS = {
     ),
     "a token counted from the first of all": Mutant(
         "positions.cuh",
-        "return sum_of(token, args.first);",
+        "return token + args.first;",
         "return token;",
         WRONG,
         COMPUTED._replace(positions="int"),
@@ -294,7 +319,7 @@ MUTANTS = {
     "float for double": Mutant(
         "numeric.cuh", "double, float>::Type", "float, float>::Type", WRONG, Case("float64")
     ),
-    "a swapped sign": Mutant("pairs.cuh", "(y, cos, negate(x), sin)", "(y, cos, x, sin)", WRONG),
+    "a swapped sign": Mutant("pairs.cuh", "cos, negate(x), ", "cos, x, ", WRONG),
     "rows that are no rows": Mutant(
         "rotary.cu", "set >= static_cast<unsigned>(tensor.num_sets) ||", "", OUT_OF_BOUNDS
     ),
@@ -345,7 +370,55 @@ MUTANTS = {
         TWO_ROWS._replace(positions="int64 bs", outside="keep", write="out", sizes=(2, 25, 4, 2)),
     ),
     "a rotation forward for backward": Mutant(
-        "pairs.cuh", "kConjugate ? ", "false ? ", WRONG, PLAIN._replace(conjugate=True)
+        "pairs.cuh",
+        "kConjugate ? negate(angles.sin[i + kSecond])",
+        "false ? negate(angles.sin[i + kSecond])",
+        WRONG,
+        PLAIN._replace(conjugate=True),
+    ),
+    "a first element rotated back by its own angle": Mutant(
+        "pairs.cuh", "negate(angles.sin[i + kSecond])", "negate(angles.sin[i])", WRONG, TRANSPOSED
+    ),
+    "a second element rotated back by its own angle": Mutant(
+        "pairs.cuh",
+        "second_sin = kConjugate ? negate(angles.sin[i])",
+        "second_sin = kConjugate ? negate(angles.sin[i + kSecond])",
+        WRONG,
+        TRANSPOSED,
+    ),
+    "a second element by the first one's cosine": Mutant(
+        "pairs.cuh",
+        "difference_of_products(y, second_cos",
+        "difference_of_products(y, cos",
+        WRONG,
+        BY_ELEMENT,
+    ),
+    "the angles of neighbours taken for those of halves": Mutant(
+        "angles.cuh",
+        "const int second = kInterleaved ? 2 * i + 1 : i + kPairs;",
+        "const int second = i + kPairs;",
+        WRONG,
+        BY_ELEMENT._replace(interleaved=True),
+    ),
+    "a row of matrices with the sign of the other": Mutant(
+        "angles.cuh",
+        "negate(matrices.values[4 * i + 1])",
+        "matrices.values[4 * i + 1]",
+        WRONG,
+        DENSE,
+    ),
+    "a sign lost where the numbers of a matrix lie apart": Mutant(
+        "angles.cuh", "negate(m01.values[i])", "m01.values[i]", WRONG, STRIDED
+    ),
+    "the first column of a matrix for the second": Mutant(
+        "angles.cuh", "second_row + args.column", "second_row", WRONG, STRIDED
+    ),
+    "the angles of pairs in turn, of their first elements alone": Mutant(
+        "rotary.cu",
+        "of < Form::kAngles * kPairs; of += kPairs",
+        "of < kPairs; of += kPairs",
+        WRONG,
+        IN_TURN._replace(form="elementwise"),
     ),
     "k's rows by q's heads": Mutant(
         "rotary.cu",
@@ -412,7 +485,7 @@ MUTANTS = {
         "args.weights[which]",
         "args.weights[0]",
         f"{WRONG}|{OUT_OF_BOUNDS}",
-        NORMAL,
+        NORMAL._replace(sizes=(2, 7, 4, 2)),  # with weights of its own
     ),
     "k's mean that of q": Mutant(
         "rotary.cu", "args.share[which]", "args.share[0]", WRONG, OF_TOKENS
@@ -456,10 +529,17 @@ MUTANTS = {
     ),
     "a norm that is not rounded": Mutant(
         "norm.cuh",
-        "return kRounds ?",
+        "return kRoundings > 0 ?",
         "return false ?",
         WRONG,
-        NORMAL._replace(dtype="bfloat16", library="torch", round_norm=True, sizes=(2, 50, 4, 2)),
+        ROUNDED,
+    ),
+    "a norm that is not rounded before its weights": Mutant(
+        "norm.cuh",
+        "return kRoundings == 2 ?",
+        "return false ?",
+        WRONG,
+        ROUNDED._replace(round_norm="before_weight"),
     ),
     "products that are not rounded": Mutant(
         "pairs.cuh",

@@ -27,6 +27,7 @@ except Exception as error:
 
 OPTIONS = (*jit.compile_options(), "-ftz=true")  # CuPy adds the last
 ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
+INDEX = "int", "long long"
 BATCH = 32  # kernels in one compilation
 ON_THE_CPU = {"cupy": "numpy", "torch-cuda": "torch", "dlpack-cuda": "dlpack"}
 
@@ -102,9 +103,9 @@ def test_the_matrix_launches_kernels_of_every_kind(kernels):
     assert (kinds.dtype, kinds.table) == (numbers, numbers | {"frequency"})
     assert kinds.position == {"void", "int", "long long", "Counted"} | {
         f"{kind}<{index}>"
-        for kind in ("Offset", "Packed", "Sections", "Mixed")
+        for kind in ("Offset", "Sections", "Mixed")
         for index in ("int", "long long")
-    }
+    } | {f"Packed<{index}, {begin}>" for index in INDEX for begin in INDEX}
     assert (kinds.interleaved, kinds.conjugate, kinds.eager) == (flags, flags, flags)
     assert {kind.partition("<")[0] for kind in kinds.destination} == {"Outputs", "Slots"}
     assert kinds.tensors == {"2", "3"}
@@ -114,13 +115,16 @@ def test_the_matrix_launches_kernels_of_every_kind(kernels):
     assert (kinds.in_place, kinds.past_l1, kinds.common) == (flags, flags, flags)
     assert kinds.rows >= {"1", "2", "4"}
     assert kinds.pairs == {"1", "2", "4", "8"}
-    steps = {(kernel.table_step, kernel.sin_offset) for kernel in map(template, kernels)}
-    assert steps == {("1", "0"), ("2", "0"), ("2", "1"), ("4", "2")}
+    assert kinds.form == {
+        *("OneAngle<1, 0>", "OneAngle<2, 0>", "OneAngle<2, 1>"),
+        *("ByElement", "Matrices<1>", "Matrices<4>"),
+    }
     assert kinds.pass_run >= {"0", "1", "2", "4", "8"}
 
 
 @pytest.mark.parametrize(
-    "position", ["void", "int", "long long", "Offset<int>", "Packed<int>", "Sections<long long>"]
+    "position",
+    ["void", "int", "long long", "Offset<int>", "Packed<int, int>", "Sections<long long>"],
 )
 @pytest.mark.parametrize("pairing", ["false, false, false, 1, 8", "true, false, false, 2, 4"])
 def test_the_kernels_of_plain_models_leave_room_for_40_warps(pairing, position):
@@ -128,7 +132,7 @@ def test_the_kernels_of_plain_models_leave_room_for_40_warps(pairing, position):
     code = (jit.sources() / "rotary.cu").read_text()
     past_l1 = "false" if position == "void" else "true"
     types = f"bfloat16, float, {position}, NoNorm, Outputs, 2"
-    name = f"rotary_kernel<{types}, {pairing}, 1, 0, 0, true, {past_l1}, true>"
+    name = f"rotary_kernel<{types}, {pairing}, OneAngle<1, 0>, 0, true, {past_l1}, true>"
     log = compiled(code, [name], (*OPTIONS, "-arch=sm_90", "--ptxas-options=-v"))
     (registers,) = re.findall(r"Used (\d+) registers", log)
     assert int(registers) <= 48
@@ -139,7 +143,7 @@ def test_the_kernels_of_plain_models_leave_room_for_40_warps(pairing, position):
 def test_subnormal_numbers_are_not_flushed_to_zero(dtype, table):
     types = f"{dtype}, {table}, {'Counted' if table == 'frequency' else 'void'}"
     types += ", NoNorm, Outputs, 2"
-    name = f"rotary_kernel<{types}, true, true, false, 2, 2, 1, 0, 0, true, false, true>"
+    name = f"rotary_kernel<{types}, true, true, false, 2, 2, OneAngle<1, 0>, 0, true, false, true>"
     code = ptx((jit.sources() / "rotary.cu").read_text(), name, (*OPTIONS, "-arch=compute_80"))
     instructions = re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.]*)\s", code, re.MULTILINE)
     assert any(instruction.startswith("fma.rn.f") for instruction in instructions)
@@ -171,15 +175,21 @@ CACHE = [*CACHE_FIELDS, "slots", "scales[0]", "scales[1]"]
 
 
 @pytest.mark.parametrize(
-    ("norm", "destination", "tensors", "behind"),
+    ("form", "norm", "destination", "tensors", "behind"),
     [
-        ("NoNorm", "Outputs", 2, []),
-        ("RmsNorm<float, 0, 8, false, true>", "Outputs", 2, NORM),
-        ("NoNorm", "Slots<int, float8_e5m2>", 3, CACHE),
-        ("RmsNorm<double, 128, 32, true, false>", "Slots<int, bfloat16>", 3, NORM + CACHE),
+        ("OneAngle<1, 0>", "NoNorm", "Outputs", 2, []),
+        ("ByElement", "NoNorm", "Outputs", 2, []),
+        ("Matrices<4>", "RmsNorm<float, 0, 8, false, 1>", "Outputs", 2, NORM),
+        ("OneAngle<2, 1>", "NoNorm", "Slots<int, float8_e5m2, double>", 3, CACHE),
+        (
+            *("Matrices<1>", "RmsNorm<double, 128, 32, true, 0>", "Slots<int, bfloat16, float>", 3),
+            [*NORM, *CACHE, "column"],
+        ),
     ],
 )
-def test_the_argument_block_is_packed_as_the_kernel_reads_it(norm, destination, tensors, behind):
+def test_the_argument_block_is_packed_as_the_kernel_reads_it(
+    form, norm, destination, tensors, behind
+):
     """Every name of test_plan's fields is found where its integer is packed."""
     pointers = [f"{side}[{i}]" for side in ("x", "out") for i in range(tensors)]
     last = [f"position_arguments.{name}" for name in ("cu_seqlens", "first")]
@@ -191,6 +201,6 @@ def test_the_argument_block_is_packed_as_the_kernel_reads_it(norm, destination, 
     size = 8 * len(fields)
     checks.append(f'static_assert(sizeof(Block) == {size}, "size");')
     checks.append(f'static_assert(kAccessBytes == {ACCESS_BYTES}, "the widest access");')
-    block = f"Arguments<bfloat16, float, {norm}, {destination}, {tensors}>"
+    block = f"Arguments<bfloat16, float, {form}, {norm}, {destination}, {tensors}>"
     code = f'#include "rotary.cu"\nusing Block = {block};\n' + "\n".join(checks)
     compiled(code, [], (*OPTIONS, "-arch=sm_90"))
