@@ -190,10 +190,15 @@ def checked_norm(norm: object, eps: Any, weight_offset: Any, round_norm: object)
         )
     if not (isinstance(round_norm, bool) or round_norm == BEFORE_WEIGHT):
         raise ValueError(f"round_norm must be True, False or {BEFORE_WEIGHT!r}, got {round_norm!r}")
-    eps = _number("eps", eps)
+    eps, weight_offset = _number("eps", eps), _number("weight_offset", weight_offset)
     if eps < 0:
         raise ValueError(f"eps must be 0 or more, got {eps}")
-    return Norm(str(norm), eps, _number("weight_offset", weight_offset), round_norm)
+    for name, number in (("eps", eps), ("weight_offset", weight_offset)):
+        if abs(number) > MOST:
+            raise ValueError(
+                f"{name} must be at most {MOST:.6g}, the largest float32, got {number}"
+            )
+    return Norm(str(norm), eps, weight_offset, round_norm)
 
 
 @_remembered
@@ -226,8 +231,6 @@ def _number(name: str, value: Any) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
-    if abs(number) > MOST:
-        raise ValueError(f"{name} must be at most {MOST:.6g}, the largest float32, got {value}")
     return number
 
 

@@ -753,7 +753,7 @@ def _verify_once(case: Case) -> list[Error]:
             if case.form == "frequencies" and FORMATS[case.dtype].tolerance is None:
                 # Where a pair turns onto an axis, a result is next to nothing, and no nearer to it
                 # than the angle's cosine and sine are.
-                off = off + COMPUTED_ERROR * pair_norms(exact, case.interleaved) * (j == 0)
+                off = off + (COMPUTED_ERROR * pair_norms(exact, case.interleaved) if j == 0 else 0)
             near = (rounded(exact - off, case.dtype) <= actual) & (
                 actual <= rounded(exact + off, case.dtype)
             )

@@ -96,7 +96,10 @@ def test_positions_are_as_those_of_a_table_without_an_end(library):
         (given, {"positions": held(given)}, {}),
         (count + offsets[:, None], {"seqlen_offsets": held(offsets)}, {}),
         (axes, {"positions": held(axes)}, section),
-        (axes, {"positions": held(axes)}, section | {"mrope_interleaved": True}),
+        (
+            *(axes, {"positions": held(axes)}),
+            {"mrope_section": (12, 11, 9), "mrope_interleaved": True},
+        ),
     ):
         for outside in ("nan", "keep"):
             options = options | {"out_of_range": outside}
