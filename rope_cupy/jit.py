@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .environment import cache_fault, cupy, driver, explained
+from .environment import cache_fault, cupy, driver, explained, load_nvrtc
 from .plan import LaunchPlan
 from .recall import keep
 
@@ -59,6 +59,7 @@ def kernel(name: str, device: int) -> Any:
 def _compiled(name: str) -> Any:
     """Return a kernel by way of CuPy's cache on the disk, past it where the disk fails."""
     code, options = (sources() / "rotary.cu").read_text(encoding="utf-8"), compile_options()
+    load_nvrtc()
     try:
         module = cupy().RawModule(code=code, options=options, name_expressions=[name])
         return module.get_function(name).kernel
