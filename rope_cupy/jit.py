@@ -23,14 +23,11 @@ _not_warned = threading.Lock()  # acquired for good by the one who warns that no
 
 @cache
 def sources() -> Path:
-    """Return the folder of the kernels: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parent
-    for folder in (package / "kernels", package.parent / "kernels"):
-        if (folder / "rotary.cu").is_file():
-            return folder
-    raise ImportError(
-        f"rope_cupy's kernels are missing: no kernels/rotary.cu in {package} or beside it"
-    )
+    """Return the folder of the kernels, to which a checkout has a link in the package."""
+    folder = Path(__file__).parent / "kernels"
+    if not (folder / "rotary.cu").is_file():
+        raise ImportError(f"rope_cupy's kernels are missing: {folder} must hold rotary.cu")
+    return folder
 
 
 def compile_options() -> tuple[str, ...]:
