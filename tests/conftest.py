@@ -120,6 +120,19 @@ def kernels_on_the_cpu(
         yield
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Fail a test marked host_cuda that has passed without running a kernel."""
+    result = yield
+    if pyfuncitem.get_closest_marker("host_cuda"):
+        launched, none = host_cuda.launched, pyfuncitem.get_closest_marker("launches_nothing")
+        if none and launched:
+            pytest.fail(f"a test marked launches_nothing has launched {launched[0]}")
+        if not none and not launched:
+            pytest.fail("a test marked host_cuda has launched no kernel")
+    return result
+
+
 @pytest.fixture
 def record(
     request: pytest.FixtureRequest, record_property: Callable[[str, Any], None]

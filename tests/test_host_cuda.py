@@ -31,6 +31,7 @@ def test_a_call_of_any_kind_is_right(case, record):
     record(case.kind, *verify(case))
 
 
+@pytest.mark.launches_nothing
 def test_the_kernel_compiles_without_a_warning(tmp_path):
     types = "bfloat16, float, int, NoNorm, Outputs, 2"
     kernel = f"rotary_kernel<{types}, true, false, false, 2, 4, 1, 0, 8, false, false, false>"

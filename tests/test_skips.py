@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import host_cuda
 import pytest
 from conftest import packages_that_tests_use, why_no_gpu
 
@@ -135,3 +136,49 @@ def test_a_module_that_cannot_be_imported_for_another_reason_is_an_error(tmp_pat
     )
     assert status == pytest.ExitCode.INTERRUPTED
     assert said.count("ERROR ") >= 2, said
+
+
+ON_THE_CPU = """
+import numpy as np
+import pytest
+import rope_cupy
+
+pytestmark = pytest.mark.host_cuda
+
+def rotate():
+    x = np.ones((1, 1, 2), np.float32)
+    assert rope_cupy.apply_rotary(x, (x[0, :, :1], x[0, :, :1]))[0, 0, 1] == 2
+
+def test_that_launches():
+    rotate()
+
+def test_that_launches_none():
+    pass
+
+@pytest.mark.launches_nothing
+def test_that_is_to_launch_none():
+    pass
+
+@pytest.mark.launches_nothing
+def test_that_is_to_launch_none_and_does():
+    rotate()
+
+def test_that_is_skipped():
+    pytest.skip("for want of something")
+"""
+
+
+@pytest.mark.skipif(host_cuda.why_not() is not None, reason="no kernels on the CPU here")
+def test_a_test_of_a_kernel_fails_where_none_has_run(tmp_path):
+    (tmp_path / "test_kernels.py").write_text(ON_THE_CPU)
+    arguments = ["-c", str(ROOT / "setup.cfg"), "-p", "conftest", "-rA", str(tmp_path)]
+    path = f"{ROOT / 'tests'}{os.pathsep}{ROOT}"
+    said = output_of(*arguments, PYTHONPATH=path)
+    outcomes = re.findall(r"^(PASSED|FAILED) \S*::test_that_(\w+)", said, re.M)
+    assert sorted(outcomes) == [
+        ("FAILED", "is_to_launch_none_and_does"),
+        ("FAILED", "launches_none"),
+        ("PASSED", "is_to_launch_none"),
+        ("PASSED", "launches"),
+    ], said
+    assert "1 skipped" in said
