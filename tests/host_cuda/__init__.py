@@ -48,7 +48,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 BASE = 0x2000_0000_0000  # far from where Linux puts anything
 PAGE = 4096
 
-launched: list[str] = []  # the kernels that `rotate` has run
+launched: list[str] = []  # the kernels that have run, whatever came of it
 
 
 class KernelError(Exception):
@@ -113,7 +113,6 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
     )
     source = jit.sources() / "rotary.cu"
     run(source, plan.kernel, plan.grid, plan.block, plan.argument_block(moved), arrays)
-    launched.append(plan.kernel)
 
 
 def arrays_of(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
@@ -255,6 +254,7 @@ def run(
     ranges[:, 0] += _move(ranges[:, 0], *_places(arrays))
     job = b"".join([header, argument_block, ranges.tobytes(), before.tobytes()])
     done = subprocess.run(build(source, kernel), input=job, capture_output=True, env=_settings())
+    launched.append(kernel)
     if done.returncode:
         raise KernelError(f"{kernel}\n{done.stderr.decode(errors='replace')}")
 
