@@ -21,7 +21,7 @@ from .frequencies import (
 )
 
 if TYPE_CHECKING:
-    from .frequencies import Frequencies
+    from .frequencies.rules import Frequencies
 
 SHOWN = 8  # pairs, evenly spaced, and the last
 
