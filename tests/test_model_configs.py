@@ -336,7 +336,7 @@ def transformers_answer(model, layer_type, seq_len):
         function = rotary_class(type(config).__module__).compute_ntk_alpha_rope_parameters
     else:
         function = functools.partial(ROPE_INIT_FUNCTIONS[given["rope_type"]], seq_len=seq_len)
-    inv_freq, attention_scaling = function(config, device="cpu", **layers)
+    inv_freq, attention_scaling = function(config, **layers)
     return inv_freq.double().numpy(), attention_scaling
 
 

@@ -13,6 +13,7 @@ from .models import (
     OTHER_ROTATIONS,
     POSITION_TYPE_DECIDES,
     SEVERAL_AXES,
+    SHARE_DECIDES,
 )
 from .rules import (
     as_length,
@@ -436,9 +437,17 @@ def _quotient(max_position: Any, original: Any) -> float | None:
 
 def _rotary_dim(config: Any, partial_rotary_factor: float) -> int:
     told = read(config, "rotary_dim", "qk_rope_head_dim")
-    if told:
-        return few_elements("rotary_dim", told)
-    return partial_rotary_dim(head_dim_of(config), partial_rotary_factor)
+    if not told:
+        return partial_rotary_dim(head_dim_of(config), partial_rotary_factor)
+    rotary_dim = few_elements("rotary_dim", told)
+    if model_type_of(config) in SHARE_DECIDES:
+        share = partial_rotary_dim(head_dim_of(config), partial_rotary_factor)
+        if rotary_dim != share:
+            raise ValueError(
+                f"rotary_dim must be head_dim * partial_rotary_factor = {share}, which is what "
+                f"transformers rotates of {model_type_of(config)!r}, got {rotary_dim}"
+            )
+    return rotary_dim
 
 
 def _shown(value: object) -> str:

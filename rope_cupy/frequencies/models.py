@@ -23,6 +23,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     **{model_type: {} for model_type in PLAIN.split()},
     "afmoe": {"head_dim": 128},
     "apertus": {
+        "rope_theta": 12000000.0,
         "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 12000000.0,
@@ -30,7 +31,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8192,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
-        }
+        },
     },
     "axk1": {"qk_rope_head_dim": 64},
     "axk2": {"qk_rope_head_dim": 32},
@@ -49,10 +50,10 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "blt_local_encoder": {"rope_theta": 500000.0},
     "cohere": {"rope_theta": 500000.0},
     "cohere2_moe": {"head_dim": 128},
-    "cosmos3_edge_text": {"head_dim": 128, "rope_theta": 100000000.0},
     "csm": {"rope_theta": 500000.0},
     "csm_depth_decoder_model": {"rope_theta": 500000.0},
     "cwm": {
+        "rope_theta": 1000000.0,
         "head_dim": 128,
         "rope_parameters": {
             "rope_theta": 1000000.0,
@@ -87,6 +88,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "glmasr_encoder": {"partial_rotary_factor": 0.5},
     "gpt_neox": {"rotary_pct": 0.25},
     "gpt_oss": {
+        "rope_theta": 150000.0,
         "head_dim": 64,
         "rope_parameters": {
             "rope_type": "yarn",
@@ -136,17 +138,6 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"rope_theta": 1000000.0},
     "lfm2_moe": {"rope_theta": 1000000.0},
-    "lfm3": {
-        "head_dim": 128,
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-            "full_attention": {
-                "rope_type": "proportional",
-                "rope_theta": 1000000.0,
-                "partial_rotary_factor": 0.5,
-            },
-        },
-    },
     "llama4_text": {"rope_theta": 500000.0, "head_dim": 128},
     "longcat_flash": {"qk_rope_head_dim": 64, "rope_theta": 10000000.0},
     "mellum": {
@@ -174,7 +165,6 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "minicpm3": {"qk_rope_head_dim": 32},
     "minimax": {"rope_theta": 1000000.0},
     "minimax_m2": {"rope_theta": 5000000.0, "head_dim": 128},
-    "minimax_m3_vl_text": {"rotary_dim": 64, "rope_theta": 5000000.0},
     "ministral3": {
         "head_dim": 128,
         "rope_parameters": {
@@ -193,33 +183,13 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "modernbert": {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0},
     "modernbert-decoder": {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0},
     "molmo2_text": {"head_dim": 128},
-    "moonshine": {"partial_rotary_factor": 0.9},
-    "moonshine_streaming": {"partial_rotary_factor": 0.8},
     "muse_glimmer_assistant": {"head_dim": 128, "rope_theta": 500000.0},
     "muse_glimmer_text": {"head_dim": 128},
-    "muse_spark_text": {"head_dim": 64, "rope_theta": 500000.0},
     "nemotron": {"partial_rotary_factor": 0.5, "head_dim": 128},
-    "nemotron3_5_transcribe_asr_audio": {"partial_rotary_factor": 0.5},
-    "nemotron3_5_transcribe_word_timestamp": {"partial_rotary_factor": 0.5},
     "neucodec": {"head_dim": 64},
     "nomic_bert": {"rope_theta": 1000.0},
     "olmo3": {"rope_theta": 500000.0},
-    "openai_privacy_filter": {
-        "head_dim": 64,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "factor": 32.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-            "original_max_position_embeddings": 4096,
-            "rope_theta": 150000.0,
-        },
-    },
     "paddleocr_vl_text": {"head_dim": 128, "rope_theta": 500000.0},
-    "pe_audio_encoder": {"head_dim": 128, "rope_theta": 20000},
-    "pe_audio_video_encoder": {"head_dim": 128, "rope_theta": 20000},
-    "pe_video_encoder": {"head_dim": 128, "rope_theta": 20000},
     "persimmon": {"partial_rotary_factor": 0.5},
     "phi": {"partial_rotary_factor": 0.5},
     "phimoe": {"rope_theta": 1000000.0},
@@ -246,7 +216,6 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "t5gemma2_decoder": {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "head_dim": 256},
     "t5gemma2_text": {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "head_dim": 256},
     "timesfm2_5": {"head_dim": 80},
-    "ultrabert": {"global_rope_theta": 2560000.0, "local_rope_theta": 10000.0},
     "vaultgemma": {"head_dim": 256},
     "voxtral_realtime_encoder": {"head_dim": 64},
     "xcodec2": {"head_dim": 64},
@@ -297,6 +266,9 @@ OTHER_ROTATIONS = {
     "musicflamingo": "whose rope_parameters are of its audio's times: pass its text_config",
     "vjepa2": "in which the two elements of a pair have angles of their own",
 }
+
+# Models that rotate by their partial_rotary_factor, whatever their rotary_dim says.
+SHARE_DECIDES = frozenset(["minimax_m3_vl_text"])
 
 # The builders of rope_cupy.diffusion, by the class that a config of diffusers names.
 DIFFUSERS_BUILDERS = {
