@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import tensor
-from .checks import count, described
+from .checks import as_float, count, described
 from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
 from .problem import ANY_POSITION, FREQUENCY, TableSpec, check_dtype
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
 
 COMPLEX_PARTS = {"complex64": "float32", "complex128": "float64"}
 TURNS_PER_RADIAN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A566  # in units of 2^-160
+MOST_SCALE = float(np.finfo(np.float32).max)  # of cosines and sines, which are kept in float32
 MOST_RADIANS = 2**64  # of a frequency whose turns those digits are enough for
 
 
@@ -126,9 +127,9 @@ class RotaryTable:
         off by 1e-7 at most, up to the position 1,000,000 and on; where q is float64, and on the
         CPU, by 1e-12 there.
 
-        Raises TypeError or ValueError when `inv_freq` is not finite numbers of one axis,
-        `num_positions` not an int of 0 or more (or given with ``precompute=False``), or
-        `attention_scaling` not a finite number.
+        Raises TypeError or ValueError when `inv_freq` is not finite numbers of one axis, or gives
+        angles that are not, `num_positions` not an int of 0 or more (or given with
+        ``precompute=False``), or `attention_scaling` not a number that is finite in float32.
 
         >>> import numpy as np
         >>> from rope_cupy.frequencies import inverse_frequencies
@@ -150,14 +151,21 @@ class RotaryTable:
             raise TypeError(
                 f"attention_scaling must be a number, got {described(attention_scaling)}"
             )
-        if not math.isfinite(attention_scaling):
-            raise ValueError(f"attention_scaling must be finite, got {attention_scaling}")
-        radians = _radians(inv_freq)
+        scale, radians = as_float(attention_scaling), _radians(inv_freq)
+        if not abs(scale) <= MOST_SCALE:
+            raise ValueError(
+                f"attention_scaling must be finite in float32, got {attention_scaling}"
+            )
         if not precompute:
-            words = _frequency_words(radians, float(attention_scaling))
+            words = _frequency_words(radians, scale)
             return cls._own(_frequencies, tensor.placed(words, like))
         positions = np.arange(num_positions, dtype=np.float64)[:, None]
-        return cls._computed(like, float(attention_scaling), positions, radians)
+        if not math.isfinite(float(np.abs(radians).max()) * max(positions.size - 1, 0)):
+            raise ValueError(
+                "inv_freq must give angles that are finite in float64 at every position, got "
+                f"{np.abs(radians).max()} radians for {positions.size} positions"
+            )
+        return cls._computed(like, scale, positions, radians)
 
     @classmethod
     def from_config(
@@ -201,7 +209,7 @@ class RotaryTable:
         video, say, by `rope_cupy.frequencies.axial`. Cosines and sines are computed in float64 and
         stored as float32, in the library and on the device of the array `like`.
 
-        Raises TypeError or ValueError when `angles` is no such array.
+        Raises TypeError or ValueError when `angles` is no such array of finite numbers.
 
         >>> import numpy as np
         >>> x = np.zeros((4, 1, 8), np.float32)
@@ -210,6 +218,8 @@ class RotaryTable:
         """
         if not isinstance(angles, np.ndarray) or angles.dtype != np.float64:
             raise TypeError(f"angles must be a NumPy array of float64, got {described(angles)}")
+        if not np.isfinite(angles).all():
+            raise ValueError("angles must be finite, got an infinity or NaN")
         return cls._computed(like, 1.0, angles)
 
     @classmethod
@@ -470,13 +480,16 @@ def _radians(inv_freq: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
         tensor.check_gradient("inv_freq", inv_freq)
         values = np.asarray(array.library.download(inv_freq), np.float64)
     elif _is_sequence_of_numbers(inv_freq):
-        values = np.array([float(value) for value in inv_freq])
+        values = np.array([as_float(value) for value in inv_freq])
     else:
         raise TypeError(f"inv_freq must be an array or a sequence of numbers, got {inv_freq!r}")
     if values.ndim != 1 or not values.size:
         raise ValueError(
             f"inv_freq must have one axis, of rotary_dim / 2 numbers, got shape {values.shape}"
         )
+    if not np.isfinite(values).all():
+        odd = values[~np.isfinite(values)][0]
+        raise ValueError(f"inv_freq must be finite in float64, got {odd}")
     return values
 
 

@@ -81,9 +81,9 @@ def flux2_library(device):
     return halved(transformer("transformer_flux2").Flux2PosEmbed(2000, [32, 32, 32, 32])(ids))
 
 
-def qwen_library(grids, text_length, scale_rope=True):
+def qwen_library(grids, text_length, scale_rope=True, module="QwenEmbedRope"):
     def library(device):
-        rope = transformer("transformer_qwenimage").QwenEmbedRope
+        rope = getattr(transformer("transformer_qwenimage"), module)
         rope = rope(theta=10000, axes_dim=[16, 56, 56], scale_rope=scale_rope)
         image, text = rope([grids], device=torch.device(device), max_txt_seq_len=text_length)
         return parts(torch.cat([text, image]))
@@ -95,6 +95,7 @@ def text_at(first, length):
     return [(first + step,) * 3 for step in range(length)]
 
 
+LAYERED = "QwenEmbedLayer3DRope"
 QWEN_EDIT = [(1, 83, 83), (1, 61, 96)]
 QWEN_EDIT_POINTS = grid(1, 83, 83, start=(0, -42, -42)) + grid(1, 61, 96, start=(1, -31, -48))
 
@@ -276,6 +277,28 @@ CASES = {
         built(diffusion.qwen_image, (2, 30, 40), 20, scale_rope=False),
         turned(text_at(40, 20) + grid(2, 30, 40), AXES, 10000),
         qwen_library([(2, 30, 40)], 20, scale_rope=False),
+    ),
+    "qwen image layered": Case(
+        built(diffusion.qwen_image_layered, [(1, 40, 30), (1, 40, 30), (1, 20, 50)], 60),
+        turned(
+            text_at(25, 60)
+            + grid(1, 40, 30, start=(0, -20, -15))
+            + grid(1, 40, 30, start=(1, -20, -15))
+            + grid(1, 20, 50, start=(-1, -10, -25)),
+            AXES,
+            10000,
+        ),
+        qwen_library([(1, 40, 30)] * 2 + [(1, 20, 50)], 60, module=LAYERED),
+    ),
+    "qwen image layered, more layers than patches": Case(
+        built(diffusion.qwen_image_layered, [(1, 3, 2)] * 9, 5, scale_rope=False),
+        turned(
+            text_at(8, 5)
+            + [point for layer in [*range(8), -1] for point in grid(1, 3, 2, start=(layer, 0, 0))],
+            AXES,
+            10000,
+        ),
+        qwen_library([(1, 3, 2)] * 9, 5, scale_rope=False, module=LAYERED),
     ),
     "wan": Case(
         built(diffusion.wan, (3, 45, 80)),  # 720p
@@ -506,7 +529,7 @@ REFUSED = [
     (ValueError, "dims", r"\(8, 8\)", lambda: diffusion.z_image((1, 2, 3), 4, like=X, dims=(8, 8))),
     (ValueError, "base", "-1", lambda: diffusion.wan((1, 2, 3), like=X, base=-1)),
     (TypeError, "base", "'a'", lambda: diffusion.ltx_video((1, 2, 3), like=X, base="a")),
-    (TypeError, "base", r"\(1, 2, 3\)", lambda: diffusion.wan((1, 2, 3), like=X, base=(1, 2, 3))),
+    (TypeError, "base", "a tuple of 3", lambda: diffusion.wan((1, 2, 3), like=X, base=(1, 2, 3))),
     (
         ValueError,
         "compute_dtype",
@@ -526,6 +549,13 @@ REFUSED = [
     (ValueError, "grid", "2 rows", lambda: diffusion.wan([(1, 2, 3), (1, 2, 3)], like=X)),
     (ValueError, "grid", r"\(4, 3\)", lambda: diffusion.ltx_video(np.zeros((4, 3)), like=X)),
     (ValueError, "grids", r"\[\]", lambda: diffusion.qwen_image([], 4, like=X)),
+    (ValueError, "grids", "1 rows", lambda: diffusion.qwen_image_layered((1, 2, 3), 4, like=X)),
+    (
+        ValueError,
+        "grids",
+        "last of 2 frames",
+        lambda: diffusion.qwen_image_layered([(1, 2, 3), (2, 2, 3)], 4, like=X),
+    ),
     (ValueError, "grids", "3 by 4", lambda: diffusion.qwen2_vl_vision((1, 3, 4), like=X)),
     (ValueError, "text_length", "-1", lambda: diffusion.qwen_image((1, 2, 3), -1, like=X)),
     (TypeError, "text_length", "4.0", lambda: diffusion.lumina2((2, 3), 4.0, like=X)),

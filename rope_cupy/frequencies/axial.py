@@ -119,7 +119,7 @@ class AxialRotation(NamedTuple):
         """Return the positions on an axis of a grid where its size is given."""
         if not isinstance(axis, int | np.integer):
             return axis
-        steps = _steps(axis)
+        steps = _steps(axis, axis)
         return (2 * steps + 1) / len(steps) - 1 if self.first is None else steps + self.first
 
 
@@ -198,16 +198,15 @@ def _axes_of(config: Any) -> tuple[Any, Axes]:
 
 
 def _head_dim(config: Any) -> int:
-    width = read(config, "memory_attention_hidden_size")
-    if width is not None:  # SAM 2 Video and its like rotate in their memory's attention alone
-        parts = read(config, "memory_attention_downsample_rate", otherwise=1)
-        heads = read(config, "memory_attention_num_attention_heads", otherwise=1)
-        counts = index("memory_attention_downsample_rate", parts), index("heads", heads)
-        return few_elements("head_dim", index("width", width) // max(math.prod(counts), 1))
-    width = read(config, "embed_dim")  # Qwen2-VL, whose hidden_size is that of its text
+    memory = "memory_attention_hidden_size"  # of SAM 2 Video and its like, where they rotate
+    if (width := read(config, memory)) is not None:
+        parts = "memory_attention_downsample_rate", "memory_attention_num_attention_heads"
+        counts = [index(part, read(config, part, otherwise=1)) for part in parts]
+        return few_elements("head_dim", index(memory, width) // max(math.prod(counts), 1))
+    width = read(config, "embed_dim")  # of Qwen2-VL, whose hidden_size is that of its text
     if width is not None and read(config, "head_dim") is None:
-        heads = max(index("num_heads", read(config, "num_heads", "num_attention_heads")), 1)
-        return few_elements("head_dim", index("embed_dim", width) // heads)
+        heads = index("num_heads", read(config, "num_heads", "num_attention_heads"))
+        return few_elements("head_dim", index("embed_dim", width) // max(heads, 1))
     return head_dim_of(config)
 
 
@@ -234,7 +233,9 @@ def _points(positions: Any, num_axes: int) -> NDArray[np.float64]:
         if len(positions) != num_axes:
             raise ValueError(f"positions must be of {num_axes} axes, as dims, got {positions}")
         axes = [
-            _steps(axis) if isinstance(axis, int | np.integer) else real_numbers("positions", axis)
+            _steps(axis, positions)
+            if isinstance(axis, int | np.integer)
+            else real_numbers("positions", axis)
             for axis in positions
         ]
         points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
@@ -251,9 +252,9 @@ def _points(positions: Any, num_axes: int) -> NDArray[np.float64]:
     return points.astype(np.float64)
 
 
-def _steps(size: Any) -> NDArray[np.float64]:
-    """Return 0 .. size - 1."""
+def _steps(size: Any, positions: Any) -> NDArray[np.float64]:
+    """Return 0 .. size - 1 for an axis of `positions`."""
     number = index("positions", size)
     if not 0 <= number < MOST_STEPS:
-        raise ValueError(f"positions must be 0 or more on each axis, below 2^31, got {number}")
+        raise ValueError(f"positions must be 0 or more on each axis, below 2^31, got {positions}")
     return np.arange(number, dtype=np.float64)

@@ -157,7 +157,7 @@ def rotary_parameters(config: Any, *, layer_type: str | None = None) -> RotaryPa
     RotaryParameters(rope_type='default', rotary_dim=8, base=10000.0, options={}, max_position=2048)
     """
     config = part_that_rotates(config)
-    given = _of_layer_type(_given(config), layer_type)
+    given = _of_layer_type(rope_parameters(config), layer_type)
     config = _as_layers_see_it(config, layer_type)
     rope_type = _rope_type(given)
     max_position = read(config, "max_position_embeddings", "n_positions")
@@ -198,7 +198,7 @@ def layer_types(config: Any) -> tuple[str | None, ...]:
     >>> layer_types({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}})
     ('full_attention',)
     """
-    given = _given(part_that_rotates(config))
+    given = rope_parameters(part_that_rotates(config))
     return tuple(layer_type for layer_type, parameters in given.items() if parameters is not None)
 
 
@@ -258,7 +258,7 @@ def head_dim_of(config: Any) -> int:
     head_dim = read(config, "head_dim", "kv_channels", "attention_head_dim")
     if head_dim is None:
         hidden_size = read(config, "hidden_size", "n_embd")
-        num_heads = read(config, "num_attention_heads", "n_head")
+        num_heads = read(config, "num_attention_heads", "n_head", "num_heads")
         if hidden_size is None or not num_heads:
             raise ValueError(
                 "config must have head_dim, or hidden_size and num_attention_heads, got "
@@ -314,6 +314,8 @@ def _refuse_another_rotation(config: Any) -> None:
     class_name = config.get("_class_name") if isinstance(config, Mapping) else None
     if isinstance(class_name, str):
         builder = DIFFUSERS_BUILDERS.get(class_name)
+        if builder == "qwen_image" and config.get("use_layer3d_rope"):
+            builder = "qwen_image_layered"
         raise ValueError(
             "config must be that of a language model, got diffusers' "
             f"{class_name!r}, whose table rope_cupy.diffusion.{builder} makes"
@@ -352,8 +354,8 @@ def _parts_that_rotate(config: Any) -> str:
     return f": pass its {' or '.join(parts)}" if parts else ""
 
 
-def _given(config: Any) -> dict[str | None, Mapping[str, Any] | None]:
-    """Return the rope parameters of each layer type, or of None for all layers.
+def rope_parameters(config: Any) -> dict[str | None, Mapping[str, Any] | None]:
+    """Return the rope parameters of each layer type, by None those of all layers.
 
     None stands for the parameters of layers without a rotation.
     """

@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     Frequencies = NDArray[np.float64]
 
 
+MOST_TOKENS = 2**63  # of a sequence: that of the greatest positions
+
+
 def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> Frequencies:
     """Return base ** (-2 i / rotary_dim) of each pair i, in radians per position.
 
@@ -49,7 +52,7 @@ def partial_rotary_dim(head_dim: int, partial_rotary_factor: float) -> int:
     """
     head_dim = index("head_dim", head_dim)
     factor = positive("partial_rotary_factor", partial_rotary_factor)
-    rotary_dim = int(head_dim * factor)
+    rotary_dim = int(head_dim * min(factor, 1.0))
     if factor > 1 or rotary_dim <= 0 or rotary_dim % 2:
         raise ValueError(
             "partial_rotary_factor must be in (0, 1] and turn a positive even number of the "
@@ -195,7 +198,7 @@ def yarn(
 
     first, last = pair_that_turns(fast), pair_that_turns(slow)
     if truncate:
-        first, last = math.floor(first), math.ceil(last)
+        first, last = float(np.floor(first)), float(np.ceil(last))
     first, last = max(first, 0), min(last, rotary_dim - 1)
     width = last - first or 0.001
     interpolated = np.clip((np.arange(len(inv_freq)) - first) / width, 0, 1)
@@ -291,7 +294,8 @@ def llama3(
     slower = linear(rotary_dim, base, factor=factor)
     original = positive("original_max_position", original_max_position)
     turns = finite("original_max_position", original, lambda: inv_freq * original) / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1) if high > low else turns >= low
+    with np.errstate(over="ignore"):  # where low and high are all but one number
+        kept = np.clip((turns - low) / (high - low), 0, 1) if high > low else turns >= low
     return slower * (1 - kept) + inv_freq * kept
 
 
@@ -382,7 +386,13 @@ def _yarn_scaling(
         scaling = growth + 1
         if over is not None and under is not None:
             scaling = (over * growth + 1) / (under * growth + 1)
-    return scaling * (1.0 if multiple is None else multiple)
+    scaling *= 1.0 if multiple is None else multiple
+    if not math.isfinite(scaling):
+        raise ValueError(
+            "mscale, mscale_all_dim and attn_factor must give an attention scaling that is finite "
+            f"in float64, got {mscale}, {mscale_all_dim} and {attn_factor}"
+        )
+    return scaling
 
 
 def finite(name: str, value: object, compute: Callable[[], Frequencies]) -> Frequencies:
@@ -408,8 +418,8 @@ def _optional(name: str, value: Any) -> float | None:
 
 def as_length(seq_len: object) -> int | None:
     length = None if seq_len is None else index("seq_len", seq_len, "None or an int")
-    if length is not None and length < 0:
-        raise ValueError(f"seq_len must be None or 0 or more, got {length}")
+    if length is not None and not 0 <= length < MOST_TOKENS:
+        raise ValueError(f"seq_len must be None or 0 or more, below 2^63, got {length}")
     return length
 
 
