@@ -181,8 +181,9 @@ class RotaryTable:
         """Compute the table that a Hugging Face config, or its dict, describes.
 
         `rope_cupy.frequencies.from_config` says what is read, and what `seq_len` and `layer_type`
-        mean; the attention scaling of the config's type is in the table. The rest, and errors, are
-        those of `from_inverse_frequencies`.
+        mean, and which configs are refused; the attention scaling of the config's type is in the
+        table. The rest, and errors, are those of `from_inverse_frequencies`. The table of a vision
+        encoder is `from_angles` of `rope_cupy.frequencies.axial_from_config`.
 
         >>> import numpy as np
         >>> scaling = {"rope_type": "linear", "factor": 2.0}

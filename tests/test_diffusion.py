@@ -4,6 +4,7 @@
 anew, and the table that diffusers or transformers computes.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from rope_cupy import RotaryTable, apply_rotary, diffusion
-from rope_cupy.frequencies import axial
+from rope_cupy.frequencies import axial, from_config
+from rope_cupy.frequencies.models import DIFFUSERS_BUILDERS
 from rope_cupy.tables import source_of
 
 LIBRARIES = {
@@ -650,3 +652,39 @@ def test_axial_keeps_the_axes_before_the_tokens():
 def test_what_gives_no_axial_angles_is_refused(error, argument, got, positions, dims, base):
     with pytest.raises(error, match=rf"^{argument} must .*, got .*{got}"):
         axial(positions, dims, base)
+
+
+def test_the_builder_that_is_named_for_a_class_of_diffusers_is_there():
+    models = pytest.importorskip("diffusers.models.transformers")
+    for class_name, builder in DIFFUSERS_BUILDERS.items():
+        assert callable(getattr(models, class_name)) and callable(getattr(diffusion, builder))
+
+
+def test_the_config_of_a_model_of_diffusers_is_refused():
+    models = pytest.importorskip("diffusers.models.transformers")
+    refused = 0
+    for found in vars(models).values():
+        if not inspect.isclass(found) or not hasattr(found, "load_config"):
+            continue
+        arguments = inspect.signature(found.__init__).parameters.values()
+        fields = {each.name: each.default for each in arguments if each.default is not each.empty}
+        with pytest.raises(ValueError, match=r"^config must .* diffusers of"):
+            from_config(fields | {"_class_name": found.__name__})
+        if {"in_channels", "axes_dims_rope"} & fields.keys():
+            refused += 1
+            with pytest.raises(ValueError, match=r"^config must .* diffusers: "):
+                from_config(fields)
+    assert refused >= 30
+
+
+def test_qwen_image_layered_has_its_own_module_and_builder():
+    module = transformer("transformer_qwenimage")
+    model = module.QwenImageTransformer2DModel(
+        num_layers=0, num_attention_heads=1, axes_dims_rope=(4, 6, 6), use_layer3d_rope=True
+    )
+    assert type(model.pos_embed).__name__ == LAYERED
+    with pytest.raises(ValueError, match=r"^config must .* one of diffusers: .* qwen_image"):
+        from_config(model.config)
+    named = dict(model.config) | {"_class_name": type(model).__name__}
+    with pytest.raises(ValueError, match=r"rope_cupy\.diffusion\.qwen_image_layered makes"):
+        from_config(named)

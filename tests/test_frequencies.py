@@ -783,13 +783,13 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 8, "max_position_embeddings":
         ("trained", {"model_type": "mistral_large4_text", "rope_theta": 1e4, **SIZES}),
         ("axial_from_config", {"model_type": "dinov3_vit", "rope_theta": 100.0, **SIZES}),
         ("axial_from_config", {"model_type": "ernie4_5_vl_moe_text", "rope_theta": 5e5, **SIZES}),
-        ("rope_cupy.diffusion.flux makes", {"_class_name": "FluxTransformer2DModel"}),
+        ("rope_cupy.diffusion.flux makes its table", {"_class_name": "FluxTransformer2DModel"}),
         ("rope_cupy.diffusion.qwen_image makes", {"_class_name": "QwenImageTransformer2DModel"}),
         (
             "rope_cupy.diffusion.qwen_image_layered makes",
             {"_class_name": "QwenImageTransformer2DModel", "use_layer3d_rope": True},
         ),
-        ("diffusers' 'SD3Transformer2DModel'", {"_class_name": "SD3Transformer2DModel", **SIZES}),
+        ("diffusers of 'SD3Transformer2DModel'", {"_class_name": "SD3Transformer2DModel", **SIZES}),
     ],
 )
 def test_a_config_without_such_a_rotation_is_refused_with_the_reason(message, config):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..checks import described, index, positive
 from .models import (
     DIFFUSERS_BUILDERS,
+    DIFFUSERS_FIELDS,
     INTERLEAVED,
     MODEL_DEFAULTS,
     OTHER_ROTATIONS,
@@ -311,17 +312,20 @@ def _rotates(config: Any) -> bool:
 
 def _refuse_another_rotation(config: Any) -> None:
     """Refuse a config of a model that does not rotate by one position and these frequencies."""
-    class_name = config.get("_class_name") if isinstance(config, Mapping) else None
-    if isinstance(class_name, str):
-        builder = DIFFUSERS_BUILDERS.get(class_name)
+    if _is_of_diffusers(config):
+        class_name = config.get("_class_name")
+        builder = DIFFUSERS_BUILDERS.get(class_name) if isinstance(class_name, str) else None
         if builder == "qwen_image" and config.get("use_layer3d_rope"):
             builder = "qwen_image_layered"
+        makes = f"rope_cupy.diffusion.{builder} makes its table"
+        if builder is None:
+            makes = (
+                "where it rotates, its table is made by rope_cupy.diffusion (flux, qwen_image, wan "
+                "and others) or of the angles of rope_cupy.frequencies.axial"
+            )
+        named = f" of {class_name!r}" if isinstance(class_name, str) else ""
         raise ValueError(
-            "config must be that of a language model, got diffusers' "
-            f"{class_name!r}, whose table rope_cupy.diffusion.{builder} makes"
-            if builder
-            else f"config must be that of a language model, got diffusers' {class_name!r}: where "
-            "it rotates, its angles are those of rope_cupy.diffusion or rope_cupy.frequencies.axial"
+            f"config must be that of a language model, got one of diffusers{named}: {makes}"
         )
     model_type = model_type_of(config)
     if model_type in OTHER_ROTATIONS:
@@ -334,6 +338,14 @@ def _refuse_another_rotation(config: Any) -> None:
             f"config must be of a model that rotates by one position, got {model_type!r}, which "
             "rotates by several: rope_cupy.frequencies.axial_from_config reads it"
         )
+
+
+def _is_of_diffusers(config: Any) -> bool:
+    if not isinstance(config, Mapping):
+        return False
+    if type(config).__module__.startswith("diffusers.") or "_class_name" in config:
+        return True
+    return not model_type_of(config) and any(field in config for field in DIFFUSERS_FIELDS)
 
 
 def _of_what_model(config: Any) -> str:

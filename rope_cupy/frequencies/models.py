@@ -283,6 +283,12 @@ DIFFUSERS_BUILDERS = {
     "ZImageTransformer2DModel": "z_image",
 }
 
+# Fields of a dict without a model_type that is a config of diffusers.
+DIFFUSERS_FIELDS = (
+    *("_diffusers_version", "_use_default_values", "axes_dims_rope", "axes_dims", "axes_dim"),
+    *("rope_axes_dim", "in_channels", "rope_max_seq_len"),
+)
+
 
 class Axes(NamedTuple):
     """How a model rotates the pairs of a head by the positions of its tokens on several axes."""
