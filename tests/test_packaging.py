@@ -81,7 +81,7 @@ def wheel(checkout):
 
 
 def test_a_wheel_holds_every_module_and_kernel_and_nothing_else(wheel):
-    modules = {f"rope_cupy/{path.name}" for path in ROOT.glob("rope_cupy/*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("rope_cupy/**/*.py")}
     kernels = {f"rope_cupy/kernels/{path.name}" for path in ROOT.glob("kernels/*.cu*")}
     held = set(zipfile.ZipFile(wheel).namelist())
     records = {name for name in held if ".dist-info/" in name}
