@@ -87,10 +87,10 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 //
 // Eight pairs and their angles fill 24 registers. Where all of them can be asked for at once, 1,280
 // threads are enough: else it asks for some of them late, to hold fewer. Where a row is looked for
-// or angles are computed, off the common path or for two angles a pair, 640 are: else it puts a
-// register or two into local memory, to hold fewer.
-template <typename T, typename Table, typename Position, typename Norm, typename Form, int kRows,
-          int kPairs, int kPassRun, bool kCommon>
+// or angles are computed, off the common path, 640 are: else it puts a register or two into local
+// memory, to hold fewer.
+template <typename T, typename Table, typename Position, typename Norm, int kRows, int kPairs,
+          int kPassRun, bool kCommon>
 __device__ constexpr int fewest_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   constexpr bool kIsNew = true;
@@ -106,7 +106,6 @@ __device__ constexpr int fewest_blocks() {
   } else if constexpr (!kIsNew) {
     return 0;
   } else if constexpr (kCommon) {
-    if (Form::kAngles == 2 && PositionsOf<Position>::kSearches) return 1;
     return !kIsDouble<T, Table> && kIsVoid<Position> && kPairs >= 8 ? 2 : 0;
   } else {
     using Positions = PositionsOf<Position>;
@@ -128,7 +127,7 @@ template <typename T, typename Table, typename Position, typename Norm, typename
           int kTensors, bool kInterleaved, bool kConjugate, bool kEager, int kRows, int kPairs,
           typename Form, int kPassRun, bool kInPlace, bool kPastL1, bool kCommon>
 __global__ void __launch_bounds__(
-    Norm::kMostThreads, fewest_blocks<T, Table, Position, Norm, Form, kRows, kPairs, kPassRun, kCommon>())
+    Norm::kMostThreads, fewest_blocks<T, Table, Position, Norm, kRows, kPairs, kPassRun, kCommon>())
     rotary_kernel(
         const __grid_constant__ Arguments<T, Table, Form, Norm, Destination, kTensors> args) {
   using Real = Compute<T, Table>;

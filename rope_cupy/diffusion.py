@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -529,7 +530,8 @@ def _computed(
         return tensor.computed(function, arrays, like)
 
     def there(module: Any) -> tuple[Any, ...]:
-        return function(module, *map(module.asarray, arrays))
+        with module.device("cpu") if _is_torch(module) else nullcontext():
+            return function(module, *map(module.asarray, arrays))
 
     results = tensor.computed(there, (), like)
     return tuple(tensor.placed(_downloaded(result, like), like) for result in results)

@@ -277,7 +277,7 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, pass_run: int) -> 
 
     In the half pairing fewer where the lanes that pass elements through have one access each, or
     angles are dear, or what is written has 8 bits. Fewer too where no tensor moves as many elements
-    at once.
+    at once, and where two angles a pair, in double, would not leave it enough registers.
     """
     most = ACCESS_BYTES // ITEMSIZE[problem.dtype]
     outs = [width for i, width in enumerate(widths.out) if _out_dtype(problem, i) == problem.dtype]
@@ -286,6 +286,8 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, pass_run: int) -> 
     one_access = problem.interleaved or pass_run or _has_dear_angles(problem) or mixed
     one_access = one_access or (problem.cache is not None and problem.cache.dtype in FLOATS_8)
     pairs = widest // 2 if one_access else widest
+    if problem.table_form != ONE_ANGLE and _is_double(problem):
+        pairs = min(pairs, 2)
     ends = problem.section_ends if problem.position_kind == SECTIONS else ()
     return math.gcd(max(1, pairs), problem.rotary_dim // 2, *ends)  # all pairs are of one section
 
