@@ -105,7 +105,7 @@ def by_sequences(q, k, table, rows):
 
 
 def by_axes(q, k, table, rows):
-    sections = {"mrope_section": (8, 12, 12), "mrope_interleaved": True}
+    sections = {"mrope_section": (12, 11, 9), "mrope_interleaved": True}
     q = apply_rotary(q, table, positions=rows["axes"], mrope_section=(16, 8, 8))
     return q, apply_rotary(k, table, positions=rows["axes"], **sections)
 
