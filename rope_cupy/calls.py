@@ -198,10 +198,15 @@ def _counted(
     if seqlen_offsets is not None and not is_array(seqlen_offsets):
         first += index("seqlen_offsets", arrays.pop("seqlen_offsets"), AN_INT_OR_ARRAY)
     there = {name: array for name, array in arrays.items() if array is not None}
-    if first >= 2**63 or first < (-(2**63) if there else 0):
-        wanted = "fit 64 bits" if there else "be 0 or more"
-        raise ValueError(f"positions must {wanted} with seqlen_offsets added, got {first}")
+    check_start(first, bool(there))
     return (*there,), (*there.values(),), first
+
+
+def check_start(first: int, added: bool) -> None:
+    """Refuse an int that no position is counted from; it is `added` to what arrays hold."""
+    if first >= 2**63 or first < (-(2**63) if added else 0):
+        wanted = "fit 64 bits" if added else "be 0 or more"
+        raise ValueError(f"positions must {wanted} with seqlen_offsets added, got {first}")
 
 
 def check_counted(
@@ -229,12 +234,15 @@ rotate._torchdynamo_inline = _traced  # type: ignore[attr-defined]
 
 def _rotate_with_care(given: Given) -> tuple[Any, ...]:
     """Rotate what must be described every time, such as what PyTorch only traces."""
+    arrays = *given.xs, *given.table.arrays, *given.rows, *(given.out or ())
     if any(map(tensor.is_distributed, given.xs)):
         return _of_torch().sharded(given)  # type: ignore[no-any-return]
+    named = *zip(given.names, given.xs, strict=True), *given.named_rows
+    for name, array in (*named, *(("table", part) for part in given.table.arrays)):
+        tensor.check_transform(name, array)
     if all(map(tensor.is_traced, (*given.xs, *given.table.arrays))):
         last = given.positions, given.options, given.out, given.more
         return _of_torch().traced(given.names, given.xs, given.table, *last)  # type: ignore[no-any-return]
-    arrays = *given.xs, *given.table.arrays, *given.rows, *(given.out or ())
     if any(map(tensor.wants_gradient, arrays)):
         return _of_torch().recorded(given, None, None)  # type: ignore[no-any-return]
     return rotate_unseen(given)
@@ -277,6 +285,19 @@ def checked(
     """Check everything of a call and write nothing yet; what owns the memory is kept till then."""
     _, ready, _, owners = _unseen(given) if seen is None else (None, *_ready_at(given, key, seen))
     return ready, owners
+
+
+def check_traced(given: Given) -> None:
+    """Check all of a call on tensors that have no memory yet, but what only their values tell."""
+    inputs = _describe(given.names, given.xs)
+    check_inputs(given.names, tuple(array.spec for array in inputs))
+    outputs = tuple(map(tensor.like_dense, inputs))
+    if given.out is not None:
+        outputs = _describe(given.out_names, given.out)
+    table, rows = given.table.view(None), _describe(given.row_names, given.rows)
+    problem, apart = _posed(given, inputs, outputs, table, rows)
+    call = _Call(problem, None, table.specs[0], 0, apart, (), (), lambda _: None)
+    _check_at(call, _pointers(given, inputs, outputs, table, rows), given.first)
 
 
 def _ready_at(
@@ -333,15 +354,25 @@ def _unseen(given: Given) -> tuple[_Call, Ready, tuple[Any, ...], tuple[tensor.A
         outs = tuple(array.library.empty_like(x) for array, x in zip(inputs, given.xs, strict=True))
         outputs = _describe(given.out_names, outs)
     call = _checked(given, inputs, outputs, table, rows)
+    pointers = _pointers(given, inputs, outputs, table, rows)
+    owners = (*inputs, *outputs, *table.arrays, *rows)
+    return call, _made_ready(call, pointers, given.first), outs, owners
+
+
+def _pointers(
+    given: Given,
+    inputs: tuple[tensor.Array, ...],
+    outputs: tuple[tensor.Array, ...],
+    table: TableView,
+    rows: tuple[tensor.Array, ...],
+) -> Pointers:
     pointers = Pointers(
         x=tuple(array.pointer for array in inputs),
         out=tuple(array.pointer for array in outputs),
         cos=table.pointers[0],
         sin=table.pointers[1],
     )
-    pointers = _with_rows(pointers, given, tuple(array.pointer for array in rows))
-    owners = (*inputs, *outputs, *table.arrays, *rows)
-    return call, _made_ready(call, pointers, given.first), outs, owners
+    return _with_rows(pointers, given, tuple(array.pointer for array in rows))
 
 
 def _with_rows(pointers: Pointers, given: Given, rows: tuple[int, ...]) -> Pointers:
@@ -366,28 +397,10 @@ def _checked(
     table: TableView,
     rows: tuple[tensor.Array, ...],
 ) -> _Call:
-    """Check all that does not depend on addresses."""
-    names = given.names
-    spec = table.specs[bool(given.options.interleaved)]
-    same = tuple(map(_same, inputs, outputs))
-    if given.options.cache:
-        same = same[0], False, False  # another token's slot may lie where k or v is still read
-    problem = rotary_problem(
-        names,
-        tuple(array.spec for array in inputs),
-        tuple(array.spec for array in outputs),
-        all(same),
-        spec,
-        tuple(zip(given.row_names, (array.spec for array in rows), strict=True)),
-        given.options,
-    )
+    """Check all that does not depend on addresses, and find what launches it."""
+    problem, apart = _posed(given, inputs, outputs, table, rows)
     device = inputs[0].spec.device
     launcher = None
-    norm = given.options.norm
-    if norm and norm.kind == TOKEN_NORM and problem.num_rows:
-        from .plan import launch_plan
-
-        launch_plan(problem)  # refuses on every device what no block can hold
     if device != "cpu" and problem.num_rows:
         from .jit import Launcher
         from .plan import launch_plan
@@ -397,9 +410,9 @@ def _checked(
     return _Call(
         problem=problem,
         launcher=launcher,
-        table=spec,
+        table=table.specs[bool(given.options.interleaved)],
         to_sin=table.pointers[1] - table.arrays[-1].pointer,
-        apart=_must_be_apart(given, inputs, outputs, same, spec, rows) if given.out else (),
+        apart=apart,
         inputs=tuple(array.library for array in inputs),
         outputs=tuple(array.library for array in outputs),
         wrote=_teller(tuple(array.library for array in outputs)),
@@ -413,6 +426,36 @@ def _others(first: tensor.Array, arrays: tuple[tensor.Array, ...]) -> tuple[tens
     if first.spec.device == "cpu":
         return ()
     return tuple({array.library: None for array in arrays if array.library is not first.library})
+
+
+def _posed(
+    given: Given,
+    inputs: tuple[tensor.Array, ...],
+    outputs: tuple[tensor.Array, ...],
+    table: TableView,
+    rows: tuple[tensor.Array, ...],
+) -> tuple[RotaryProblem, tuple[tuple[_Place, _Place], ...]]:
+    """Check what does not depend on addresses; return the problem, and what must not overlap."""
+    spec = table.specs[bool(given.options.interleaved)]
+    same = tuple(map(_same, inputs, outputs))
+    if given.options.cache:
+        same = same[0], False, False  # another token's slot may lie where k or v is still read
+    problem = rotary_problem(
+        given.names,
+        tuple(array.spec for array in inputs),
+        tuple(array.spec for array in outputs),
+        all(same),
+        spec,
+        tuple(zip(given.row_names, (array.spec for array in rows), strict=True)),
+        given.options,
+    )
+    norm = given.options.norm
+    if norm and norm.kind == TOKEN_NORM and problem.num_rows:
+        from .plan import launch_plan
+
+        launch_plan(problem)  # refuses on every device what no block can hold
+    apart = _must_be_apart(given, inputs, outputs, same, spec, rows) if given.out else ()
+    return problem, apart
 
 
 def _same(x: tensor.Array, y: tensor.Array) -> bool:
@@ -449,17 +492,23 @@ def _must_be_apart(
 
 
 def _made_ready(call: _Call, pointers: Pointers, first: int | None) -> Ready:
-    """Check what depends on addresses: arrays that overlap, and positions beside the table."""
-    row = 0
-    if call.problem.position_kind in (IMPLICIT, COUNTED):
-        row = implicit_position(first, call.table, call.problem.num_tokens)
-    if call.apart:
-        _check_apart(call, pointers)
+    """Check what depends on addresses, and find what writes there."""
+    row = _check_at(call, pointers, first)
     if row:
         to_cos, to_sin = (row * part.strides[0] * ITEMSIZE[part.dtype] for part in call.table[:2])
         cos, sin = pointers.cos + to_cos, pointers.sin + to_sin
         pointers = pointers._replace(cos=cos, sin=sin, first=row)
     return Ready(_writer(call, pointers), call.wrote)
+
+
+def _check_at(call: _Call, pointers: Pointers, first: int | None) -> int:
+    """Refuse arrays that overlap and positions beside the table; return the row to begin at."""
+    row = 0
+    if call.problem.position_kind in (IMPLICIT, COUNTED):
+        row = implicit_position(first, call.table, call.problem.num_tokens)
+    if call.apart:
+        _check_apart(call, pointers)
+    return row
 
 
 def _check_apart(call: _Call, pointers: Pointers) -> None:

@@ -19,6 +19,8 @@ def is_array(value: object) -> bool:
 
 def index(name: str, value: object, wanted: str = "an int") -> int:
     """Return `value` as an int, or refuse it by name. Booleans are no ints here."""
+    if type(value) is int:  # also a number that torch.compile takes for a variable
+        return value
     if isinstance(value, bool) or is_array(value) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be {wanted}, got {described(value)}")
     return operator.index(value)
@@ -32,10 +34,15 @@ def count(name: str, value: object, at_least: int = 0) -> int:
     return number
 
 
-def positive(name: str, value: Any, above: int = 0) -> float:
-    """Return `value` as a finite float that is more than `above`, or refuse it by name."""
+def check_number(name: str, value: object) -> None:
+    """Refuse what is no int or float, of Python or NumPy. Booleans are no numbers here."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} must be a number, got {described(value)}")
+
+
+def positive(name: str, value: Any, above: int = 0) -> float:
+    """Return `value` as a finite float that is more than `above`, or refuse it by name."""
+    check_number(name, value)
     number = as_float(value)
     if not (number > above and math.isfinite(number)):
         wanted = f"more than {above}" if above else "positive"

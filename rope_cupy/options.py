@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from .checks import MOST_FLOAT32, as_float, count, described, index
+from .checks import MOST_FLOAT32, as_float, check_number, count, described, index
 from .memory import FLOATS_8
 
 DEFAULT_LAYOUTS = {3: "shd", 4: "bshd"}
@@ -179,16 +179,21 @@ def checked_parts(norm: Any, packed: Any, cache: Any) -> tuple[Any, ...]:
     )
 
 
-@_remembered
-def checked_norm(norm: object, eps: Any, weight_offset: Any, round_norm: object) -> Norm:
-    """Check the fields of Norm."""
-    _check_choice("norm", norm, NORMS)
+def check_round_norm(round_norm: object) -> None:
+    """Refuse what does not say where what is normalised is rounded."""
     if not (isinstance(round_norm, bool) or isinstance(round_norm, str)):
         raise TypeError(
             f"round_norm must be True, False or {BEFORE_WEIGHT!r}, got {described(round_norm)}"
         )
     if not (isinstance(round_norm, bool) or round_norm == BEFORE_WEIGHT):
         raise ValueError(f"round_norm must be True, False or {BEFORE_WEIGHT!r}, got {round_norm!r}")
+
+
+@_remembered
+def checked_norm(norm: object, eps: Any, weight_offset: Any, round_norm: Any) -> Norm:
+    """Check the fields of Norm."""
+    _check_choice("norm", norm, NORMS)
+    check_round_norm(round_norm)
     eps, weight_offset = _number("eps", eps), _number("weight_offset", weight_offset)
     if eps < 0:
         raise ValueError(f"eps must be 0 or more, got {eps}")
@@ -222,8 +227,7 @@ def checked_cache(layout: object, dtype: object, k_scale: Any, v_scale: Any) -> 
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} must be a number, got {described(value)}")
+    check_number(name, value)
     number = as_float(value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")

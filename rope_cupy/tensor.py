@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property, lru_cache
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -190,22 +191,13 @@ class _CuPy(Library):
 
 class _Torch(Library):
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
-        torch, torch_c = sys.modules["torch"], _torch_c()
+        torch_c = _torch_c()
         proxy = torch_c._TorchDispatchModeKey.PROXY
-        if torch.jit.is_tracing() or torch_c._get_dispatch_mode(proxy) is not None:
+        if sys.modules["torch"].jit.is_tracing() or torch_c._get_dispatch_mode(proxy) is not None:
             raise TypeError(
                 f"{name} must not be traced, for the launch is not recorded: got a trace"
             )
-        if array.layout is not torch.strided or array.is_nested:
-            kind = "nested" if array.is_nested else array.layout
-            raise TypeError(f"{name} must be a strided tensor, got layout {kind}")
-        if array.is_conj() or array.is_neg():
-            raise ValueError(
-                f"{name} must hold its own values, got a lazy view: call resolve_conj() or "
-                "resolve_neg()"
-            )
-        if torch.autograd.forward_ad.unpack_dual(array).tangent is not None:
-            raise ValueError(f"{name} must not carry a forward-mode tangent, got a dual tensor")
+        _check_strided(name, array)
         device = _supported(name, str(array.device))
         pointer = _torch_pointer(name, array)
         dtype = _torch_dtype(array.dtype)
@@ -221,7 +213,10 @@ class _Torch(Library):
             return None
         # The dispatch keys tell a sparse tensor, a lazily negated one, one of inference mode, ...
         keys = _torch_c()._dispatch_keys(array).raw_repr()
-        return at[0], (keys, array.dtype, array.shape, array.stride(), array.device)
+        try:
+            return at[0], (keys, array.dtype, array.shape, array.stride(), array.device)
+        except RuntimeError:  # for a nested tensor, which has no sizes
+            return None
 
     def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
         # Modes change or record what is done, and so do traces, of which no guard approves.
@@ -366,12 +361,25 @@ class _DLPack(Library):
         return -1 if cupy().cuda.runtime.streamIsCapturing(stream) else stream or 1
 
 
+class Outline:
+    """What is known of a tensor of PyTorch that has no memory yet: see `outline`."""
+
+    def __init__(self, spec: ArraySpec, pointer: int) -> None:
+        self.spec, self.pointer = spec, pointer
+
+
+class _Outlined(Library):
+    def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
+        return Array(array.spec, array.pointer, self, array)
+
+
 _CUPY, _TORCH = _CuPy(), _Torch()
 _LIBRARIES: dict[tuple[str, str], Library] = {
     ("numpy", "ndarray"): _NumPy(),
     ("cupy", "ndarray"): _CUPY,
     ("torch", "Tensor"): _TORCH,
     ("rope_cupy", "Bfloat16"): _Bfloat16(),
+    ("rope_cupy", "Outline"): _Outlined(),
 }
 _OTHER = _DLPack()
 
@@ -379,6 +387,31 @@ _OTHER = _DLPack()
 def describe(name: str, array: Any, stream: int | None = None) -> Array:
     """Return an array of any library as rope_cupy sees it: see `Library.describe`."""
     return library_of(name, array).describe(name, array, stream)
+
+
+def outline(name: str, array: Any) -> Outline | None:
+    """Return what is known of a tensor that is only traced, None where a size is unknown.
+
+    Symbolic sizes are those of the call that is traced, of which this makes no guard. Tensors that
+    share a storage lie in it as they will in memory.
+    """
+    _check_strided(name, array)
+    numbers = *array.shape, *array.stride(), array.storage_offset()
+    known = [each if isinstance(each, int) else each.node.hint for each in numbers]
+    if None in known:
+        return None
+    num, (*sizes, offset) = array.ndim, known
+    # Storages lie farther apart than any of them is long.
+    pointer = (array.untyped_storage()._cdata << 64) + offset * array.itemsize
+    shape, strides, dtype = (*sizes[:num],), (*sizes[num:],), _torch_dtype(array.dtype)
+    return Outline(array_spec(shape, strides, dtype, str(array.device), pointer, True), pointer)
+
+
+def like_dense(array: Array) -> Array:
+    """Return what is known of a new array like this one, which lies nowhere yet."""
+    strides = [math.prod(array.spec.shape[axis + 1 :]) for axis in range(len(array.spec.shape))]
+    spec = array_spec(array.spec.shape, (*strides,), *array.spec[2:4], 0, True)
+    return array._replace(spec=spec, pointer=-1)
 
 
 def empty_like(array: Any) -> Any:
@@ -567,6 +600,33 @@ def is_traced(array: Any) -> bool:
     return array.is_meta or hasattr(array, "fake_mode")
 
 
+def check_transform(name: str, array: Any) -> None:
+    """Refuse a tensor that a transform of PyTorch has wrapped, or that has a tangent."""
+    if _library_of_type(type(array)) is not _TORCH:  # type: ignore[arg-type]
+        return
+    functorch = _torch_c()._functorch
+    if functorch.is_gradtrackingtensor(array) or functorch.is_batchedtensor(array):
+        refuse_transform(name)
+    if functorch.is_legacy_batchedtensor(array):  # of is_grads_batched
+        refuse_transform(name)
+    if functorch.is_functorch_wrapped_tensor(array):
+        return  # a functional one, of a trace
+    if sys.modules["torch"].autograd.forward_ad.unpack_dual(array).tangent is not None:
+        raise ValueError(
+            f"{name} must not carry a forward-mode tangent, which rope_cupy has no rule for, got a "
+            "dual tensor"
+        )
+
+
+def refuse_transform(name: str) -> NoReturn:
+    """Refuse what a transform of functions wraps, of which each has a rule of its own."""
+    raise TypeError(
+        f"{name} must not come from a transform of torch.func (grad, vjp, jacrev, jvp, vmap, ...) "
+        "or from is_grads_batched=True, for which rope_cupy has no rule: use torch.autograd.grad, "
+        "and an axis of batches, got a tensor that a transform wraps"
+    )
+
+
 def records_gradients() -> bool:
     """Return whether PyTorch, which has been imported, records operations for gradients."""
     return _torch_c().is_grad_enabled()  # type: ignore[no-any-return]
@@ -670,8 +730,20 @@ def _whole_strides(name: str, array: Any) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def _check_strided(name: str, array: Any) -> None:
+    """Refuse a tensor of PyTorch that is not its elements at strides."""
+    if array.layout is not sys.modules["torch"].strided or array.is_nested:
+        kind = "nested" if array.is_nested else array.layout
+        raise TypeError(f"{name} must be a strided tensor, got layout {kind}")
+    if array.is_conj() or array.is_neg():
+        raise ValueError(
+            f"{name} must hold its own values, got a lazy view: call resolve_conj() or "
+            "resolve_neg()"
+        )
+
+
 def _torch_pointer(name: str, array: Any) -> int:
-    """Return the address of a tensor, which fake and functorch's tensors do not have."""
+    """Return the address of a tensor, which fake tensors do not have."""
     try:
         pointer: int = array.data_ptr()
     except RuntimeError as error:

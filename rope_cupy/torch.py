@@ -5,20 +5,30 @@ Import `rope_cupy.torch` for `RotaryEmbedding`; calls import it by themselves wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-from . import calls
-from .checks import count, described, index
+from . import calls, tensor
+from .checks import check_number, count, described, index, is_array
 from .frequencies import cos_sin, inverse_frequencies
-from .options import TOKEN_NORM, Norm, Options, axis_names, check_options, checked_parts
-from .problem import OF_POSITIONS, OF_WEIGHTS, out_names
+from .options import (
+    TOKEN_NORM,
+    Norm,
+    Options,
+    axis_names,
+    check_options,
+    check_round_norm,
+    checked_parts,
+)
+from .problem import OF_POSITIONS, OF_WEIGHTS, out_names, output_names
 from .rotary import apply_rotary_qk
 from .tables import FORMS, TableSource, source_of
-from .tensor import Glance, check_gradient
 
 __all__ = ["RotaryEmbedding"]
 
@@ -26,22 +36,25 @@ __all__ = ["RotaryEmbedding"]
 class RotaryEmbedding(torch.nn.Module):
     """Rotate q and k by a table of its own, which is float32 whatever the model's dtype is.
 
-    The cosines and sines of the positions 0 .. max_position - 1 are the buffers ``cos`` and
-    ``sin``, of shape (max_position, head_dim / 2). They follow the module to a device, keep their
-    dtype in ``.half()`` and ``.to(torch.bfloat16)``, are made anew when a module leaves the device
-    "meta", and are not in ``state_dict()``.
+    The cosines and sines of the positions 0 .. max_position - 1 are ``cos`` and ``sin``, of shape
+    (max_position, head_dim / 2). They are no buffers: they are computed when they are first needed,
+    on the device of q, from `head_dim`, `base` and `max_position`. So no loader can fill them, no
+    ``.half()`` rounds them, and they are in neither ``state_dict()`` nor a pickle. The attributes
+    ``cos`` and ``sin`` lie where the module does, which a buffer without elements tells.
 
     Args:
-        head_dim: elements of a head, all of which turn; even.
+        head_dim: elements of a head, all of which are rotated; even.
         base: of the inverse frequencies base ** (-2 i / head_dim): Su et al., "RoFormer: Enhanced
             Transformer with Rotary Position Embedding" (2021), section 3.2.2.
         interleaved: True pairs elements (2 i, 2 i + 1), False elements (i, i + head_dim / 2).
         max_position: how many positions the table holds.
         layout: the names of the axes of q and k, as for `rope_cupy.apply_rotary_qk`.
-        device: of the table; by default PyTorch's, which is "meta" where a model is made there.
+        device: of ``cos`` and ``sin``; by default PyTorch's.
 
     Raises TypeError or ValueError when `head_dim` is not a positive even int, `base` not a positive
     number or `max_position` not an int of 0 or more.
+
+    The first call on a GPU copies the table there, so it must come before a CUDA graph is captured.
 
     >>> import torch
     >>> rotary = RotaryEmbedding(64, base=500000.0, max_position=8192).half()
@@ -51,8 +64,7 @@ class RotaryEmbedding(torch.nn.Module):
     (torch.Size([1, 6, 8, 64]), torch.float16, torch.float32)
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    place: torch.Tensor
     __call__: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
     def __init__(
@@ -69,10 +81,20 @@ class RotaryEmbedding(torch.nn.Module):
         self.head_dim, self.base = index("head_dim", head_dim), base
         self.max_position = count("max_position", max_position)
         check_options(interleaved, layout, None, 0, False, "nan", None, False)
+        inverse_frequencies(head_dim, base)  # refuses what no table can be made of
         self.interleaved, self.layout = interleaved, layout
-        device = torch.get_default_device() if device is None else device
-        for name, part in zip(("cos", "sin"), self._table(), strict=True):
-            self.register_buffer(name, part.to(device), persistent=False)
+        self.register_buffer("place", torch.empty(0, device=device), persistent=False)
+        self._tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def cos(self) -> torch.Tensor:
+        """The cosines, where the module lies."""
+        return self._table_on(self.place.device)[0]
+
+    @property
+    def sin(self) -> torch.Tensor:
+        """The sines, where the module lies."""
+        return self._table_on(self.place.device)[1]
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | int | None = None
@@ -81,7 +103,7 @@ class RotaryEmbedding(torch.nn.Module):
         return apply_rotary_qk(
             q,
             k,
-            (self.cos, self.sin),
+            self._table_for(q),
             positions=positions,
             interleaved=self.interleaved,
             layout=self.layout,
@@ -94,60 +116,102 @@ class RotaryEmbedding(torch.nn.Module):
             f"max_position={self.max_position}"
         )
 
-    def _table(self) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = cos_sin(inverse_frequencies(self.head_dim, self.base), self.max_position)
-        return torch.from_numpy(cos), torch.from_numpy(sin)
+    def _table_for(self, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        table = self._table_on(q.device)
+        if torch.compiler.is_compiling() or not hasattr(q, "fake_mode"):
+            return table
+        return tuple(
+            part if tensor.is_traced(part) else q.fake_mode.from_tensor(part) for part in table
+        )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:
-        """Move the table as PyTorch asks, but keep its dtype; from "meta" make it anew."""
-        before = self.cos, self.sin
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = self.cos.device
-        if before[0].is_meta and device.type != "meta":
-            before = self._table()
-        self.cos, self.sin = (part.to(device) for part in before)
-        return self
+    def _table_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            self._part(0, device, self.head_dim, self.base, self.max_position),
+            self._part(1, device, self.head_dim, self.base, self.max_position),
+        )
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _part(self, part: int, *about: Any) -> torch.Tensor:
+        """Return the cosines or the sines of a device, head_dim, base and max_position."""
+        table = self._tables.get(about)
+        if table is None:
+            device, head_dim, base, max_position = about
+            numbers = cos_sin(inverse_frequencies(head_dim, base), max_position)
+            # It outlives what the first call is made in: a trace, or a mode that makes no real
+            # tensors or none for gradients.
+            with _disable_current_modes(), torch.inference_mode(False):
+                cos, sin = (torch.from_numpy(each).to(device) for each in numbers)
+            table = self._tables[about] = cos, sin
+        return table[part]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle of the module holds, which computes its own table."""
+        return self.__dict__ | {"_tables": {}}
 
 
 # Gradients.
 
 
-def recorded(given: calls.Given, key: Any, seen: Glance | None) -> tuple[Any, ...]:
+def recorded(given: calls.Given, key: Any, seen: tensor.Glance | None) -> tuple[Any, ...]:
     """Rotate tensors of which PyTorch wants gradients, and record how.
 
     `seen` is what has been glanced at of them, if they could be: see `calls.rotate_seen`.
     """
-    xs, out = given.xs, given.out
-    for part in given.table.arrays:
-        check_gradient("table", part)
-    _check_recordable(given.options, out)
+    xs, out, options = given.xs, given.out, given.options
+    named = [*zip(given.names, xs, strict=True), *given.named_rows]
+    named += zip(given.out_names, out or (), strict=out is not None)
+    _check_recordable(given.table.arrays, named, options.norm, options.cache, out)
+    for name, x in named:
+        if not isinstance(x, torch.Tensor) and name not in OF_POSITIONS:
+            raise TypeError(
+                f"{name} must be a tensor where a gradient is recorded, got {type(x).__name__}"
+            )
     if out is None:
         return _record(given, key, seen)
     _check_in_place(given.names, xs, out)
     for name, x in zip(given.names, xs, strict=True):
         _check_may_be_written(name, x)
     ready, owners = calls.checked(given, key, seen)
-    if any([isinstance(x, torch.Tensor) and x._is_view() for x in xs]):
+    # What has been checked is written before the first history moves on.
+    if any([x._is_view() for x in xs]):
         for x, name in zip(xs, given.names, strict=True):  # of which autograd takes one at a time
-            _record(given._replace(names=(name,), xs=(x,), out=(x,)))
+            _record(given._replace(names=(name,), xs=(x,), out=(x,)), write=ready.write)
+            ready = ready._replace(write=lambda: None)
     else:
-        _record(given)
-    ready.write()
+        _record(given, write=ready.write)
     del owners  # which have kept the memory till here
     return out
 
 
-def _check_recordable(options: Options, out: tuple[Any, ...] | None) -> None:
-    if options.cache:
-        raise ValueError(
-            "q, k and v must not require a gradient, which is not recorded where a cache is "
-            "written: use torch.no_grad() or detached tensors, got requires_grad=True"
-        )
-    if options.norm and out is not None:
-        raise ValueError(
-            "out must be None where a gradient of a norm is recorded, which needs what it is of, "
-            "got some"
-        )
+def _check_recordable(
+    table: Sequence[Any],
+    named: Iterable[tuple[str, Any]],
+    norm: Any,
+    cache: Any,
+    out: tuple[Any, ...] | None,
+) -> None:
+    """Refuse gradients that would be lost, of a table and of arrays by their names."""
+    for part in table:
+        if _wants_gradient(part):
+            raise ValueError(
+                "table must not require a gradient, which is not recorded here: use "
+                "torch.no_grad() or a detached tensor, got requires_grad=True"
+            )
+    for name, array in named:
+        if cache is not None and _wants_gradient(array):
+            raise ValueError(
+                f"{name} must not require a gradient, which is not recorded where a cache is "
+                "written: use torch.no_grad() or a detached tensor, got requires_grad=True"
+            )
+        if norm is not None and out is not None and _wants_gradient(array):
+            raise ValueError(
+                "out must be None where a gradient of a norm is recorded (its backward pass uses "
+                f"the input), got a tensor, and {name} requires a gradient"
+            )
+
+
+def _wants_gradient(array: Any) -> bool:
+    return isinstance(array, torch.Tensor) and array.requires_grad and torch.is_grad_enabled()
 
 
 def _check_in_place(names: tuple[str, ...], xs: tuple[Any, ...], out: tuple[Any, ...]) -> None:
@@ -178,17 +242,47 @@ def _check_may_be_written(name: str, x: Any) -> None:
         )
 
 
-def _record(given: calls.Given, key: Any = None, seen: Glance | None = None) -> tuple[Any, ...]:
+def _record(
+    given: calls.Given,
+    key: Any = None,
+    seen: tensor.Glance | None = None,
+    write: Callable[[], None] | None = None,
+) -> tuple[Any, ...]:
     weights = [row for name, row in given.named_rows if name in OF_WEIGHTS]
-    for name, row in given.named_rows:
-        if name in OF_WEIGHTS and not isinstance(row, torch.Tensor):
-            raise TypeError(
-                f"{name} must be a tensor where a gradient is recorded, got {type(row).__name__}"
-            )
     outs: tuple[Any, ...] = _Rotation.apply(  # type: ignore[no-untyped-call]
-        given, key, seen, *given.xs, *weights
+        given, key, seen, write, *given.xs, *weights
     )
     return outs
+
+
+def _unchanging(given: calls.Given) -> calls.Given:
+    """Return a call with copies of what is no tensor, whose changes PyTorch does not see.
+
+    Of a table by position they are the rows that tokens have, where no array says which.
+    """
+    arrays, form = given.table.arrays, given.table.form
+    if all([isinstance(each, torch.Tensor) for each in (*arrays, *given.rows)]):
+        return given
+    used, first = slice(None), given.first
+    by_position = len(given.table.view(None).specs[0].shape) == 2 and form != FORMS["_frequencies"]
+    if by_position and not any(name in OF_POSITIONS for name in given.row_names):
+        x, start = given.xs[0], first or 0
+        num_tokens = x.shape[axis_names(x.ndim, given.options).index("s")]
+        used, first = slice(start, start + num_tokens), None
+    return given._replace(
+        table=TableSource(form, tuple([_copied(array, used) for array in arrays])),
+        rows=tuple([_copied(array, slice(None)) for array in given.rows]),
+        first=first,
+    )
+
+
+def _copied(array: Any, used: slice) -> Any:
+    """Return a part of an array, in memory of its own where this is no tensor of PyTorch."""
+    if isinstance(array, torch.Tensor):
+        return array[used]
+    if isinstance(array, np.ndarray):
+        return array[used].copy()
+    return torch.utils.dlpack.from_dlpack(array)[used].clone()
 
 
 class _Rotation(torch.autograd.Function):
@@ -200,23 +294,31 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, given: calls.Given, key: Any, seen: Glance | None, *xs_and_weights: Any
+        ctx: Any,
+        given: calls.Given,
+        key: Any,
+        seen: tensor.Glance | None,
+        write: Callable[[], None] | None,
+        *xs_and_weights: Any,
     ) -> tuple[Any, ...]:
-        """Rotate into new tensors; of inputs to be written later, note that they will be."""
-        names, table, out = given.names, given.table, given.out
+        """Rotate into new tensors, or `write` the inputs themselves."""
+        names = given.names
         xs = xs_and_weights[: len(names)]
-        kept = [each for each in (*table.arrays, *given.rows) if isinstance(each, torch.Tensor)]
-        ctx.save_for_backward(*(xs_and_weights if given.options.norm else ()), *kept)
-        ctx.call = names, table, given.positions, given.options
-        ctx.weights = [name for name in given.row_names if name in OF_WEIGHTS]
-        ctx.set_materialize_grads(False)
-        if out is not None:
+        if write is not None:
+            write()  # where this raises, nothing has been recorded
             ctx.mark_dirty(*xs)
             outs = xs
         elif seen is not None:
             outs = calls.rotate_seen(given, key, seen)
         else:
             outs = calls.rotate_unseen(given)
+        given = _unchanging(given)
+        arrays = *given.table.arrays, *given.rows
+        kept = [each for each in arrays if isinstance(each, torch.Tensor)]
+        ctx.save_for_backward(*(xs_and_weights if given.options.norm else ()), *kept)
+        ctx.call = names, given.table, given.positions, given.options
+        ctx.weights = [name for name in given.row_names if name in OF_WEIGHTS]
+        ctx.set_materialize_grads(False)
         named = dict(zip(ctx.weights, xs_and_weights[len(xs) :], strict=True))
         constant = [
             y
@@ -232,7 +334,7 @@ class _Rotation(torch.autograd.Function):
         """Turn the gradients back, those that are there and are asked for."""
         saved = ctx.saved_tensors  # raises where one of them has been written since
         names, table, positions, options = ctx.call
-        names_asked = dict(zip((*names, *ctx.weights), ctx.needs_input_grad[3:], strict=True))
+        names_asked = dict(zip((*names, *ctx.weights), ctx.needs_input_grad[4:], strict=True))
         asked = {
             name: grad
             for name, grad in zip(names, grads, strict=True)
@@ -248,7 +350,7 @@ class _Rotation(torch.autograd.Function):
             )
         if options.norm:
             found = _through_norm(found, names_asked, saved, options, options.norm)
-        return None, None, None, *[found.get(name) for name in names_asked]
+        return *(None,) * 4, *[found.get(name) for name in names_asked]
 
 
 def _weights_of(name: str, named: dict[str, Any]) -> dict[str, Any]:
@@ -488,18 +590,22 @@ def _replicated(name: str, array: Any, **how: Any) -> Any:
 
 # Operators. A graph that PyTorch traces holds them in place of a call, and runs the call by them.
 
-_ARGUMENTS = (
-    "Tensor[] table, str form, Tensor? positions, Tensor? seqlen_offsets, Tensor? cu_seqlens, "
-    "SymInt? first, str[] names, Tensor[] more, bool interleaved, str? layout, int? head_dim, "
-    "int rotary_offset, bool conjugate, str out_of_range, int[]? mrope_section, "
-    "bool mrope_interleaved, str rounding, str? norm, float eps, float weight_offset, "
-    "str round_norm, int[]? packed, str? cache_layout, str? cache_dtype, float? k_scale, "
-    "float? v_scale"
-)
-_ROTATE, _NEW, _INTO = "rope_cupy::rotate", "rope_cupy::rotate_new", "rope_cupy::rotate_into"
-for _name in (_ROTATE, _NEW):
-    torch.library.define(_name, f"(Tensor[] xs, {_ARGUMENTS}) -> Tensor[]")
-torch.library.define(_INTO, f"(Tensor[] xs, Tensor(a!)[] outs, {_ARGUMENTS}) -> ()")
+
+class _Arguments(NamedTuple):
+    """What every operator takes behind the tensors that it rotates, before the options."""
+
+    cos: Any
+    sin: Any  # None where one array is the whole table
+    form: Any  # of FORMS
+    positions: Any
+    seqlen_offsets: Any
+    cu_seqlens: Any
+    first: Any  # the sum of what are ints of these
+    weight: Any  # or q_weight
+    k_weight: Any
+    slot_mapping: Any
+    k_scale: Any
+    v_scale: Any
 
 
 def traced(
@@ -518,30 +624,44 @@ def traced(
     source = source_of(table)
     if options[0] is None:
         options = source.interleaved, *options[1:]
-    rows, first = _arrays_and_int(positions)
+    check_options(*options[:-3])
+    _check_types(*options[-3:])
     if any([hasattr(x, "device_mesh") for x in xs]):
-        there = {name: row for name, row in zip(_ROWS, rows, strict=True) if row is not None}
+        rows, first = _arrays_and_int(positions)
+        there = {name: row for name, row in zip(OF_POSITIONS, rows, strict=True) if row is not None}
         options = check_options(*options[:-3], *checked_parts(*options[-3:]))
         there |= dict(more)
         named = (*there,), (*there.values(),), first
         return sharded(calls.Given(names, xs, source, *named, options, out))
-    named_more = [name for name, _ in more], [array for _, array in more]
-    how = *rows, first, *named_more, *_flat(options)
+    for name, x in zip(names, xs, strict=True):
+        _check_tensor(name, x)
+    norm, _, cache = options[-3:]
+    outs = out
+    if out is not None and cache is not None and out[0] is None:
+        outs = torch.empty_like(xs[0]), *out[1:]  # a new q beside caches
+    named_outs = [*zip(_output_names(names, cache), outs or (), strict=outs is not None)]
+    for name, y in named_outs:
+        _check_tensor(name, y)
+    pairs = [*zip(names, xs, strict=True), *more, *named_outs]
+    _check_recordable(source.arrays, pairs, norm, cache, outs)
+    records = any([_wants_gradient(each) for _, each in pairs])
+    rows, first = _arrays_and_int(positions, records)
+    arrays = {name: _in_graph(name, array, records) for name, array in more}
+    weight = arrays.get("weight", arrays.get("q_weight"))
+    others = [arrays.get(name) for name in ("k_weight", "slot_mapping", "k_scale", "v_scale")]
+    parts = [_in_graph("table", part, records) for part in source.arrays]
     # Inductor gives no complex numbers to an operator that writes: they go as pairs.
-    parts = [torch.view_as_real(part) if part.is_complex() else part for part in source.arrays]
-    arguments = parts, source.form.__name__, *how
-    asking = [*xs, *(array for name, array in more if name in OF_WEIGHTS)]
-    asking += [y for y in out or () if y is not None]
-    records = torch.is_grad_enabled() and any([each.requires_grad for each in asking])
-    if torch.is_grad_enabled() and any([part.requires_grad for part in source.arrays]):
-        raise ValueError("table must not require a gradient, which is not recorded here")
-    if out is not None and not records:
-        out = tuple([torch.empty_like(x) if y is None else y for x, y in zip(xs, out, strict=True)])
-        torch.ops.rope_cupy.rotate_into(list(xs), list(out), *arguments)
-        return out
-    if records:
-        _check_recordable(Options(*options), out)
-    results = tuple(torch.ops.rope_cupy.rotate(list(xs), *arguments))
+    parts = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+    cos, sin = parts if len(parts) == 2 else (parts[0], None)
+    own = cos, sin, source.form.__name__, *rows, first, weight, *others
+    arguments = *own, *_flat(options)
+    if outs is not None and not records:
+        torch.ops.rope_cupy.rotate_into(*_three(xs), *_three(outs), *arguments)
+        return outs
+    if len(xs) == 1:
+        results = (torch.ops.rope_cupy.rotate(xs[0], *arguments),)
+    else:
+        results = tuple(torch.ops.rope_cupy.rotate_qk(xs[0], xs[1], *arguments))
     if out is None:
         return results
     _check_in_place(names, xs, out)
@@ -550,120 +670,263 @@ def traced(
     return out
 
 
+def _check_types(norm: Any, packed: Any, cache: Any) -> None:
+    """Refuse of the last three of Options what an operator would take for a number or a flag.
+
+    Where it runs, it checks the rest: numbers that change are no numbers while they are traced.
+    """
+    if norm is not None:
+        check_number("eps", norm[1])
+        check_number("weight_offset", norm[2])
+        check_round_norm(norm[3])
+    if packed is not None:
+        count("num_heads", packed[0], 1)
+        count("num_kv_heads", packed[1], 1)
+    if cache is not None:
+        for name, scale in (("k_scale", cache[2]), ("v_scale", cache[3])):
+            if scale is not None:
+                check_number(name, scale)
+
+
+def _check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(
+            f"{name} must be a tensor of PyTorch in a call that is traced, got {type(x).__name__}"
+        )
+
+
+def _in_graph(name: str, array: Any, records: bool) -> Any:
+    """Return an array that is read as a tensor: NumPy's, where no backward pass reads it again."""
+    if isinstance(array, torch.Tensor):
+        return array
+    if not isinstance(array, np.ndarray):
+        _check_tensor(name, array)
+    if records:
+        raise TypeError(
+            f"{name} must be a tensor of PyTorch where a compiled call records a gradient, which "
+            "would not see that another array changes, got a NumPy array"
+        )
+    return torch.from_numpy(array)
+
+
+def _output_names(names: tuple[str, ...], cache: Any) -> tuple[str, ...]:
+    return ("q_out", "k_cache", "v_cache") if cache is not None else out_names(names)
+
+
+def _three(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*tensors, None, None)[:3]
+
+
+def _given(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each for each in tensors if each is not None)
+
+
 def _flat(options: Sequence[Any]) -> tuple[Any, ...]:
     """Return options as an operator takes them: the fields of their parts one by one."""
     *plain, norm, packed, cache = options
     last = None if packed is None else list(packed), *(cache or (None,) * 4)
     *of_norm, round_norm = norm or (None, 0.0, 0.0, False)
-    return *plain, *of_norm, str(round_norm), *last
+    return *plain, *of_norm, repr(round_norm), *last
 
 
 def _options(flat: Sequence[Any]) -> Options:
     """Return the options that an operator has been given, checked."""
     plain, (*norm, packed), cache = flat[:-9], flat[-9:-4], flat[-4:]
-    norm[-1] = {"True": True, "False": False}.get(norm[-1], norm[-1])
+    norm[-1] = {"True": True, "False": False}.get(norm[-1], norm[-1].strip("'"))
     parts = checked_parts(
         None if norm[0] is None else norm, packed, None if cache[0] is None else cache
     )
     return check_options(*plain, *parts)
 
 
-_ROWS = calls.Positions._fields
 COMPLEX = "_complex"  # of FORMS, whose array an operator has as pairs of real numbers
 
 
-def _arrays_and_int(positions: tuple[Any, Any, Any]) -> tuple[list[torch.Tensor | None], Any]:
-    """Return the tensors among what tells the positions of tokens, and what their ints add to."""
+def _arrays_and_int(
+    positions: tuple[Any, Any, Any], records: bool = False
+) -> tuple[list[torch.Tensor | None], Any]:
+    """Return the tensors among what tells the positions of tokens, and what their ints add to.
+
+    An int of NumPy, which torch.compile takes for an array, is a tensor without axes.
+    """
     if positions[1] is not None or positions[2] is not None:
-        calls.check_counted(*positions, lambda each: isinstance(each, torch.Tensor))
+        calls.check_counted(*positions, lambda each: is_array(each) and each.ndim > 0)
     rows, ints = [], []
-    for each in positions:
-        is_tensor = isinstance(each, torch.Tensor)
-        rows.append(each if is_tensor else None)
-        if each is not None and not is_tensor:
-            ints.append(each)
-    return rows, sum(ints) if ints else None
+    for name, each in zip(OF_POSITIONS, positions, strict=True):
+        known = each is not None and is_array(each)
+        rows.append(_in_graph(name, each, records and each.ndim > 0) if known else None)
+        if known and isinstance(each, torch.Tensor) and not each.ndim:
+            raise ValueError(f"{name} must have an axis where it is a tensor, got shape ()")
+        if each is not None and not known:
+            ints.append(index(name, each, calls.AN_INT_OR_ARRAY))
+    first = sum(ints) if ints else None
+    if first is not None:
+        calls.check_start(first, any([row is not None for row in rows[1:]]))
+    return rows, first
 
 
-class _Last(NamedTuple):
-    """An operator's last arguments, behind the table and its form."""
+class _Call(NamedTuple):
+    """What an operator has been given."""
 
-    rows: Sequence[Any]
+    names: tuple[str, ...]  # of what it rotates
+    table: TableSource
+    rows: tuple[tuple[str, torch.Tensor], ...]  # that tell the positions of tokens, by their names
     first: int | None
-    more: tuple[tuple[str, Any], ...]
+    more: tuple[tuple[str, torch.Tensor], ...]
     options: Options
 
 
-def _last(arguments: Sequence[Any]) -> _Last:
-    num = len(_ROWS)
-    first, names, more, *flat = arguments[num:]
-    named = tuple(zip(names, more, strict=True))
-    return _Last(arguments[:num], first, named, _options(flat))
+def _call(num: int, arguments: Sequence[Any]) -> _Call:
+    """Return what an operator has been given behind the `num` tensors that it rotates."""
+    own = _Arguments(*arguments[: len(_Arguments._fields)])
+    options = _options(arguments[len(own) :])
+    names: tuple[str, ...] = ("q", "k", "v")[:num]
+    if num == 1:
+        names = ("qkv",) if options.packed else ("x",)
+    parts = [part for part in (own.cos, own.sin) if part is not None]
+    if own.form == COMPLEX:
+        parts = [torch.view_as_complex(part) for part in parts]
+    rows = zip(OF_POSITIONS, own[3:6], strict=True)
+    of_more = ("weight" if names == ("x",) else "q_weight"), *_Arguments._fields[8:]
+    more = zip(of_more, own[7:], strict=True)
+    return _Call(
+        names,
+        TableSource(FORMS[own.form], tuple(parts)),
+        tuple((name, row) for name, row in rows if row is not None),
+        own.first,
+        tuple((name, array) for name, array in more if array is not None),
+        options,
+    )
 
 
 def _run(
-    xs: Sequence[torch.Tensor],
-    outs: tuple[torch.Tensor, ...] | None,
-    table: Sequence[torch.Tensor],
-    form: str,
-    *arguments: Any,
+    xs: tuple[torch.Tensor, ...], outs: tuple[torch.Tensor, ...] | None, arguments: Sequence[Any]
 ) -> tuple[torch.Tensor, ...]:
-    (positions, seqlen_offsets, cu_seqlens), first, more, options = _last(arguments)
-    names: tuple[str, ...] = ("q", "k", "v")[: len(xs)]
-    if len(xs) == 1:
-        names = ("qkv",) if options.packed else ("x",)
-    if form == COMPLEX:
-        table = [torch.view_as_complex(part) for part in table]
-    source = TableSource(FORMS[form], tuple(table))
-    rows = first if positions is None else positions, seqlen_offsets, cu_seqlens
-    return calls.rotate(names, tuple(xs), source, rows, options, outs, more)
+    call = _call(len(xs), arguments)
+    rows = {name: row if row.ndim else int(row) for name, row in call.rows}
+    if call.first is not None:
+        start = rows.get("positions", 0)
+        rows["positions"] = start + call.first
+    positions = calls.Positions(**rows)
+    return calls.rotate(call.names, xs, call.table, positions, call.options, outs, call.more)
 
 
-def _run_new(xs: Sequence[torch.Tensor], *arguments: Any) -> list[torch.Tensor]:
-    return list(_run(xs, None, *arguments))
+def _run_new(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return _run((x,), None, arguments)[0]
 
 
-def _run_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], *arguments: Any) -> None:
-    _run(xs, tuple(outs), *arguments)
+def _run_qk_new(q: torch.Tensor, k: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    return _run((q, k), None, arguments)
 
 
-def _fake_new(xs: Sequence[torch.Tensor], *arguments: Any) -> list[torch.Tensor]:
-    """Return tensors like the results, which have no memory yet."""
-    _check_fakes(xs, *arguments)
-    return [torch.empty_like(x) for x in xs]
+def _run_write(*arguments: Any) -> None:
+    xs, outs = _given(arguments[:3]), _given(arguments[3:6])
+    _run(xs, outs, arguments[6:])
 
 
-def _fake_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], *arguments: Any) -> None:
-    _check_fakes((*xs, *outs), *arguments)
+def _fake_new(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """Return a tensor like the result, which has no memory yet."""
+    _check_traced((x,), None, arguments)
+    return torch.empty_like(x)
 
 
-def _check_fakes(
-    arrays: Sequence[torch.Tensor],
-    table: Sequence[torch.Tensor],
-    form: str,
-    *rows_and_options: Any,
+def _fake_qk_new(q: torch.Tensor, k: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    _check_traced((q, k), None, arguments)
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+def _fake_write(*arguments: Any) -> None:
+    xs, outs = _given(arguments[:3]), _given(arguments[3:6])
+    _check_traced(xs, outs, arguments[6:])
+
+
+def _check_traced(
+    xs: tuple[torch.Tensor, ...], outs: tuple[torch.Tensor, ...] | None, arguments: Sequence[Any]
 ) -> None:
-    """Check what a trace will not change; a run checks the rest."""
-    rows, _, more, _ = _last(rows_and_options)
-    device = arrays[0].device
-    named = [("k or out", arrays), ("table", table)]
-    named += [(name, [row]) for name, row in (*zip(_ROWS, rows, strict=True), *more)]
-    for name, others in named:
-        for each in others:
-            if each is not None and each.device != device:
-                raise ValueError(f"{name} must be on x's or q's device {device}, got {each.device}")
+    """Check a call on the sizes that are traced, but for those that no one knows yet.
+
+    A run checks its own sizes again.
+    """
+    call = _call(len(xs), arguments)
+    rows = [*((name, row) for name, row in call.rows if row.ndim), *call.more]
+    table = [("table", part) for part in call.table.arrays]
+    named = [*zip(call.names, xs, strict=True), *table, *rows]
+    named += zip(output_names(call.names, call.options), outs or (), strict=outs is not None)
+    outlines = [tensor.outline(name, array) for name, array in named]
+    if any(each is None for each in outlines):
+        return
+    num, behind = len(xs), len(xs) + len(table)
+    calls.check_traced(
+        calls.Given(
+            call.names,
+            tuple(outlines[:num]),
+            TableSource(call.table.form, tuple(outlines[num:behind])),
+            tuple(name for name, _ in rows),
+            tuple(outlines[behind : behind + len(rows)]),
+            call.first,
+            call.options,
+            None if outs is None else tuple(outlines[behind + len(rows) :]),
+        )
+    )
 
 
-def _rotate(xs: Sequence[torch.Tensor], *arguments: Any) -> Sequence[torch.Tensor]:
+def _rotate(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """Be made of an operator that has no gradient, and of the gradient where one is wanted.
 
     A graph that is compiled holds that operator alone, which costs it one dispatch.
     """
-    more = _last(arguments[2:]).more
-    weights = [array for name, array in more if name in OF_WEIGHTS]
+    return _rotated((x,), arguments)[0]
+
+
+def _rotate_qk(q: torch.Tensor, k: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    """Be made of one operator, as `_rotate`."""
+    return _rotated((q, k), arguments)
+
+
+def _rotated(xs: tuple[torch.Tensor, ...], arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    own = _Arguments(*arguments[: len(_Arguments._fields)])
+    weights = [weight for weight in (own.weight, own.k_weight) if weight is not None]
+    for x in (*xs, *weights):
+        tensor.check_transform("an input", x)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *weights)):
         return _TracedRotation.apply(arguments, len(xs), *xs, *weights)  # type: ignore[no-any-return, no-untyped-call]
-    return torch.ops.rope_cupy.rotate_new(xs, *arguments)  # type: ignore[no-any-return]
+    return _new(xs, arguments)
+
+
+def _new(xs: tuple[torch.Tensor, ...], arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    if len(xs) == 1:
+        return (torch.ops.rope_cupy.rotate_new(*xs, *arguments),)
+    return tuple(torch.ops.rope_cupy.rotate_qk_new(*xs, *arguments))
+
+
+def _into(*arguments: Any) -> None:
+    """Be made of an operator that writes, which has no view whose place in memory may change.
+
+    For PyTorch (2.11 and 2.13) hands such a view to an operator at the place of its base. It is
+    written from a new tensor instead; and of a cache, which is too large for one, the place is made
+    a constant of the graph.
+    """
+    xs, outs = _given(arguments[:3]), _given(arguments[3:6])
+    num_outs = 1 if _call(len(xs), arguments[6:]).options.cache else len(outs)
+    for x in xs:
+        tensor.check_transform("an input", x)
+    if hasattr(xs[0], "fake_mode"):
+        _check_traced(xs, outs, arguments[6:])
+    written = []
+    for i, y in enumerate(outs):
+        offset = y.storage_offset()
+        moves = isinstance(offset, torch.SymInt) and (y._base is not None or y.is_inference())
+        if moves and i >= num_outs:
+            int(offset)
+        written.append(torch.empty_like(y) if moves and i < num_outs else y)
+    torch.ops.rope_cupy.write_into(*arguments[:3], *_three(tuple(written)), *arguments[6:])
+    for y, result in zip(outs, written, strict=True):
+        if result is not y:
+            y.copy_(result)
+
+
+def _refuse_vmap(*_: Any) -> None:
+    tensor.refuse_transform("an input")
 
 
 class _TracedRotation(torch.autograd.Function):
@@ -674,20 +937,19 @@ class _TracedRotation(torch.autograd.Function):
         ctx: Any, arguments: tuple[Any, ...], num_xs: int, *xs_and_weights: Any
     ) -> tuple[Any, ...]:
         """Rotate into new tensors."""
-        table, form, *rest = arguments
-        rows, first, more, options = _last(rest)
-        xs = xs_and_weights[:num_xs]
-        ctx.names = [*(("q", "k") if num_xs > 1 else ("qkv",) if options.packed else ("x",))]
-        ctx.names += [name for name, _ in more if name in OF_WEIGHTS]
-        ctx.save_for_backward(*(xs_and_weights if options.norm else ()), *table, *rows)
-        ctx.arguments = len(table), form, first, options
+        own = _Arguments(*arguments[: len(_Arguments._fields)])
+        call, xs = _call(num_xs, arguments), xs_and_weights[:num_xs]
+        ctx.names = [*call.names, *(name for name, _ in call.more if name in OF_WEIGHTS)]
+        saved = xs_and_weights if call.options.norm else ()
+        ctx.save_for_backward(*saved, own.cos, own.sin, *own[3:6])
+        ctx.call = len(saved), own.form, own.first, call.options
         ctx.set_materialize_grads(False)
-        outs = tuple(torch.ops.rope_cupy.rotate_new(xs, *arguments))
+        outs = _new(xs, arguments)
         named = dict(zip(ctx.names, xs_and_weights, strict=True))
         ctx.mark_non_differentiable(
             *(
                 y
-                for name, x, y in zip(ctx.names[:num_xs], xs, outs, strict=True)
+                for name, x, y in zip(call.names, xs, outs, strict=True)
                 if not any(part.requires_grad for part in (x, *_weights_of(name, named).values()))
             )
         )
@@ -696,25 +958,84 @@ class _TracedRotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """Turn the gradients back, those that are there."""
-        num_parts, form, first, options = ctx.arguments
-        behind = ctx.saved_tensors[len(ctx.names) if options.norm else 0 :]
-        table, rows = behind[:num_parts], behind[num_parts:]
-        arguments = list(table), form, *rows, first, [], [], *_flat(_conjugate(options))
+        num_saved, form, first, options = ctx.call
+        cos, sin, *rows = ctx.saved_tensors[num_saved:]
+        own = cos, sin, form, *rows, first, *(None,) * 5
+        arguments = *own, *_flat(_conjugate(options))
         there = {
             name: grad for name, grad in zip(ctx.names, grads, strict=False) if grad is not None
         }
         found: dict[str, Any] = {}
         if there:
-            turned = torch.ops.rope_cupy.rotate([*there.values()], *arguments)
-            found = dict(zip(there, turned, strict=True))
+            found = dict(zip(there, _rotated((*there.values(),), arguments), strict=True))
         if options.norm:
             asked = dict(zip(ctx.names, ctx.needs_input_grad[2:], strict=True))
             found = _through_norm(found, asked, ctx.saved_tensors, options, options.norm)
         return None, None, *[found.get(name) for name in ctx.names]
 
 
-torch.library.impl(_ROTATE, "CompositeImplicitAutograd", _rotate)
-torch.library.impl(_NEW, "CompositeExplicitAutograd", _run_new)
-torch.library.impl(_INTO, "CompositeExplicitAutograd", _run_into)
-torch.library.register_fake(_NEW, _fake_new)
-torch.library.register_fake(_INTO, _fake_into)
+# Operators are PyTorch's, and so of the process: they outlive this module where it is imported
+# again (by `importlib.reload`, say), and then call the functions of the new one.
+
+_TYPES = dict.fromkeys(_Arguments._fields, "Tensor?") | {
+    "cos": "Tensor",
+    "form": "str",
+    "first": "SymInt?",
+}
+_OPTIONS = (
+    "bool interleaved, str? layout, int? head_dim, int rotary_offset, bool conjugate, "
+    "str out_of_range, int[]? mrope_section, bool mrope_interleaved, str rounding, str? norm, "
+    "float eps, float weight_offset, str round_norm, int[]? packed, str? cache_layout, "
+    "str? cache_dtype, float? k_number, float? v_number"
+)
+_BEHIND = ", ".join([f"{kind} {name}" for name, kind in _TYPES.items()]) + ", " + _OPTIONS
+_ONE, _TWO = (
+    f"(Tensor x, {_BEHIND}) -> Tensor",
+    f"(Tensor q, Tensor k, {_BEHIND}) -> (Tensor, Tensor)",
+)
+_WRITES = (
+    "(Tensor x, Tensor? k, Tensor? v, Tensor(a!) out, Tensor(b!)? k_out, Tensor(c!)? v_out, "
+    f"{_BEHIND}) -> ()"
+)
+_PARTS, _WHOLE = "CompositeImplicitAutograd", "CompositeExplicitAutograd"
+_OPERATORS = {  # a schema, and by what keys of PyTorch's dispatcher which functions are called
+    "rotate": (_ONE, {_PARTS: "_rotate", "vmap": "_refuse_vmap"}),
+    "rotate_qk": (_TWO, {_PARTS: "_rotate_qk", "vmap": "_refuse_vmap"}),
+    "rotate_into": (_WRITES, {_PARTS: "_into", "vmap": "_refuse_vmap"}),
+    "rotate_new": (_ONE, {_WHOLE: "_run_new", "fake": "_fake_new"}),
+    "rotate_qk_new": (_TWO, {_WHOLE: "_run_qk_new", "fake": "_fake_qk_new"}),
+    "write_into": (_WRITES, {_WHOLE: "_run_write", "fake": "_fake_write"}),
+}
+
+
+def _by_name(function: str) -> Callable[..., Any]:
+    """Return what calls a function of this module as it is then."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(import_module(__name__), function)(*arguments)
+
+    return call
+
+
+def _define(name: str, schema: str, functions: dict[str, str]) -> None:
+    whole_name = f"rope_cupy::{name}"
+    if hasattr(torch.ops.rope_cupy, name):
+        known = getattr(torch.ops.rope_cupy, name).default._schema
+        if known != torch._C.parse_schema(whole_name + schema):
+            raise ImportError(
+                "rope_cupy.torch must be imported in a new process after another version of it, "
+                f"whose operator {whole_name} takes other arguments"
+            )
+        return
+    torch.library.define(whole_name, schema)
+    for key, function in functions.items():
+        if key == "fake":
+            torch.library.register_fake(whole_name, _by_name(function))
+        elif key == "vmap":
+            torch.library.register_vmap(whole_name, _by_name(function))
+        else:
+            torch.library.impl(whole_name, key, _by_name(function))
+
+
+for _name, (_schema, _functions) in _OPERATORS.items():
+    _define(_name, _schema, _functions)
