@@ -240,7 +240,9 @@ def _rotate_with_care(given: Given) -> tuple[Any, ...]:
     named = *zip(given.names, given.xs, strict=True), *given.named_rows
     for name, array in (*named, *(("table", part) for part in given.table.arrays)):
         tensor.check_transform(name, array)
-    if all(map(tensor.is_traced, (*given.xs, *given.table.arrays))):
+    if all(map(tensor.is_traced, given.xs)) and (
+        tensor.is_beside_real(given.xs[0]) or all(map(tensor.is_traced, given.table.arrays))
+    ):
         last = given.positions, given.options, given.out, given.more
         return _of_torch().traced(given.names, given.xs, given.table, *last)  # type: ignore[no-any-return]
     if any(map(tensor.wants_gradient, arrays)):

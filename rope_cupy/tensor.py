@@ -600,6 +600,11 @@ def is_traced(array: Any) -> bool:
     return array.is_meta or hasattr(array, "fake_mode")
 
 
+def is_beside_real(array: Any) -> bool:
+    """Return whether a tensor is fake, in a trace that takes real ones for constants."""
+    return getattr(getattr(array, "fake_mode", None), "allow_non_fake_inputs", False)
+
+
 def check_transform(name: str, array: Any) -> None:
     """Refuse a tensor that a transform of PyTorch has wrapped, or that has a tangent."""
     if _library_of_type(type(array)) is not _TORCH:  # type: ignore[arg-type]

@@ -125,24 +125,24 @@ class RotaryEmbedding(torch.nn.Module):
         )
 
     def _table_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return (
-            self._part(0, device, self.head_dim, self.base, self.max_position),
-            self._part(1, device, self.head_dim, self.base, self.max_position),
-        )
+        self._compute(device)
+        return self._tables[device, self.head_dim, self.base, self.max_position]
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _part(self, part: int, *about: Any) -> torch.Tensor:
-        """Return the cosines or the sines of a device, head_dim, base and max_position."""
-        table = self._tables.get(about)
-        if table is None:
-            device, head_dim, base, max_position = about
-            numbers = cos_sin(inverse_frequencies(head_dim, base), max_position)
+    def _compute(self, device: torch.device) -> bool:
+        """Compute the table of what the module is now on a device, where there is none yet.
+
+        While torch.compile traces, this is called and not traced.
+        """
+        about = device, self.head_dim, self.base, self.max_position
+        if about not in self._tables:
+            numbers = cos_sin(inverse_frequencies(self.head_dim, self.base), self.max_position)
             # It outlives what the first call is made in: a trace, or a mode that makes no real
             # tensors or none for gradients.
             with _disable_current_modes(), torch.inference_mode(False):
                 cos, sin = (torch.from_numpy(each).to(device) for each in numbers)
-            table = self._tables[about] = cos, sin
-        return table[part]
+            self._tables[about] = cos, sin
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle of the module holds, which computes its own table."""

@@ -231,69 +231,51 @@ def test_starts_of_sequences_are_not_compiled_again(device):
     assert counter.frame_count == 1
 
 
-LAST = "once", None, 0.0, 0.0, False, None, None, None, None, None
-SAMPLES = {
+OTHER_ARRAYS = (None,) * 5  # weights, slots and scales
+NO_PARTS = (None, 0.0, 0.0, "False", None, None, None, None, None)  # no norm, no caches
+SAMPLES = {  # what is behind the table and its form
     "halves": (
-        None,
-        None,
-        None,
-        None,
-        [],
-        [],
-        False,
-        None,
-        None,
-        0,
-        False,
-        "nan",
-        None,
-        False,
-        *LAST,
+        *(None, None, None, None, *OTHER_ARRAYS),
+        *(False, None, None, 0, False, "nan", None, False, "once", *NO_PARTS),
     ),
     "a start": (
-        None,
-        None,
-        None,
-        3,
-        [],
-        [],
-        True,
-        "bshd",
-        None,
-        0,
-        True,
-        "keep",
-        None,
-        False,
-        *LAST,
+        *(None, None, None, 3, *OTHER_ARRAYS),
+        *(True, "bshd", None, 0, True, "keep", None, False, "once", *NO_PARTS),
     ),
     "positions": (
-        *("array", None, None, None, [], [], False, None, None, 0, False, "nan", None, False),
-        *LAST,
+        *("array", None, None, None, *OTHER_ARRAYS),
+        *(False, None, None, 0, False, "nan", None, False, "eager", *NO_PARTS),
     ),
 }
 
 
+def behind(name, device):
+    positions, *rest = SAMPLES[name]
+    positions = None if positions is None else torch.arange(16, device=device)
+    return *parts(device), "_half_width", positions, *rest
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("grad", [False, True])
-def test_the_operator_of_new_results_passes_opcheck(name, grad, device):
-    importlib.import_module("rope_cupy.torch")  # defines it
-    positions, *rest = SAMPLES[name]
-    positions = None if positions is None else torch.arange(16, device=device)
-    arguments = q_and_k(device, grad=grad), list(parts(device)), "_half_width", positions, *rest
-    torch.library.opcheck(torch.ops.rope_cupy.rotate.default, arguments)
+@pytest.mark.parametrize("num", [1, 2])
+def test_the_operators_of_new_results_pass_opcheck(num, name, grad, device):
+    importlib.import_module("rope_cupy.torch")  # defines them
+    arguments = *q_and_k(device, grad=grad)[:num], *behind(name, device)
+    operators, kind = torch.ops.rope_cupy, "_qk" if num == 2 else ""
+    torch.library.opcheck(getattr(operators, f"rotate{kind}").default, arguments)
     if not grad:
-        torch.library.opcheck(torch.ops.rope_cupy.rotate_new.default, arguments)
+        torch.library.opcheck(getattr(operators, f"rotate{kind}_new").default, arguments)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_the_operator_that_writes_passes_opcheck(name, device):
-    importlib.import_module("rope_cupy.torch")  # defines it
-    positions, *rest = SAMPLES[name]
-    positions = None if positions is None else torch.arange(16, device=device)
-    outs = [torch.zeros_like(x) for x in q_and_k(device)]
-    arguments = q_and_k(device), outs, list(parts(device)), "_half_width", positions, *rest
+@pytest.mark.parametrize("num", [1, 2])
+def test_the_operators_that_write_pass_opcheck(num, name, device):
+    importlib.import_module("rope_cupy.torch")  # defines them
+    xs = [*q_and_k(device)[:num], None, None][:3]
+    outs = [None if x is None else torch.zeros_like(x) for x in xs]
+    arguments = *xs, *outs, *behind(name, device)
     torch.library.opcheck(torch.ops.rope_cupy.rotate_into.default, arguments)
+    torch.library.opcheck(torch.ops.rope_cupy.write_into.default, arguments)
 
 
 class Rotate(torch.nn.Module):
@@ -391,5 +373,5 @@ def test_make_fx_records_the_operator(device):
     make_fx = torch.fx.experimental.proxy_tensor.make_fx
     table, (q, k) = RotaryTable(*parts(device)), q_and_k(device)
     graph = make_fx(lambda q, k: apply_rotary_qk(q, k, table))(q, k)
-    assert "rope_cupy.rotate_new" in graph.code
+    assert "rope_cupy.rotate_qk_new" in graph.code
     assert_same(graph(q, k), apply_rotary_qk(q, k, table))

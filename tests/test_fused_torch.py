@@ -440,11 +440,24 @@ def test_transforms_of_functions_and_tangents_are_refused(function):
     def call(*leaves):
         return function.ours(Call(), leaves, table)
 
+    def total(*leaves):
+        return call(*leaves)[0].sum()
+
     axes = (0,) * num + (None,) * (len(leaves) - num)
-    with pytest.raises(TypeError, match="must be a tensor in memory"):
+    refused = pytest.raises(TypeError, match=r"must not come from a transform of torch\.func")
+    with refused:
         torch.func.vmap(call, in_dims=axes)(*plain)
-    with pytest.raises((TypeError, RuntimeError)):
-        torch.func.grad(lambda *leaves: call(*leaves)[0].sum())(*plain)
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        with refused:
+            transform(total)(*plain)
+    with refused:
+        torch.func.vjp(call, *plain)
+    with refused:
+        torch.func.jvp(total, (*plain,), (*plain,))
+    results = call(*leaves)
+    batches = [torch.ones(2, *result.shape, dtype=result.dtype) for result in results]
+    with refused:
+        torch.autograd.grad(results, leaves, batches, is_grads_batched=True)
     for i, leaf in enumerate(plain):
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(leaf, torch.ones_like(leaf))
@@ -768,47 +781,51 @@ def compare_with_inductor(device):
 
 OF_POSITIONS = (None, None, None, None)  # three arrays and an int
 PLAIN = (False, None, None, 0, False, "nan", None, False, "once")
-NO_NORM, NO_CACHE = (None, 0.0, 0.0, False), (None, None, None, None)
-SAMPLES = {  # names of other arrays, and what is behind them
-    "heads": (["q_weight", "k_weight"], (*PLAIN, "head", 1e-6, 1.0, True, None, *NO_CACHE)),
-    "one weight": (["k_weight"], (*PLAIN, "head", 1e-6, 0.0, False, None, *NO_CACHE)),
-    "all heads": ([], (*PLAIN, "heads", 1e-5, 0.0, True, None, *NO_CACHE)),
-    "eager": ([], (*PLAIN[:-1], "eager", *NO_NORM, None, *NO_CACHE)),
-    "packed": (["q_weight"], (*PLAIN, "head", 1e-6, 0.0, True, [4, 2], *NO_CACHE)),
+NO_NORM, NO_CACHE = (None, 0.0, 0.0, "False"), (None, None, None, None)
+SAMPLES = {  # which weights there are, and what is behind all arrays
+    "heads": ((True, True), (*PLAIN, "head", 1e-6, 1.0, "True", None, *NO_CACHE)),
+    "one weight": ((False, True), (*PLAIN, "head", 1e-6, 0.0, "False", None, *NO_CACHE)),
+    "all heads": ((False, False), (*PLAIN, "heads", 1e-5, 0.0, "True", None, *NO_CACHE)),
+    "before": ((True, True), (*PLAIN, "head", 1e-6, 1.0, "'before_weight'", None, *NO_CACHE)),
+    "eager": ((False, False), (*PLAIN[:-1], "eager", *NO_NORM, None, *NO_CACHE)),
+    "packed": ((True, False), (*PLAIN, "head", 1e-6, 0.0, "True", [4, 2], *NO_CACHE)),
 }
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("grad", [False, True])
-def test_the_operator_of_new_results_passes_opcheck(name, grad, device):
-    importlib.import_module("rope_cupy.torch")  # defines it
-    names, behind = SAMPLES[name]
+def test_the_operators_of_new_results_pass_opcheck(name, grad, device):
+    importlib.import_module("rope_cupy.torch")  # defines them
+    there, behind = SAMPLES[name]
     x = traced_inputs(device, grad=grad)
-    xs = [torch.cat(x[:3], 2).detach().requires_grad_(grad)] if name == "packed" else [x.q, x.k]
-    table = list(table_of(device, torch.float32, 64, 32))
-    more = [getattr(x, each) for each in names]
-    arguments = xs, table, "_half_width", *OF_POSITIONS, names, more, *behind
-    torch.library.opcheck(torch.ops.rope_cupy.rotate.default, arguments)
+    xs, kind = [x.q, x.k], "_qk"
+    if name == "packed":
+        xs, kind = [torch.cat(x[:3], 2).detach().requires_grad_(grad)], ""
+    weights = [w if given else None for w, given in zip(x[3:5], there, strict=True)]
+    table = *table_of(device, torch.float32, 64, 32), "_half_width"
+    arguments = *xs, *table, *OF_POSITIONS, *weights, None, None, None, *behind
+    operators = torch.ops.rope_cupy
+    torch.library.opcheck(getattr(operators, f"rotate{kind}").default, arguments)
     if not grad:
-        torch.library.opcheck(torch.ops.rope_cupy.rotate_new.default, arguments)
+        torch.library.opcheck(getattr(operators, f"rotate{kind}_new").default, arguments)
 
 
 @pytest.mark.parametrize("scale", [None, 0.5, "array"])
-def test_the_operator_that_writes_caches_passes_opcheck(scale, device):
-    importlib.import_module("rope_cupy.torch")  # defines it
+def test_the_operators_that_write_caches_pass_opcheck(scale, device):
+    importlib.import_module("rope_cupy.torch")  # defines them
     x, scaled = traced_inputs(device), scale is not None
     caches = [
         cache.to(torch.float8_e5m2).view(torch.uint8) if scaled else cache for cache in x[7:9]
     ]
-    names, more = ["slot_mapping"], [x.slots]
+    others = [None, None, x.slots, None, None]
     if scale == "array":
-        names, more, scale = [*names, "k_scale"], [*more, x.k_scale], None
+        others[3], scale = x.k_scale, None
     cache = "NHD", "float8_e5m2" if scaled else None, scale, None
-    behind = (*OF_POSITIONS, names, more, *PLAIN, *NO_NORM, None, *cache)
-    table = list(table_of(device, torch.float32, 64, 32))
-    xs, outs = [x.q, x.k, x.v], [torch.zeros_like(x.q), *caches]
-    arguments = xs, outs, table, "_half_width", *behind
+    table = *table_of(device, torch.float32, 64, 32), "_half_width"
+    behind = *table, *OF_POSITIONS, *others, *PLAIN, *NO_NORM, None, *cache
+    arguments = x.q, x.k, x.v, torch.zeros_like(x.q), *caches, *behind
     torch.library.opcheck(torch.ops.rope_cupy.rotate_into.default, arguments)
+    torch.library.opcheck(torch.ops.rope_cupy.write_into.default, arguments)
 
 
 class Norms(torch.nn.Module):
@@ -898,7 +915,7 @@ def test_make_fx_records_the_operator(function, device):
     make_fx = torch.fx.experimental.proxy_tensor.make_fx
     table, x = RotaryTable(*table_of(device, torch.float32, 64, 32)), traced_inputs(device)
     graph = make_fx(lambda *x: function(Traced(*x), table))(*x)
-    assert "rope_cupy.rotate_new" in graph.code
+    assert "rope_cupy.rotate" in graph.code
     assert_same(graph(*x), function(x, table))
 
 

@@ -114,7 +114,7 @@ def test_it_says_what_it_is():
         ({"head_dim": 64, "base": -1}, ValueError, "base must be positive"),
         ({"head_dim": 64, "max_position": -1}, ValueError, "max_position must be 0 or more"),
         ({"head_dim": 64, "max_position": 1.5}, TypeError, "max_position must be an int"),
-        ({"head_dim": 64, "interleaved": 1}, TypeError, "interleaved must be True or False"),
+        ({"head_dim": 64, "interleaved": 1}, TypeError, "interleaved must be None, True or False"),
         ({"head_dim": 64, "layout": "bsdh"}, ValueError, "layout must name the axes"),
     ],
 )
