@@ -478,7 +478,8 @@ def _tile(problem: RotaryProblem) -> int:
     """
     is_whole = problem.sin_offset or problem.table_form != ONE_ANGLE
     row_bytes = problem.rotary_dim // 2 * _pair_bytes(problem) * (1 if is_whole else 2)
-    if problem.num_tokens * row_bytes <= L2_BYTES or problem.table_dtype == FREQUENCY:
+    is_small = problem.num_tokens < 2 or problem.num_tokens * row_bytes <= L2_BYTES
+    if is_small or problem.table_dtype == FREQUENCY:
         return 0
     by_token = _strides_by_token(problem)
     views = [
@@ -493,7 +494,7 @@ def _tile(problem: RotaryProblem) -> int:
     if not follow_on or any(each[HEAD] for each in by_token):
         return 0
     widest = max(abs(strides[TOKEN]) for strides in (*by_token, *(each[1] for each in views)))
-    most = min(TILE_BYTES // row_bytes, (2**31 - 1) // widest)  # offsets of a tile fit 32 bits
+    most = min(TILE_BYTES // row_bytes, (2**31 - 1) // max(1, widest))  # offsets of a tile fit 32 bits
     tiles = range(most, MIN_TILE - 1, -1)
     return next((tile for tile in tiles if problem.num_tokens % tile == 0), 0)
 

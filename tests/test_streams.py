@@ -108,6 +108,16 @@ def test_a_launch_waits_for_all_that_it_reads_and_is_waited_for_by_outputs(monke
     assert told == [(3, 30, 5), (3, 30, 6), "launch", (3, 6, 30)]
 
 
+class External:
+    """A stream as CuPy takes it from others."""
+
+    def __init__(self, handle):
+        self.handle = handle
+
+    def __cuda_stream__(self):
+        return 0, self.handle
+
+
 def delayed(torch, work):
     """Do some work on a stream of PyTorch's own, behind what takes a while."""
     stream = torch.cuda.Stream()
@@ -161,7 +171,7 @@ def test_a_cupy_table_made_on_a_side_stream_is_waited_for_by_tensors():
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             torch.cuda._sleep(200_000_000)
-        with cupy.cuda.ExternalStream(side.cuda_stream):
+        with cupy.cuda.Stream.from_external(External(side.cuda_stream)):
             for part, source in zip(table._source.arrays, made, strict=True):
                 cupy.copyto(part, source)
             apply_rotary(x, table, out=out)
