@@ -86,11 +86,11 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 // much that it needs more registers. Off the common path it takes as many as it wants.
 //
 // Eight pairs and their angles fill 24 registers. Where all of them can be asked for at once, 1,280
-// threads are enough: else it asks for some of them late, to hold fewer. Where a row is looked for
-// or angles are computed, off the common path, 640 are: else it puts a register or two into local
-// memory, to hold fewer.
-template <typename T, typename Table, typename Position, typename Norm, int kRows, int kPairs,
-          int kPassRun, bool kCommon>
+// threads are enough: else it asks for some of them late, to hold fewer. Where a row is looked for,
+// angles are computed, or a pair has two of them, off the common path, 640 are: else it puts a
+// register or two into local memory, to hold fewer.
+template <typename T, typename Table, typename Position, typename Norm, int kAngles, int kRows,
+          int kPairs, int kPassRun, bool kCommon>
 __device__ constexpr int fewest_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   constexpr bool kIsNew = true;
@@ -109,7 +109,8 @@ __device__ constexpr int fewest_blocks() {
     return !kIsDouble<T, Table> && kIsVoid<Position> && kPairs >= 8 ? 2 : 0;
   } else {
     using Positions = PositionsOf<Position>;
-    return Positions::kCountsTokens || Positions::kAxes > 1 || kIsFrequency<Table> ? 1 : 0;
+    constexpr bool kIsDear = kIsFrequency<Table> || kAngles > 1;
+    return Positions::kCountsTokens || Positions::kAxes > 1 || kIsDear ? 1 : 0;
   }
 }
 
@@ -126,8 +127,9 @@ __device__ constexpr int fewest_blocks() {
 template <typename T, typename Table, typename Position, typename Norm, typename Destination,
           int kTensors, bool kInterleaved, bool kConjugate, bool kEager, int kRows, int kPairs,
           typename Form, int kPassRun, bool kInPlace, bool kPastL1, bool kCommon>
-__global__ void __launch_bounds__(
-    Norm::kMostThreads, fewest_blocks<T, Table, Position, Norm, kRows, kPairs, kPassRun, kCommon>())
+__global__ void __launch_bounds__(Norm::kMostThreads,
+                                  fewest_blocks<T, Table, Position, Norm, Form::kAngles, kRows,
+                                                kPairs, kPassRun, kCommon>())
     rotary_kernel(
         const __grid_constant__ Arguments<T, Table, Form, Norm, Destination, kTensors> args) {
   using Real = Compute<T, Table>;
