@@ -127,9 +127,9 @@ __device__ constexpr int fewest_blocks() {
 template <typename T, typename Table, typename Position, typename Norm, typename Destination,
           int kTensors, bool kInterleaved, bool kConjugate, bool kEager, int kRows, int kPairs,
           typename Form, int kPassRun, bool kInPlace, bool kPastL1, bool kCommon>
-__global__ void __launch_bounds__(Norm::kMostThreads,
-                                  fewest_blocks<T, Table, Position, Norm, Form::kAngles, kRows,
-                                                kPairs, kPassRun, kCommon>())
+__global__ void __launch_bounds__(
+    Norm::kMostThreads,
+    fewest_blocks<T, Table, Position, Norm, Form::kAngles, kRows, kPairs, kPassRun, kCommon>())
     rotary_kernel(
         const __grid_constant__ Arguments<T, Table, Form, Norm, Destination, kTensors> args) {
   using Real = Compute<T, Table>;
@@ -373,8 +373,8 @@ __global__ void __launch_bounds__(Norm::kMostThreads,
     const Real share = args.share[which].value, eps = args.eps.value;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const Real mean_square = kEager ? add(multiply(scales[i], share), eps)
-                                      : multiply_add(scales[i], share, eps);
+      const Real mean_square =
+          kEager ? add(multiply(scales[i], share), eps) : multiply_add(scales[i], share, eps);
       scales[i] = Norm::template scale_of<kEager>(mean_square);
     }
   }
@@ -390,8 +390,8 @@ __global__ void __launch_bounds__(Norm::kMostThreads,
   if (!passes) {
     Angles<Real, kPairs, Form::kAngles> angles;
     if constexpr (Positions::kAxes == 0) {
-      angles = Form::template load_angles<kInterleaved, kPairs, Real>(args, cos_run, cos_access,
-                                                                      sin_run, sin_access, num_pairs);
+      angles = Form::template load_angles<kInterleaved, kPairs, Real>(
+          args, cos_run, cos_access, sin_run, sin_access, num_pairs);
     } else {
       if constexpr (!Positions::kSearches) read_positions();
       if (!is_inside) {

@@ -494,7 +494,8 @@ def _tile(problem: RotaryProblem) -> int:
     if not follow_on or any(each[HEAD] for each in by_token):
         return 0
     widest = max(abs(strides[TOKEN]) for strides in (*by_token, *(each[1] for each in views)))
-    most = min(TILE_BYTES // row_bytes, (2**31 - 1) // max(1, widest))  # offsets of a tile fit 32 bits
+    in_32_bits = (2**31 - 1) // max(1, widest)  # tokens, so that offsets within a tile fit
+    most = min(TILE_BYTES // row_bytes, in_32_bits)
     tiles = range(most, MIN_TILE - 1, -1)
     return next((tile for tile in tiles if problem.num_tokens % tile == 0), 0)
 
