@@ -261,12 +261,12 @@ def apply_qk_norm_rotary(
             hold a token: with dense arrays that is 65,536 elements of 16 bits.
         weight_offset: is added to weights; 1.0 for Gemma.
         round_norm: True rounds what is normalised and weighed to q's dtype before it is rotated, as
-            models do whose norm is a module of its own (Gemma, `torch.nn.RMSNorm`);
+            models do whose norm is a module of its own (Gemma, OLMo 2, `torch.nn.RMSNorm`);
             "before_weight" rounds before the weights too, as Llama's norm does in transformers and
-            in the models that took it over (Qwen3, OLMo 2, GLM-4-MoE), and diffusers' RMSNorm with
-            weights of 16 bits; False rounds once, at the store. With ``rounding="eager"`` the root
-            is computed as PyTorch does it too, and results have the bits of those modules, but for
-            elements that the order of a float32 sum decides.
+            in the models that took it over (Qwen3, GLM-4-MoE, MiniMax-M2), and diffusers' RMSNorm
+            with weights of 16 bits; False rounds once, at the store. With ``rounding="eager"`` the
+            root is computed as PyTorch does it too, and results have the bits of those modules, but
+            for elements that the order of a float32 sum decides.
 
     Returns:
         (q_out, k_out), as `apply_rotary_qk`.

@@ -16,6 +16,7 @@ OF_AXES = {"p": "position", "bs": "token", "bsh": "token and head"}
 CLOSE = 2.0**-7  # of sums of squares: what rounding to bfloat16 leaves of 1
 IN_HALVES = "every angle twice, in halves"
 IN_TURN = "every angle twice, each beside its copy"
+SWAPPED = "sines before cosines"
 
 
 def verdict(form: str, arrays: Sequence[NDArray[Any]], axes: str) -> str:
@@ -47,39 +48,48 @@ def _cos_and_sin(form: str, arrays: Sequence[NDArray[Any]]) -> tuple[Values, Val
 
 
 def _of_pairs(form: str, cos: Values, sin: Values) -> str:
-    if form == "_cache" and _is_swapped(cos, sin):
-        return "sines before cosines: use RotaryTable(cos, sin)"
-    if form == "_half_width":
-        use = "use RotaryTable.from_full_width"
-        in_halves, in_turn = _repeat_in_halves(cos, sin), _repeat_in_turn(cos, sin)
-        if in_halves and not in_turn:
-            return f"{IN_HALVES}: {use}"
-        if in_turn and not in_halves:
-            return f"{IN_TURN}: {use} with interleaved=True"
+    in_halves, in_turn = _repeat_in_halves(cos, sin), _repeat_in_turn(cos, sin)
+    if _is_swapped(cos, sin):
+        return f"{SWAPPED}: use RotaryTable(cos, sin)"
+    if in_halves != in_turn:
+        where, more = (IN_HALVES, "") if in_halves else (IN_TURN, " with interleaved=True")
+        return f"{where}: use RotaryTable.from_full_width{more}"
     return _rotation(cos, sin)
 
 
 def _of_full_width(form: str, cos: Values, sin: Values) -> str:
     by_element = form == "_elementwise"
     in_halves, in_turn = _repeat_in_halves(cos, sin), _repeat_in_turn(cos, sin)
+    if _is_swapped(cos, sin):
+        return f"{SWAPPED}: give the cosines first"
     if not (in_halves or in_turn):
         if by_element:
             return _rotation(cos, sin).replace("one angle a pair", "two angles a pair")
-        return "two angles a pair: use RotaryTable.from_elementwise"
+        return (
+            "two angles a pair: use RotaryTable.from_elementwise, or RotaryTable(cos, sin) where "
+            "there is a column for each pair"
+        )
     rotation = _rotation(cos, sin)
     if ":" in rotation:
         return rotation
     if in_halves and in_turn:
         return "one angle for all pairs"
-    where, pairing = (IN_HALVES, "False") if in_halves else (IN_TURN, "True")
+    where, pairing, other = (
+        (IN_HALVES, "False", "True") if in_halves else (IN_TURN, "True", "False")
+    )
     if by_element:
-        return f"{where}: from_full_width reads half of it, with interleaved={pairing}"
+        return (
+            f"{where}: two angles a pair with interleaved={other}; with interleaved={pairing} one, "
+            "and RotaryTable.from_full_width reads half as much"
+        )
+    said = f"{where}: right with interleaved={pairing}; "
     if in_halves:
         return (
-            f"{where}: right with interleaved=False; where the model pairs neighbours (GLM), use "
-            "RotaryTable(cos[..., :n], sin[..., :n]) of n = rotary_dim / 2 columns"
+            f"{said}where the model pairs neighbours, use RotaryTable(cos[..., :n], sin[..., :n]) "
+            "of n = rotary_dim / 2 columns if both have one angle (GLM), else "
+            "RotaryTable.from_elementwise (V-JEPA 2)"
         )
-    return f"{where}: right with interleaved=True"
+    return f"{said}where the model pairs halves, use RotaryTable.from_elementwise (ERNIE-Image)"
 
 
 def _of_matrices(matrices: Values) -> str:

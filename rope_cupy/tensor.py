@@ -14,7 +14,7 @@ import numpy as np
 
 from . import dlpack
 from .environment import cupy, explained
-from .memory import ACCESS_BYTES, ArraySpec, array_spec, cuda_index
+from .memory import ACCESS_BYTES, ArraySpec, array_spec, cuda_index, ndarray_at, span
 from .recall import keep
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
@@ -303,6 +303,9 @@ class _Bfloat16(Library):
     ) -> tuple[Any, ...]:
         return library_of("like", like.words).computed(function, arrays, like.words)
 
+    def download(self, array: Any) -> NDArray[Any]:
+        return _of_words(library_of("x", array.words).download(array.words))
+
     def streams(self) -> Callable[[int], int]:
         return _CUPY.streams()
 
@@ -347,6 +350,11 @@ class _DLPack(Library):
 
     def download(self, array: Any) -> NDArray[Any]:
         device = dlpack.device_of("array", array)
+        spec, pointer, _, owner = self.describe("array", array)
+        if spec.dtype == "bfloat16":  # which NumPy and CuPy do not take
+            if device == "cpu":
+                return _of_words(ndarray_at(pointer, "u2", spec.shape, spec.strides))
+            return _of_words(_words_of_gpu(spec, pointer, owner))
         with _module_of(device) as module:
             copy = module.from_dlpack(array)
             return copy if device == "cpu" else copy.get()  # type: ignore[no-any-return]
@@ -669,6 +677,21 @@ def _library_of_exact_type(kind: type) -> Library | None:
 
 def _tell_nobody(arrays: tuple[Any, ...]) -> None:
     pass
+
+
+def _of_words(words: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return the numbers of words that are bfloat16."""
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def _words_of_gpu(spec: ArraySpec, pointer: int, owner: Any) -> NDArray[np.uint16]:
+    """Return words of 16 bits that lie on a GPU, copied from there."""
+    module, (low, high) = cupy(), span(spec)
+    with module.cuda.Device(cuda_index(spec.device)):
+        memory = module.cuda.UnownedMemory(pointer + low, high - low, owner)
+        start = module.cuda.MemoryPointer(memory, -low)
+        strides = [2 * stride for stride in spec.strides]
+        return module.ndarray(spec.shape, "uint16", start, strides).get()  # type: ignore[no-any-return]
 
 
 @contextmanager

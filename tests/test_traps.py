@@ -13,6 +13,7 @@ from rope_cupy import (
     apply_rotary_kv_cache,
     apply_rotary_qk,
 )
+from rope_cupy.tensor import Bfloat16
 
 RNG = np.random.default_rng(51)
 ANGLES = np.outer(np.arange(6), [1.0, 0.3, 0.1, 0.03])
@@ -171,9 +172,7 @@ def test_sections_that_turns_of_pairs_give_are_as_the_caller_says(section):
 def test_positions_that_could_be_of_three_axes_or_of_three_batches_are_refused():
     positions = RNG.integers(0, 6, (3, 6))
     x, options = RNG.standard_normal((3, 6, 2, 8)), {"mrope_section": (2, 1, 1)}
-    with pytest.raises(
-        ValueError, match=r"^positions must .*\(3, 1, 6\).*\(3, 3, 6\).*got \(3, 6\)"
-    ):
+    with pytest.raises(ValueError, match=r"^positions must .*\(3, 1, 6\).*got \(3, 6\)"):
         apply_rotary(x, (COS, SIN), positions=positions, **options)
     of_axes = apply_rotary(x, (COS, SIN), positions=positions[:, None], **options)
     of_both = apply_rotary(x, (COS, SIN), positions=positions[:, None].repeat(3, 1), **options)
@@ -191,21 +190,25 @@ SAID = {
     "every angle twice, in halves: use RotaryTable.from_full_width": RotaryTable(*IN_HALVES),
     "every angle twice, each beside its copy: use RotaryTable.from_full_width with "
     "interleaved=True": RotaryTable(*IN_TURN),
-    "every angle twice, each beside its copy: right with interleaved=True": (
-        RotaryTable.from_full_width(*IN_TURN)
-    ),
-    "two angles a pair: use RotaryTable.from_elementwise": (
-        RotaryTable.from_full_width(np.cos(ELEMENTS), np.sin(ELEMENTS))
-    ),
+    "every angle twice, each beside its copy: right with interleaved=True; where the model pairs "
+    "halves, use RotaryTable.from_elementwise (ERNIE-Image)": RotaryTable.from_full_width(*IN_TURN),
+    "two angles a pair: use RotaryTable.from_elementwise, or RotaryTable(cos, sin) where there is a "
+    "column for each pair": RotaryTable.from_full_width(np.cos(ELEMENTS), np.sin(ELEMENTS)),
     "two angles a pair, of every position": (
         RotaryTable.from_elementwise(np.cos(ELEMENTS), np.sin(ELEMENTS))
     ),
-    "every angle twice, in halves: from_full_width reads half of it, with interleaved=False": (
+    "every angle twice, in halves: two angles a pair with interleaved=True; with interleaved=False"
+    " one, and RotaryTable.from_full_width reads half as much": (
         RotaryTable.from_elementwise(*IN_HALVES)
+    ),
+    "every angle twice, each beside its copy: two angles a pair with interleaved=False; with "
+    "interleaved=True one, and RotaryTable.from_full_width reads half as much": (
+        RotaryTable.from_elementwise(*IN_TURN)
     ),
     "sines before cosines: use RotaryTable(cos, sin)": (
         RotaryTable.from_cache(np.concatenate([SIN, COS], -1))
     ),
+    "sines before cosines: give the cosines first": RotaryTable.from_full_width(*IN_HALVES[::-1]),
     "not a rotation: cos * cos + sin * sin is from 0 to 2": RotaryTable(SIN, SIN[:, ::-1] * 0),
     "not a rotation: not every value is finite": RotaryTable(COS, SIN + np.inf),
     "not a rotation: the two sines of a matrix have one sign": (
@@ -232,6 +235,35 @@ def test_a_table_says_what_its_values_are(said):
         assert SAID[said].check() == said
 
 
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (
+            RotaryTable.from_cache(np.concatenate(IN_HALVES, -1)),
+            "every angle twice, in halves: use",
+        ),
+        (RotaryTable.from_complex(IN_TURN[0] + 1j * IN_TURN[1]), "every angle twice, each beside"),
+        (RotaryTable(SIN, COS), "sines before cosines: use"),
+    ],
+)
+def test_every_form_sees_copies_and_swapped_parts(table, said):
+    assert table.check().startswith(said)
+
+
+@pytest.mark.parametrize("library", ["jax", "Bfloat16"])
+def test_tables_of_bfloat16_of_any_library_are_read(library):
+    words = [(part.astype("f4").view("u4") >> 16).astype("u2") for part in (COS, SIN)]
+    if library == "jax":
+        jax = pytest.importorskip("jax")
+        parts = [jax.numpy.asarray(part, "bfloat16") for part in (COS, SIN)]
+    else:
+        parts = list(map(Bfloat16, words))
+    assert RotaryTable(*parts).check() == "one angle a pair, of every position"
+    frequencies = parts[0][1] if library == "jax" else Bfloat16(words[0][1])
+    table = RotaryTable.from_inverse_frequencies(frequencies, 3, like=COS)
+    assert table.shape == (3, 4)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_tables_of_few_bits_on_every_device_say_it_too(dtype, device):
@@ -246,7 +278,7 @@ def test_tables_of_few_bits_on_every_device_say_it_too(dtype, device):
 def test_a_table_of_glm_says_where_it_is_right():
     said = RotaryTable.from_full_width(*IN_HALVES).check()
     assert said.startswith("every angle twice, in halves: right with interleaved=False; ")
-    assert "GLM" in said and "interleaved=True" not in said
+    assert "GLM" in said
     x = RNG.standard_normal((6, 2, 8))
     cos, sin = (part[..., :4] for part in IN_HALVES)  # as the sentence says
     check(
