@@ -1039,3 +1039,16 @@ def _define(name: str, schema: str, functions: dict[str, str]) -> None:
 
 for _name, (_schema, _functions) in _OPERATORS.items():
     _define(_name, _schema, _functions)
+
+
+def _run_untraced(function: Any) -> None:
+    """Let torch.compile trace nothing of a function that it runs where its graph has a break."""
+    frames = torch._C._dynamo.eval_frame
+    try:
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+        frames.set_code_exec_strategy(function.__code__, skip)
+    except (AttributeError, TypeError):  # which this PyTorch does not have
+        pass
+
+
+_run_untraced(calls.rotate)
