@@ -19,8 +19,6 @@
 // an angle of its own, of the second one.
 template <typename Real, int kPairs, int kAngles = 1>
 struct Angles {
-  static constexpr bool kTwo = kAngles == 2;
-
   Real cos[kAngles * kPairs];
   Real sin[kAngles * kPairs];
 };
@@ -43,9 +41,11 @@ struct OneAngle {
   }
 
   template <bool kInterleaved, int kPairs, typename Real, typename Table>
-  static __device__ __forceinline__ Angles<Real, kPairs> load_angles(
-      const Arguments&, const Table* cos_address, Access cos_access, const Table* sin_address,
-      Access sin_access, int) {
+  static __device__ __forceinline__ Angles<Real, kPairs> load_angles(const Arguments&,
+                                                                     const Table* cos_address,
+                                                                     Access cos_access,
+                                                                     const Table* sin_address,
+                                                                     Access sin_access, int) {
     const auto cos_run = load<kPairs * kStep>(cos_address, cos_access);
     auto sin_run = cos_run;
     if constexpr (kSinOffset == 0) sin_run = load<kPairs * kStep>(sin_address, sin_access);
@@ -140,9 +140,11 @@ struct Matrices<1> {
 
   // The first row of a matrix is at the cosine's address, the second at the sine's.
   template <bool kInterleaved, int kPairs, typename Real, typename Table>
-  static __device__ __forceinline__ Angles<Real, kPairs, 2> load_angles(
-      const Arguments& args, const Table* first_row, Access first_access, const Table* second_row,
-      Access second_access, int) {
+  static __device__ __forceinline__ Angles<Real, kPairs, 2> load_angles(const Arguments& args,
+                                                                        const Table* first_row,
+                                                                        Access first_access,
+                                                                        const Table* second_row,
+                                                                        Access second_access, int) {
     const auto m00 = widen<Real>(load<kPairs>(first_row, first_access));
     const auto m01 = widen<Real>(load<kPairs>(first_row + args.column, first_access));
     const auto m10 = widen<Real>(load<kPairs>(second_row, second_access));

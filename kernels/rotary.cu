@@ -86,11 +86,11 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 // much that it needs more registers. Off the common path it takes as many as it wants.
 //
 // Eight pairs and their angles fill 24 registers. Where all of them can be asked for at once, 1,280
-// threads are enough: else it asks for some of them late, to hold fewer. Where a row is looked for
-// or angles are computed, off the common path, 640 are: else it puts a register or two into local
-// memory, to hold fewer.
-template <typename T, typename Table, typename Position, typename Norm, int kRows, int kPairs,
-          int kPassRun, bool kCommon>
+// threads are enough: else it asks for some of them late, to hold fewer. Where a row is looked for,
+// angles are computed, or a pair has two of them, off the common path, 640 are: else it puts a
+// register or two into local memory, to hold fewer.
+template <typename T, typename Table, typename Position, typename Norm, int kAngles, int kRows,
+          int kPairs, int kPassRun, bool kCommon>
 __device__ constexpr int fewest_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   constexpr bool kIsNew = true;
@@ -109,7 +109,8 @@ __device__ constexpr int fewest_blocks() {
     return !kIsDouble<T, Table> && kIsVoid<Position> && kPairs >= 8 ? 2 : 0;
   } else {
     using Positions = PositionsOf<Position>;
-    return Positions::kCountsTokens || Positions::kAxes > 1 || kIsFrequency<Table> ? 1 : 0;
+    constexpr bool kIsDear = kIsFrequency<Table> || kAngles > 1;
+    return Positions::kCountsTokens || Positions::kAxes > 1 || kIsDear ? 1 : 0;
   }
 }
 
@@ -127,7 +128,8 @@ template <typename T, typename Table, typename Position, typename Norm, typename
           int kTensors, bool kInterleaved, bool kConjugate, bool kEager, int kRows, int kPairs,
           typename Form, int kPassRun, bool kInPlace, bool kPastL1, bool kCommon>
 __global__ void __launch_bounds__(
-    Norm::kMostThreads, fewest_blocks<T, Table, Position, Norm, kRows, kPairs, kPassRun, kCommon>())
+    Norm::kMostThreads,
+    fewest_blocks<T, Table, Position, Norm, Form::kAngles, kRows, kPairs, kPassRun, kCommon>())
     rotary_kernel(
         const __grid_constant__ Arguments<T, Table, Form, Norm, Destination, kTensors> args) {
   using Real = Compute<T, Table>;
@@ -371,8 +373,8 @@ __global__ void __launch_bounds__(
     const Real share = args.share[which].value, eps = args.eps.value;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const Real mean_square = kEager ? add(multiply(scales[i], share), eps)
-                                      : multiply_add(scales[i], share, eps);
+      const Real mean_square =
+          kEager ? add(multiply(scales[i], share), eps) : multiply_add(scales[i], share, eps);
       scales[i] = Norm::template scale_of<kEager>(mean_square);
     }
   }
@@ -388,8 +390,8 @@ __global__ void __launch_bounds__(
   if (!passes) {
     Angles<Real, kPairs, Form::kAngles> angles;
     if constexpr (Positions::kAxes == 0) {
-      angles = Form::template load_angles<kInterleaved, kPairs, Real>(args, cos_run, cos_access,
-                                                                      sin_run, sin_access, num_pairs);
+      angles = Form::template load_angles<kInterleaved, kPairs, Real>(
+          args, cos_run, cos_access, sin_run, sin_access, num_pairs);
     } else {
       if constexpr (!Positions::kSearches) read_positions();
       if (!is_inside) {

@@ -141,8 +141,9 @@ def _environment(cupy: Any, faults: list[Fault]) -> list[tuple[str, str]]:
     if driver:
         lines.append(("driver", environment.cuda_name(driver)))
     if cupy:
-        lines.append(("CuPy", f"{cupy.__version__}, {_nvrtc(cupy)}"))
+        lines.append(("CuPy", f"{cupy.__version__} for CUDA {environment.cupy_cuda()}"))
         lines += _said("warning", environment.packages_fault())
+        lines += _nvrtc(faults)
         uncached = environment.cache_fault()
         lines += _said("warning", uncached) or [("cache", environment.cache_folder())]
     return [*lines, ("kernels", str(jit.sources()))]
@@ -163,11 +164,17 @@ def _gpu(cupy: Any) -> str:
     )
 
 
-def _nvrtc(cupy: Any) -> str:
+def _nvrtc(faults: list[Fault]) -> list[tuple[str, str]]:
+    """Return which NVRTC is loaded, whose it is, its file, and what it does not fit."""
     try:
-        return f"NVRTC {'.'.join(map(str, cupy.cuda.nvrtc.getVersion()))}"
+        found = environment.nvrtc()
     except RuntimeError:
-        return "no NVRTC"
+        return [("NVRTC", "none can be loaded")]
+    lines = [("NVRTC", str(found).removeprefix("NVRTC "))]
+    if found.file:
+        lines.append(("library", str(found.file)))
+    fault = environment.nvrtc_fault(found)
+    return lines if fault in faults else [*lines, *_said("warning", fault)]
 
 
 def _rotate_and_time(model: Model, cupy: Any) -> Report:

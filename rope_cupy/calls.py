@@ -99,6 +99,10 @@ class _Call(NamedTuple):
     inputs: tuple[tensor.Library, ...]
     outputs: tuple[tensor.Library, ...]
     wrote: Callable[[tuple[Any, ...]], None]  # tells the libraries of outputs that were given
+    # Other libraries than the first output's, whose streams may be others: of all arrays that are
+    # read or written, and of outputs.
+    before: tuple[tensor.Library, ...] = ()
+    behind: tuple[tensor.Library, ...] = ()
 
 
 class Ready(NamedTuple):
@@ -337,10 +341,13 @@ def _ready_at(
 
 def _unseen(given: Given) -> tuple[_Call, Ready, tuple[Any, ...], tuple[tensor.Array, ...]]:
     """Check everything; return that, what will have been written, and what owns the memory."""
-    # A given output says on which stream the inputs must be ready.
+    # The first output says on which stream all must be ready: a new one is of its input's library.
     outputs = _describe(given.out_names, given.out or ())
-    stream = tensor.stream_of(outputs[0]) if outputs else None
-    inputs = _describe(given.names, given.xs, stream)
+    first = outputs or _describe(given.names[:1], given.xs[:1])
+    stream = tensor.stream_of(first[0])
+    inputs = () if outputs else first
+    begun = len(inputs)
+    inputs += _describe(given.names[begun:], given.xs[begun:], stream)
     check_inputs(given.names, tuple(array.spec for array in inputs))
     table = given.table.view(stream)
     rows = _describe(given.row_names, given.rows, stream)
@@ -411,7 +418,16 @@ def _checked(
         inputs=tuple(array.library for array in inputs),
         outputs=tuple(array.library for array in outputs),
         wrote=_teller(tuple(array.library for array in outputs)),
+        before=_others(outputs[0], (*inputs, *outputs, *table.arrays, *rows)),
+        behind=_others(outputs[0], outputs),
     )
+
+
+def _others(first: tensor.Array, arrays: tuple[tensor.Array, ...]) -> tuple[tensor.Library, ...]:
+    """Return the other libraries of arrays on a GPU than that of the first output."""
+    if first.spec.device == "cpu":
+        return ()
+    return tuple({array.library: None for array in arrays if array.library is not first.library})
 
 
 def _posed(
@@ -514,10 +530,30 @@ def _check_apart(call: _Call, pointers: Pointers) -> None:
 def _writer(call: _Call, pointers: Pointers) -> Callable[[], None]:
     """Return what writes the outputs at these addresses."""
     if call.launcher:
-        return call.launcher.with_arguments(call.launcher.plan.argument_block(pointers))
+        block = call.launcher.plan.argument_block(pointers)
+        launch = call.launcher.with_arguments(block)
+        return _in_order(call, call.launcher, launch) if call.before or call.behind else launch
     if call.problem.num_rows:
         return lambda: cpu.rotate(call.problem, pointers)
     return lambda: None
+
+
+def _in_order(call: _Call, launcher: Launcher, launch: Callable[[], None]) -> Callable[[], None]:
+    """Return a launch that waits for the streams of other libraries, and lets outputs' wait for it.
+
+    Each library has a current stream of its own, and knows nothing of the others'.
+    """
+    device = launcher.device
+
+    def write() -> None:
+        stream = launcher.stream_of(device)
+        for library in call.before:
+            tensor.let_wait(device, stream, library.stream(device))
+        launch()
+        for library in call.behind:
+            tensor.let_wait(device, library.stream(device), stream)
+
+    return write
 
 
 def _teller(outputs: tuple[tensor.Library, ...]) -> Callable[[tuple[Any, ...]], None]:

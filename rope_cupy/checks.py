@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+MOST_FLOAT32 = float(np.finfo(np.float32).max)  # the largest number
+
 
 def is_array(value: object) -> bool:
     """Return whether `value` has axes, and is none of NumPy's numbers."""
@@ -41,10 +43,19 @@ def check_number(name: str, value: object) -> None:
 def positive(name: str, value: Any, above: int = 0) -> float:
     """Return `value` as a finite float that is more than `above`, or refuse it by name."""
     check_number(name, value)
-    if not (value > above and math.isfinite(value)):
+    number = as_float(value)
+    if not (number > above and math.isfinite(number)):
         wanted = f"more than {above}" if above else "positive"
         raise ValueError(f"{name} must be {wanted} and finite, got {value}")
-    return float(value)
+    return number
+
+
+def as_float(value: Any) -> float:
+    """Return a real number as a float, infinity where it is too great to be one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def described(value: object) -> str:

@@ -239,13 +239,14 @@ def _packed_positions(problem: RotaryProblem, pointers: Pointers) -> Array:
 
 def _sum_of(*numbers: Any) -> Array:
     """Return the sum of integers, -1 where it has more than 64 bits: see kernels/positions.cuh."""
-    low, high = np.uint64(0), np.int64(0)
+    low: Array = np.zeros((), np.uint64)
+    high: Array = np.zeros((), np.int64)
     for number in numbers:
         word = np.asarray(number, np.int64).view(np.uint64)
         with np.errstate(over="ignore"):
             low = low + word
         high = high + (low < word) - (np.asarray(number) < 0)
-    return np.where(high == 0, np.asarray(low).view(np.int64), -1)
+    return np.where(high == 0, low.view(np.int64), -1)
 
 
 def _of_pairs(problem: RotaryProblem, positions: Array) -> Array:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -103,21 +104,51 @@ def qwen_image(
     after the one before. With `scale_rope` height and width are centred at 0 and the text begins at
     half the largest of them, without it they begin at 0 and the text begins at the largest.
 
-    diffusers computes in float32, in the memory of the CPU, up to 4096 positions.
+    Qwen-Image-Layered has the same arguments and another table: `qwen_image_layered`. diffusers
+    computes in float32, in the memory of the CPU, up to 4096 positions.
 
     >>> import numpy as np
     >>> qwen_image((1, 4, 6), 8, like=np.zeros(1))
     RotaryTable(shape=(32, 64), rotary_dim=128, dtype='float32', device='cpu')
     """
-    text_length, sizes = count("text_length", text_length), _sizes("grids", grids, 3)
-    share = 2 if scale_rope else 1
-    text_start = max(max(height, width) // share for _, height, width in sizes)
-    images = []
-    for number, (frames, height, width) in enumerate(sizes):
-        top, left = ((height + 1) // 2, (width + 1) // 2) if scale_rope else (0, 0)
-        images.append(_grid((frames, height, width), start=(number, -top, -left)))
-    text = np.repeat(text_start + np.arange(text_length, dtype=np.float64), 3).reshape(-1, 3)
-    return _table(np.concatenate([text, *images]), dims, base, like, compute_dtype, on_host=True)
+    sizes = _sizes("grids", grids, 3)
+    placed = list(zip(range(len(sizes)), sizes, strict=True))
+    positions = _qwen_positions(placed, count("text_length", text_length), scale_rope)
+    return _table(positions, dims, base, like, compute_dtype, on_host=True)
+
+
+def qwen_image_layered(
+    grids: Any,
+    text_length: int,
+    *,
+    like: Any,
+    scale_rope: bool = True,
+    dims: Sequence[int] = (16, 56, 56),
+    base: float = 10000.0,
+    compute_dtype: str = "float64",
+) -> RotaryTable:
+    """Return the table of Qwen-Image-Layered: rows of the text, the layers and the condition.
+
+    `grids` are rows of (frames, height, width): those of the layers, each one frame after the one
+    before, and last that of the image which they are taken from, of one frame, which lies at the
+    frame -1. The text begins at half the largest height or width, without `scale_rope` at the
+    largest, or at the number of layers where this is more. All else is as for `qwen_image`. In
+    diffusers it is the Qwen-Image of a config with ``use_layer3d_rope=True``.
+
+    >>> import numpy as np
+    >>> qwen_image_layered([(1, 4, 6), (1, 4, 6), (1, 4, 6)], 8, like=np.zeros(1))
+    RotaryTable(shape=(80, 64), rotary_dim=128, dtype='float32', device='cpu')
+    """
+    *layers, condition = _sizes("grids", grids, 3)
+    if not layers or condition[0] != 1:
+        raise ValueError(
+            "grids must be those of one layer or more, then of the condition, of one frame, got "
+            f"{len(layers) + 1} rows, the last of {condition[0]} frames"
+        )
+    placed = [*zip(range(len(layers)), layers, strict=True), (-1, condition)]
+    length = count("text_length", text_length)
+    positions = _qwen_positions(placed, length, scale_rope, text_from=len(layers))
+    return _table(positions, dims, base, like, compute_dtype, on_host=True)
 
 
 def wan(
@@ -436,6 +467,22 @@ def _table(
     return RotaryTable(*_computed(cos_and_sin, arrays, like, on_host))
 
 
+def _qwen_positions(
+    grids: Sequence[tuple[int, tuple[int, ...]]],
+    text_length: int,
+    scale_rope: bool,
+    text_from: int = 0,
+) -> Positions:
+    """Return the positions of a text, then of images, given as (first frame, size)."""
+    text_start, share, images = text_from, 2 if scale_rope else 1, []
+    for frame, (frames, height, width) in grids:
+        text_start = max(text_start, height // share, width // share)
+        top, left = ((height + 1) // 2, (width + 1) // 2) if scale_rope else (0, 0)
+        images.append(_grid((frames, height, width), start=(frame, -top, -left)))
+    text = np.repeat(text_start + np.arange(text_length, dtype=np.float64), 3).reshape(-1, 3)
+    return np.concatenate([text, *images])
+
+
 def _inverse(base: float, steps: Any, dim: int) -> Any:
     return 1.0 / base ** (steps / dim)
 
@@ -483,7 +530,8 @@ def _computed(
         return tensor.computed(function, arrays, like)
 
     def there(module: Any) -> tuple[Any, ...]:
-        return function(module, *map(module.asarray, arrays))
+        with module.device("cpu") if _is_torch(module) else nullcontext():
+            return function(module, *map(module.asarray, arrays))
 
     results = tensor.computed(there, (), like)
     return tuple(tensor.placed(_downloaded(result, like), like) for result in results)

@@ -12,6 +12,9 @@ _KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 _DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # host, CUDA, CUDA pinned host, CUDA managed
 _BFLOAT = 4
 _READ_ONLY = 1
+_CONSUMED = b"used_dltensor", b"used_dltensor_versioned"
+MOST_AXES = 64  # of NumPy's arrays, and no library has more
+NAMES = b"dltensor", b"dltensor_versioned"  # of capsules that no one has consumed
 
 
 class _DLTensor(ctypes.Structure):
@@ -60,15 +63,31 @@ def capsule_of(producer: Any, stream: int | None) -> Any:
         return producer.__dlpack__(stream=stream)
 
 
-def device_of(producer: Any) -> str:
+def device_of(name: str, producer: Any) -> str:
     """Return "cpu", "cuda:0" or another device's DLPack number."""
-    return _device(*producer.__dlpack_device__())
+    device = producer.__dlpack_device__()
+    try:
+        kind, number = map(int, device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must give two ints for __dlpack_device__(), got {device!r}"
+        ) from error
+    return _device(kind, number)
 
 
 def read(name: str, capsule: Any) -> Contents:
     """Read a capsule without consuming it. What it points to lives as long as the capsule."""
     tensor, writable = _tensor_of(name, capsule)
+    if not 0 <= tensor.ndim <= MOST_AXES or (tensor.ndim and not tensor.shape):
+        raise TypeError(
+            f"{name} must have at most {MOST_AXES} axes and a shape, got a capsule of "
+            f"{tensor.ndim} axes"
+        )
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    if min(shape, default=0) < 0:
+        raise ValueError(f"{name} must have sizes of 0 or more, got a capsule of shape {shape}")
+    if not tensor.data and 0 not in shape:
+        raise TypeError(f"{name} must be an array in memory, got a capsule without an address")
     if tensor.strides:
         strides = tuple(tensor.strides[i] for i in range(tensor.ndim))
     else:
@@ -89,14 +108,17 @@ def set_bfloat16(capsule: Any) -> None:
 
 
 def _device(kind: int, number: int) -> str:
-    name = _DEVICES.get(int(kind), f"device type {int(kind)}")
-    return name if name == "cpu" else f"{name}:{int(number)}"
+    name = _DEVICES.get(kind, f"device type {kind}")
+    return name if name == "cpu" else f"{name}:{number}"
 
 
 def _tensor_of(name: str, capsule: Any) -> tuple[_DLTensor, bool]:
     if type(capsule).__name__ != "PyCapsule":
         raise TypeError(f"{name} must give a capsule for __dlpack__(), got {capsule!r}")
     kind = _capsule_name(capsule)
+    if kind not in NAMES:
+        got = "one that has been consumed" if kind in _CONSUMED else f"one named {kind!r}"
+        raise TypeError(f"{name} must give a capsule named {NAMES[0].decode()!r}, got {got}")
     address = _capsule_pointer(capsule, kind)
     if kind == b"dltensor_versioned":
         managed = _DLManagedTensorVersioned.from_address(address)

@@ -6,8 +6,9 @@ import ctypes
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 FOLDER = "/a/folder/that/can/be/written"
@@ -24,6 +25,22 @@ class Fault(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.wrong}: {self.command}"
+
+
+class Nvrtc(NamedTuple):
+    """The compiler that CuPy has loaded, which need not be one for the CUDA that CuPy is for."""
+
+    version: tuple[int, int]
+    file: Path | None  # where that is known
+    package: str  # that brought the file, such as "nvidia-cuda-nvrtc==13.0.88", if any did
+
+    @property
+    def major(self) -> int:
+        return self.version[0]
+
+    def __str__(self) -> str:
+        owner = f" of {self.package.replace('==', ' ')}" if self.package else ""
+        return f"NVRTC {'.'.join(map(str, self.version))}{owner}"
 
 
 @cache
@@ -81,6 +98,82 @@ def packages_fault() -> Fault | None:
     return Fault(wrong, _install())
 
 
+def load_nvrtc() -> None:
+    """Load the NVRTC that CuPy compiles with, and its builtins, before anything is compiled.
+
+    The package of NVRTC 13.0 does not say where its builtins lie. CuPy's loader loads them after
+    NVRTC, and takes an NVRTC that is loaded as it is: a thread that comes in between, and a program
+    that has loaded NVRTC by itself, would find none.
+    """
+    import cupy
+
+    major, minor = cupy.cuda.nvrtc.getVersion()
+    file = nvrtc_file()
+    if file:
+        with suppress(OSError):  # NVRTC looks in other places, and says what it does not find
+            ctypes.CDLL(str(file.with_name(f"libnvrtc-builtins.so.{major}.{minor}")))
+
+
+def nvrtc() -> Nvrtc:
+    """Return which NVRTC CuPy compiles with, and whose it is."""
+    import cupy
+
+    file = nvrtc_file()
+    return Nvrtc(cupy.cuda.nvrtc.getVersion(), file, _owner(file) if file else "")
+
+
+def nvrtc_file() -> Path | None:
+    """Return the file of the NVRTC that CuPy compiles with, None where CuPy does not say it."""
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib  # through which CuPy loads it
+    except ImportError:
+        return None
+    path = load_nvidia_dynamic_lib("nvrtc").abs_path
+    return Path(path).resolve() if path else None
+
+
+def _owner(file: Path) -> str:
+    """Return the installed package that a file belongs to, with its version, or ""."""
+    from importlib import metadata
+
+    for package in metadata.distributions():
+        if file.name in (package.read_text("RECORD") or ""):
+            for path in package.files or ():
+                if path.name == file.name and Path(str(path.locate())).resolve() == file:
+                    return f"{package.metadata['Name']}=={package.version}"
+    return ""
+
+
+def nvrtc_fault(found: Nvrtc) -> Fault | None:
+    """Return what is wrong where NVRTC does not fit the driver, or else CuPy."""
+    return _nvrtc_driver_fault(found) or _nvrtc_cupy_fault(found)
+
+
+def _nvrtc_driver_fault(found: Nvrtc) -> Fault | None:
+    cuda = driver()
+    if not cuda or cuda // 1000 >= found.major:
+        return None
+    wrong = (
+        f"kernels of {found} need a driver for CUDA {found.major} or newer, "
+        f"got one for {cuda_name(cuda)}"
+    )
+    if cuda // 1000 < cupy_cuda():
+        return Fault(wrong, _install())
+    remove = f"pip uninstall -y {found.package.partition('==')[0]} && " if found.package else ""
+    return Fault(wrong, f"{remove}pip install --force-reinstall {_nvrtc_package(cupy_cuda())}")
+
+
+def _nvrtc_cupy_fault(found: Nvrtc) -> Fault | None:
+    cuda = cupy_cuda()
+    if found.major == cuda:
+        return None
+    wrong = f"CuPy for CUDA {cuda} has found {found}, and compiles with it"
+    # CuPy takes the NVRTC of the newest CUDA that it finds: one for an older CUDA changes nothing.
+    if found.major > cuda:
+        return Fault(wrong, _install(found.major))
+    return Fault(wrong, f"pip install --force-reinstall {_nvrtc_package(cuda)}")
+
+
 def driver() -> int:
     """Return the newest CUDA that the driver can run, such as 12040; 0 where there is none."""
     version = ctypes.c_int()
@@ -134,21 +227,35 @@ def _import_fault(error: Exception) -> Fault:
 def _launch_fault(error: Exception) -> Fault | None:
     """Return what a launch failed for, None where the error's text does not say it."""
     text = str(error)
+    if builtins := re.search(r"libnvrtc-builtins\.so[.\d]*\d", text):
+        return _builtins_fault(builtins[0])
     if "libnvrtc" in text:
-        wrong = f"CuPy for CUDA {_cupy_cuda()} compiles kernels with NVRTC, and none can be loaded"
-        return Fault(wrong, f"pip install --force-reinstall {_nvrtc_package()}")
+        cuda = cupy_cuda()
+        wrong = f"CuPy for CUDA {cuda} compiles kernels with NVRTC, and none can be loaded"
+        return Fault(wrong, f"pip install --force-reinstall {_nvrtc_package(cuda)}")
     if "cudaErrorInsufficientDriver" in text or "libcuda.so" in text:
         return _driver_fault()
     if "cudaErrorNoDevice" in text and "CUDA_VISIBLE_DEVICES" in os.environ:
         hidden = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r}"
         return Fault(f"CUDA finds no GPU, got {hidden}", "unset CUDA_VISIBLE_DEVICES")
     if "--gpu-architecture" in text or "CUDA_ERROR_NO_BINARY_FOR_GPU" in text:
-        return _architecture_fault()
+        return _architecture_fault() or _nvrtc_driver_fault(nvrtc())
+    if "CUDA_ERROR_INVALID_IMAGE" in text or "CUDA_ERROR_UNSUPPORTED_PTX_VERSION" in text:
+        return _nvrtc_driver_fault(nvrtc())
     return None
 
 
+def _builtins_fault(builtins: str) -> Fault:
+    found = nvrtc()
+    place = f" in {found.file.parent}" if found.file else ""
+    wrong = f"{found} finds no {builtins}{place}"
+    if found.package:  # which may be pinned by another: the same version again
+        return Fault(wrong, f"pip install --force-reinstall --no-deps {found.package}")
+    return Fault(wrong, f"pip install --force-reinstall {_nvrtc_package(found.major)}")
+
+
 def _driver_fault() -> Fault | None:
-    found, cuda = driver(), _cupy_cuda()
+    found, cuda = driver(), cupy_cuda()
     if found < 12000:
         got = f"got one for {cuda_name(found)}" if found else "and none is found"
         wrong = f"a GPU needs an NVIDIA driver for CUDA 12 or newer, {got}"
@@ -166,27 +273,28 @@ def _architecture_fault() -> Fault | None:
     known = cupy.cuda.nvrtc.getSupportedArchs()
     if capability in known:
         return None
-    version = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+    found = nvrtc()
     wrong = (
-        f"NVRTC {version} compiles for compute capability {min(known) / 10} to {max(known) / 10}, "
+        f"{found} compiles for compute capability {min(known) / 10} to {max(known) / 10}, "
         f"got a GPU of {capability / 10}"
     )
     if capability < min(known):
         return Fault(wrong, _install(12))
-    if driver() // 1000 > _cupy_cuda():
+    if driver() // 1000 > found.major:
         return Fault(wrong, _install())
-    return Fault(wrong, f"pip install -U {_nvrtc_package()}")
+    return Fault(wrong, f"pip install -U {_nvrtc_package(found.major)}")
 
 
-def _cupy_cuda() -> int:
+def cupy_cuda() -> int:
     """Return the CUDA that CuPy was built for: 12 or 13."""
     import cupy
 
     return int(cupy.cuda.runtime.runtimeGetVersion()) // 1000
 
 
-def _nvrtc_package() -> str:
-    return "nvidia-cuda-nvrtc-cu12" if _cupy_cuda() == 12 else "'nvidia-cuda-nvrtc==13.*'"
+def _nvrtc_package(cuda: int) -> str:
+    """Return what to ask pip for to have the NVRTC of a CUDA."""
+    return "nvidia-cuda-nvrtc-cu12" if cuda == 12 else f"'nvidia-cuda-nvrtc=={cuda}.*'"
 
 
 def _install(cuda: int = 0) -> str:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .environment import cache_fault, cupy, driver, explained
+from .environment import cache_fault, cupy, driver, explained, load_nvrtc
 from .plan import LaunchPlan
 from .recall import keep
 
@@ -23,14 +23,11 @@ _not_warned = threading.Lock()  # acquired for good by the one who warns that no
 
 @cache
 def sources() -> Path:
-    """Return the folder of the kernels: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parent
-    for folder in (package / "kernels", package.parent / "kernels"):
-        if (folder / "rotary.cu").is_file():
-            return folder
-    raise ImportError(
-        f"rope_cupy's kernels are missing: no kernels/rotary.cu in {package} or beside it"
-    )
+    """Return the folder of the kernels, to which a checkout has a link in the package."""
+    folder = Path(__file__).parent / "kernels"
+    if not (folder / "rotary.cu").is_file():
+        raise ImportError(f"rope_cupy's kernels are missing: {folder} must hold rotary.cu")
+    return folder
 
 
 def compile_options() -> tuple[str, ...]:
@@ -59,6 +56,7 @@ def kernel(name: str, device: int) -> Any:
 def _compiled(name: str) -> Any:
     """Return a kernel by way of CuPy's cache on the disk, past it where the disk fails."""
     code, options = (sources() / "rotary.cu").read_text(encoding="utf-8"), compile_options()
+    load_nvrtc()
     try:
         module = cupy().RawModule(code=code, options=options, name_expressions=[name])
         return module.get_function(name).kernel

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from .checks import check_number, count, described, index
+from .checks import MOST_FLOAT32, as_float, check_number, count, described, index
 from .memory import FLOATS_8
 
 DEFAULT_LAYOUTS = {3: "shd", 4: "bshd"}
@@ -19,7 +19,6 @@ NORMS = HEAD_NORM, TOKEN_NORM = "head", "heads"
 CACHE_LAYOUTS = "NHD", "HND"
 BEFORE_WEIGHT = "before_weight"
 LEAST_SCALE = 2.0**-126  # whose reciprocal is a float32
-MOST = float(np.finfo(np.float32).max)  # of a number that a kernel computes with in float32
 Part = TypeVar("Part")  # of Options
 
 
@@ -195,10 +194,15 @@ def checked_norm(norm: object, eps: Any, weight_offset: Any, round_norm: Any) ->
     """Check the fields of Norm."""
     _check_choice("norm", norm, NORMS)
     check_round_norm(round_norm)
-    eps = _number("eps", eps)
+    eps, weight_offset = _number("eps", eps), _number("weight_offset", weight_offset)
     if eps < 0:
         raise ValueError(f"eps must be 0 or more, got {eps}")
-    return Norm(str(norm), eps, _number("weight_offset", weight_offset), round_norm)
+    for name, number in (("eps", eps), ("weight_offset", weight_offset)):
+        if abs(number) > MOST_FLOAT32:
+            raise ValueError(
+                f"{name} must be at most {MOST_FLOAT32:.6g}, the largest float32, got {number}"
+            )
+    return Norm(str(norm), eps, weight_offset, round_norm)
 
 
 @_remembered
@@ -224,14 +228,9 @@ def checked_cache(layout: object, dtype: object, k_scale: Any, v_scale: Any) -> 
 
 def _number(name: str, value: Any) -> float:
     check_number(name, value)
-    try:
-        number = float(value)
-    except OverflowError:  # of an int
-        number = math.inf
+    number = as_float(value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
-    if abs(number) > MOST:
-        raise ValueError(f"{name} must be at most {MOST:.6g}, the largest float32, got {value}")
     return number
 
 

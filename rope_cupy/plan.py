@@ -277,7 +277,7 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, pass_run: int) -> 
 
     In the half pairing fewer where the lanes that pass elements through have one access each, or
     angles are dear, or what is written has 8 bits. Fewer too where no tensor moves as many elements
-    at once.
+    at once, and where two angles a pair, in double, would not leave it enough registers.
     """
     most = ACCESS_BYTES // ITEMSIZE[problem.dtype]
     outs = [width for i, width in enumerate(widths.out) if _out_dtype(problem, i) == problem.dtype]
@@ -286,6 +286,8 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, pass_run: int) -> 
     one_access = problem.interleaved or pass_run or _has_dear_angles(problem) or mixed
     one_access = one_access or (problem.cache is not None and problem.cache.dtype in FLOATS_8)
     pairs = widest // 2 if one_access else widest
+    if problem.table_form != ONE_ANGLE and _is_double(problem):
+        pairs = min(pairs, 2)
     ends = problem.section_ends if problem.position_kind == SECTIONS else ()
     return math.gcd(max(1, pairs), problem.rotary_dim // 2, *ends)  # all pairs are of one section
 
@@ -476,7 +478,8 @@ def _tile(problem: RotaryProblem) -> int:
     """
     is_whole = problem.sin_offset or problem.table_form != ONE_ANGLE
     row_bytes = problem.rotary_dim // 2 * _pair_bytes(problem) * (1 if is_whole else 2)
-    if problem.num_tokens * row_bytes <= L2_BYTES or problem.table_dtype == FREQUENCY:
+    is_small = problem.num_tokens < 2 or problem.num_tokens * row_bytes <= L2_BYTES
+    if is_small or problem.table_dtype == FREQUENCY:
         return 0
     by_token = _strides_by_token(problem)
     views = [
@@ -491,7 +494,8 @@ def _tile(problem: RotaryProblem) -> int:
     if not follow_on or any(each[HEAD] for each in by_token):
         return 0
     widest = max(abs(strides[TOKEN]) for strides in (*by_token, *(each[1] for each in views)))
-    most = min(TILE_BYTES // row_bytes, (2**31 - 1) // widest)  # offsets of a tile fit 32 bits
+    in_32_bits = (2**31 - 1) // max(1, widest)  # tokens, so that offsets within a tile fit
+    most = min(TILE_BYTES // row_bytes, in_32_bits)
     tiles = range(most, MIN_TILE - 1, -1)
     return next((tile for tile in tiles if problem.num_tokens % tile == 0), 0)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import tensor
-from .checks import count, described, is_array
+from .checks import MOST_FLOAT32, as_float, count, described, is_array
 from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
 from .problem import (
     ANY_POSITION,
@@ -164,9 +164,9 @@ class RotaryTable:
         off by 1e-7 at most, up to the position 1,000,000 and on; where q is float64, and on the
         CPU, by 1e-12 there.
 
-        Raises TypeError or ValueError when `inv_freq` is not finite numbers of one axis,
-        `num_positions` not an int of 0 or more (or given with ``precompute=False``), or
-        `attention_scaling` not a finite number.
+        Raises TypeError or ValueError when `inv_freq` is not finite numbers of one axis, or gives
+        angles that are not, `num_positions` not an int of 0 or more (or given with
+        ``precompute=False``), or `attention_scaling` not a number that is finite in float32.
 
         >>> import numpy as np
         >>> from rope_cupy.frequencies import inverse_frequencies
@@ -188,14 +188,21 @@ class RotaryTable:
             raise TypeError(
                 f"attention_scaling must be a number, got {described(attention_scaling)}"
             )
-        if not math.isfinite(attention_scaling):
-            raise ValueError(f"attention_scaling must be finite, got {attention_scaling}")
-        radians = _radians(inv_freq)
+        scale, radians = as_float(attention_scaling), _radians(inv_freq)
+        if not abs(scale) <= MOST_FLOAT32:
+            raise ValueError(
+                f"attention_scaling must be finite in float32, got {attention_scaling}"
+            )
         if not precompute:
-            words = _frequency_words(radians, float(attention_scaling))
+            words = _frequency_words(radians, scale)
             return cls._own(_frequencies, tensor.placed(words, like))
         positions = np.arange(num_positions, dtype=np.float64)[:, None]
-        return cls._computed(like, float(attention_scaling), positions, radians)
+        if not math.isfinite(float(np.abs(radians).max()) * max(positions.size - 1, 0)):
+            raise ValueError(
+                "inv_freq must give angles that are finite in float64 at every position, got "
+                f"{np.abs(radians).max()} radians for {positions.size} positions"
+            )
+        return cls._computed(like, scale, positions, radians)
 
     @classmethod
     def from_config(
@@ -211,8 +218,9 @@ class RotaryTable:
         """Compute the table that a Hugging Face config, or its dict, describes.
 
         `rope_cupy.frequencies.from_config` says what is read, and what `seq_len` and `layer_type`
-        mean; the attention scaling of the config's type is in the table. The rest, and errors, are
-        those of `from_inverse_frequencies`.
+        mean, and which configs are refused; the attention scaling of the config's type is in the
+        table. The rest, and errors, are those of `from_inverse_frequencies`. The table of a vision
+        encoder is `from_angles` of `rope_cupy.frequencies.axial_from_config`.
 
         >>> import numpy as np
         >>> scaling = {"rope_type": "linear", "factor": 2.0}
@@ -239,7 +247,7 @@ class RotaryTable:
         video, say, by `rope_cupy.frequencies.axial`. Cosines and sines are computed in float64 and
         stored as float32, in the library and on the device of the array `like`.
 
-        Raises TypeError or ValueError when `angles` is no such array.
+        Raises TypeError or ValueError when `angles` is no such array of finite numbers.
 
         >>> import numpy as np
         >>> x = np.zeros((4, 1, 8), np.float32)
@@ -248,6 +256,8 @@ class RotaryTable:
         """
         if not isinstance(angles, np.ndarray) or angles.dtype != np.float64:
             raise TypeError(f"angles must be a NumPy array of float64, got {described(angles)}")
+        if not np.isfinite(angles).all():
+            raise ValueError("angles must be finite, got an infinity or NaN")
         return cls._computed(like, 1.0, angles)
 
     @classmethod
@@ -573,13 +583,16 @@ def _radians(inv_freq: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
         tensor.check_gradient("inv_freq", inv_freq)
         values = np.asarray(array.library.download(inv_freq), np.float64)
     elif _is_sequence_of_numbers(inv_freq):
-        values = np.array([float(value) for value in inv_freq])
+        values = np.array([as_float(value) for value in inv_freq])
     else:
         raise TypeError(f"inv_freq must be an array or a sequence of numbers, got {inv_freq!r}")
     if values.ndim != 1 or not values.size:
         raise ValueError(
             f"inv_freq must have one axis, of rotary_dim / 2 numbers, got shape {values.shape}"
         )
+    if not np.isfinite(values).all():
+        odd = values[~np.isfinite(values)][0]
+        raise ValueError(f"inv_freq must be finite in float64, got {odd}")
     return values
 
 

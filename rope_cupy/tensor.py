@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -19,6 +19,10 @@ from .recall import keep
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
+
+
+LEGACY = 1  # the other handle of the default stream, 0
+MAX_TYPES = 256  # that are known; a program may make any number of them
 
 
 class Array(NamedTuple):
@@ -36,7 +40,8 @@ class Library:
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
         """Return the array as rope_cupy sees it. `name` is what the caller calls it.
 
-        The work on it comes on `stream`; None is this library's current one.
+        The work on it comes on `stream`; None is this library's current one. A producer of DLPack
+        sees to it that the array is ready there; for others `let_wait` does.
         """
         raise NotImplementedError
 
@@ -259,7 +264,8 @@ class _Torch(Library):
         module = sys.modules["torch"]
         # Copies, for PyTorch takes no negative strides and warns of what is read-only.
         copies = (module.from_numpy(np.array(array)) for array in arrays)
-        return function(module, *(copy.to(like.device) for copy in copies))
+        with module.device(like.device):  # not on PyTorch's default device, whatever it is
+            return function(module, *(copy.to(like.device) for copy in copies))
 
     def download(self, array: Any) -> NDArray[Any]:
         copy = array.detach().cpu()
@@ -305,10 +311,13 @@ class _DLPack(Library):
     """Any other producer: read through DLPack, results made from a NumPy or CuPy buffer."""
 
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
-        device = _supported(name, dlpack.device_of(array))
+        with _refusals_of(name, array):
+            device = _supported(name, dlpack.device_of(name, array))
         consumer = None if device == "cpu" else self._consumer(device, stream)
-        capsule = dlpack.capsule_of(array, consumer)
+        with _refusals_of(name, array):
+            capsule = dlpack.capsule_of(array, consumer)
         pointer, shape, strides, dtype, device, writable = dlpack.read(name, capsule)
+        _supported(name, device)
         spec = array_spec(shape, strides, dtype, device, pointer, writable)
         return Array(spec, pointer, self, (array, capsule))
 
@@ -332,12 +341,12 @@ class _DLPack(Library):
     def computed(
         self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
     ) -> tuple[Any, ...]:
-        with _module_of(dlpack.device_of(like)) as module:
+        with _module_of(dlpack.device_of("like", like)) as module:
             results = _computed(module, function, arrays)
             return tuple(map(like.__array_namespace__().from_dlpack, results))
 
     def download(self, array: Any) -> NDArray[Any]:
-        device = dlpack.device_of(array)
+        device = dlpack.device_of("array", array)
         with _module_of(device) as module:
             copy = module.from_dlpack(array)
             return copy if device == "cpu" else copy.get()  # type: ignore[no-any-return]
@@ -421,6 +430,26 @@ def placed(array: NDArray[Any], like: Any) -> Any:
     """Return a NumPy array where `like` lies, as an array of its library."""
     (there,) = computed(lambda _, array: (array,), (array,), like)
     return there
+
+
+def let_wait(device: int, stream: int, earlier: int) -> None:
+    """Let what comes on a stream wait for what is on another one; the host does not.
+
+    Not across the border of a stream capture, as DLPack has it: what is captured is ordered by
+    whoever replays it.
+    """
+    runtime = cupy().cuda.runtime
+    if (stream or LEGACY) == (earlier or LEGACY):
+        return
+    if runtime.streamIsCapturing(stream) or runtime.streamIsCapturing(earlier):
+        return
+    with cupy().cuda.Device(device):
+        event = runtime.eventCreateWithFlags(runtime.eventDisableTiming)
+        try:
+            runtime.eventRecord(event, earlier)
+            runtime.streamWaitEvent(stream, event)
+        finally:
+            runtime.eventDestroy(event)  # which CUDA does once it is of no more use
 
 
 class Look:
@@ -522,6 +551,12 @@ def stream_of(array: Array) -> int | None:
 def library_of(name: str, array: Any) -> Library:
     """Return the library that an array belongs to."""
     library = _library_of_type(type(array))  # type: ignore[arg-type]
+    kind = type(array)
+    if library is None and kind.__module__.startswith("jax.") and kind.__name__.endswith("Tracer"):
+        raise TypeError(
+            f"{name} must be an array in memory, as within jax.pure_callback, for no launch is "
+            f"traced: got {kind.__name__}"
+        )
     if library is None:
         raise TypeError(
             f"{name} must be an array of CuPy, PyTorch, NumPy or another DLPack producer, got "
@@ -530,7 +565,7 @@ def library_of(name: str, array: Any) -> Library:
     return library
 
 
-@cache
+@lru_cache(maxsize=MAX_TYPES)
 def is_kind_of_array(kind: type) -> bool:
     """Return whether values of this type are arrays of any library."""
     return _library_of_type(kind) is not None
@@ -617,7 +652,7 @@ def check_gradient(name: str, array: Any) -> None:
         )
 
 
-@cache
+@lru_cache(maxsize=MAX_TYPES)
 def _library_of_type(kind: type) -> Library | None:
     for base in kind.__mro__:
         package = base.__module__.partition(".")[0]
@@ -626,7 +661,7 @@ def _library_of_type(kind: type) -> Library | None:
     return _OTHER if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__") else None
 
 
-@cache
+@lru_cache(maxsize=MAX_TYPES)
 def _library_of_exact_type(kind: type) -> Library | None:
     """Return the library whose own type this is: a subclass may do anything."""
     return _LIBRARIES.get((kind.__module__.partition(".")[0], kind.__qualname__))
@@ -634,6 +669,25 @@ def _library_of_exact_type(kind: type) -> Library | None:
 
 def _tell_nobody(arrays: tuple[Any, ...]) -> None:
     pass
+
+
+@contextmanager
+def _refusals_of(name: str, array: Any) -> Iterator[None]:
+    """Name the argument where a producer does not hand over its array."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if str(error).startswith(f"{name} must "):
+            raise
+        reason: Exception = error
+    except (AttributeError, BufferError, NotImplementedError, RuntimeError) as error:
+        reason = error
+    else:
+        return
+    said, kind = str(reason).partition("\n")[0], type(array).__name__
+    raise TypeError(
+        f"{name} must be an array that DLPack hands over, got {kind} ({said})"
+    ) from reason
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Tests marked gpu or host_cuda are skipped where they cannot run, and counted; a summary of all.
 
+A module that imports a package of the extra `test` which is not installed is skipped as a whole.
+
 In tests marked host_cuda the kernels' sources, run on the CPU, take the place of the NumPy path.
 With ROPE_CUPY_FIGURES naming a folder, the accuracy is also appended to figures.jsonl there.
 """
@@ -8,8 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from configparser import ConfigParser
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +55,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def packages_that_tests_use() -> set[str]:
+    """The packages of the extra `test` beside pytest, each of which may be missing."""
+    setup = ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    extra = setup["options.extras_require"]["test"]
+    return set(re.findall(r"^\w+", extra, re.MULTILINE)) - {"pytest"}
+
+
+class ModulesWithoutTheirPackages:
+    """Skips them, tests and doctests alike, in this folder and beside it."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(
+        self, collector: pytest.Collector
+    ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        report = yield
+        missing = re.findall(
+            r"^E +ModuleNotFoundError: No module named '(\w+)", report.longreprtext, re.MULTILINE
+        )
+        if report.failed and missing:
+            name = missing[-1]
+            if name in packages_that_tests_use() and find_spec(name) is None:
+                report.outcome = "skipped"
+                report.longrepr = str(collector.path), 0, f"Skipped: {NOT_INSTALLED.format(name)}"
+        return report
+
+
+NOT_INSTALLED = "{} is not installed"
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(ModulesWithoutTheirPackages())
     if config.getoption("exact_allocations"):
         os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         cupy = pytest.importorskip("cupy")
@@ -84,6 +120,19 @@ def kernels_on_the_cpu(
         yield
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Fail a test marked host_cuda that has passed without running a kernel."""
+    result = yield
+    if pyfuncitem.get_closest_marker("host_cuda"):
+        launched, none = host_cuda.launched, pyfuncitem.get_closest_marker("launches_nothing")
+        if none and launched:
+            pytest.fail(f"a test marked launches_nothing has launched {launched[0]}")
+        if not none and not launched:
+            pytest.fail("a test marked host_cuda has launched no kernel")
+    return result
+
+
 @pytest.fixture
 def record(
     request: pytest.FixtureRequest, record_property: Callable[[str, Any], None]
@@ -115,6 +164,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         reasons = [reason for reason in reasons if reason.startswith(told)]
         if reasons:
             line = f"{name}: {len(reasons)} tests skipped, {reasons[0]}"
+            terminalreporter.write_line(line, yellow=True, bold=True)
+
+    skipped = [r for r in reports("skipped") if isinstance(r, pytest.CollectReport)]
+    for name in sorted(packages_that_tests_use()):
+        why = f"Skipped: {NOT_INSTALLED.format(name)}"
+        files = {report.fspath for report in skipped if report.longrepr[2] == why}
+        if files:
+            line = f"{name}: {len(files)} files skipped, {NOT_INSTALLED.format('it')}"
             terminalreporter.write_line(line, yellow=True, bold=True)
 
     launched = [kernel for kernels in recorded(reports("passed"), "launched") for kernel in kernels]

@@ -4,6 +4,7 @@
 anew, and the table that diffusers or transformers computes.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from rope_cupy import RotaryTable, apply_rotary, diffusion
-from rope_cupy.frequencies import axial
+from rope_cupy.frequencies import axial, from_config
+from rope_cupy.frequencies.models import DIFFUSERS_BUILDERS
 from rope_cupy.tables import source_of
 
 LIBRARIES = {
@@ -81,9 +83,9 @@ def flux2_library(device):
     return halved(transformer("transformer_flux2").Flux2PosEmbed(2000, [32, 32, 32, 32])(ids))
 
 
-def qwen_library(grids, text_length, scale_rope=True):
+def qwen_library(grids, text_length, scale_rope=True, module="QwenEmbedRope"):
     def library(device):
-        rope = transformer("transformer_qwenimage").QwenEmbedRope
+        rope = getattr(transformer("transformer_qwenimage"), module)
         rope = rope(theta=10000, axes_dim=[16, 56, 56], scale_rope=scale_rope)
         image, text = rope([grids], device=torch.device(device), max_txt_seq_len=text_length)
         return parts(torch.cat([text, image]))
@@ -95,6 +97,7 @@ def text_at(first, length):
     return [(first + step,) * 3 for step in range(length)]
 
 
+LAYERED = "QwenEmbedLayer3DRope"
 QWEN_EDIT = [(1, 83, 83), (1, 61, 96)]
 QWEN_EDIT_POINTS = grid(1, 83, 83, start=(0, -42, -42)) + grid(1, 61, 96, start=(1, -31, -48))
 
@@ -276,6 +279,28 @@ CASES = {
         built(diffusion.qwen_image, (2, 30, 40), 20, scale_rope=False),
         turned(text_at(40, 20) + grid(2, 30, 40), AXES, 10000),
         qwen_library([(2, 30, 40)], 20, scale_rope=False),
+    ),
+    "qwen image layered": Case(
+        built(diffusion.qwen_image_layered, [(1, 40, 30), (1, 40, 30), (1, 20, 50)], 60),
+        turned(
+            text_at(25, 60)
+            + grid(1, 40, 30, start=(0, -20, -15))
+            + grid(1, 40, 30, start=(1, -20, -15))
+            + grid(1, 20, 50, start=(-1, -10, -25)),
+            AXES,
+            10000,
+        ),
+        qwen_library([(1, 40, 30)] * 2 + [(1, 20, 50)], 60, module=LAYERED),
+    ),
+    "qwen image layered, more layers than patches": Case(
+        built(diffusion.qwen_image_layered, [(1, 3, 2)] * 9, 5, scale_rope=False),
+        turned(
+            text_at(8, 5)
+            + [point for layer in [*range(8), -1] for point in grid(1, 3, 2, start=(layer, 0, 0))],
+            AXES,
+            10000,
+        ),
+        qwen_library([(1, 3, 2)] * 9, 5, scale_rope=False, module=LAYERED),
     ),
     "wan": Case(
         built(diffusion.wan, (3, 45, 80)),  # 720p
@@ -506,7 +531,7 @@ REFUSED = [
     (ValueError, "dims", r"\(8, 8\)", lambda: diffusion.z_image((1, 2, 3), 4, like=X, dims=(8, 8))),
     (ValueError, "base", "-1", lambda: diffusion.wan((1, 2, 3), like=X, base=-1)),
     (TypeError, "base", "'a'", lambda: diffusion.ltx_video((1, 2, 3), like=X, base="a")),
-    (TypeError, "base", r"\(1, 2, 3\)", lambda: diffusion.wan((1, 2, 3), like=X, base=(1, 2, 3))),
+    (TypeError, "base", "a tuple of 3", lambda: diffusion.wan((1, 2, 3), like=X, base=(1, 2, 3))),
     (
         ValueError,
         "compute_dtype",
@@ -526,6 +551,13 @@ REFUSED = [
     (ValueError, "grid", "2 rows", lambda: diffusion.wan([(1, 2, 3), (1, 2, 3)], like=X)),
     (ValueError, "grid", r"\(4, 3\)", lambda: diffusion.ltx_video(np.zeros((4, 3)), like=X)),
     (ValueError, "grids", r"\[\]", lambda: diffusion.qwen_image([], 4, like=X)),
+    (ValueError, "grids", "1 rows", lambda: diffusion.qwen_image_layered((1, 2, 3), 4, like=X)),
+    (
+        ValueError,
+        "grids",
+        "last of 2 frames",
+        lambda: diffusion.qwen_image_layered([(1, 2, 3), (2, 2, 3)], 4, like=X),
+    ),
     (ValueError, "grids", "3 by 4", lambda: diffusion.qwen2_vl_vision((1, 3, 4), like=X)),
     (ValueError, "text_length", "-1", lambda: diffusion.qwen_image((1, 2, 3), -1, like=X)),
     (TypeError, "text_length", "4.0", lambda: diffusion.lumina2((2, 3), 4.0, like=X)),
@@ -620,3 +652,39 @@ def test_axial_keeps_the_axes_before_the_tokens():
 def test_what_gives_no_axial_angles_is_refused(error, argument, got, positions, dims, base):
     with pytest.raises(error, match=rf"^{argument} must .*, got .*{got}"):
         axial(positions, dims, base)
+
+
+def test_the_builder_that_is_named_for_a_class_of_diffusers_is_there():
+    models = pytest.importorskip("diffusers.models.transformers")
+    for class_name, builder in DIFFUSERS_BUILDERS.items():
+        assert callable(getattr(models, class_name)) and callable(getattr(diffusion, builder))
+
+
+def test_the_config_of_a_model_of_diffusers_is_refused():
+    models = pytest.importorskip("diffusers.models.transformers")
+    refused = 0
+    for found in vars(models).values():
+        if not inspect.isclass(found) or not hasattr(found, "load_config"):
+            continue
+        arguments = inspect.signature(found.__init__).parameters.values()
+        fields = {each.name: each.default for each in arguments if each.default is not each.empty}
+        with pytest.raises(ValueError, match=r"^config must .* diffusers of"):
+            from_config(fields | {"_class_name": found.__name__})
+        if {"in_channels", "axes_dims_rope"} & fields.keys():
+            refused += 1
+            with pytest.raises(ValueError, match=r"^config must .* diffusers: "):
+                from_config(fields)
+    assert refused >= 30
+
+
+def test_qwen_image_layered_has_its_own_module_and_builder():
+    module = transformer("transformer_qwenimage")
+    model = module.QwenImageTransformer2DModel(
+        num_layers=0, num_attention_heads=1, axes_dims_rope=(4, 6, 6), use_layer3d_rope=True
+    )
+    assert type(model.pos_embed).__name__ == LAYERED
+    with pytest.raises(ValueError, match=r"^config must .* one of diffusers: .* qwen_image"):
+        from_config(model.config)
+    named = dict(model.config) | {"_class_name": type(model).__name__}
+    with pytest.raises(ValueError, match=r"rope_cupy\.diffusion\.qwen_image_layered makes"):
+        from_config(named)

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,8 +120,9 @@ def says(rows, label, wrong, command):
 
 def assert_warns_of(folder, rows):
     """The program says that a folder cannot be written, for a reason of the system's."""
-    (i,) = (i for i, (label, _) in enumerate(rows) if label == "warning")
-    assert re.fullmatch(rf"kernels cannot be cached in {folder} \([A-Z][a-z ]+\)", rows[i][1])
+    wrong = re.compile(rf"kernels cannot be cached in {folder} \([A-Z][a-z ]+\)")
+    (i,) = (i for i, (label, text) in enumerate(rows) if label == "warning" and wrong.search(text))
+    assert wrong.fullmatch(rows[i][1])
     assert rows[i + 1] == ("fix", MOVE_CACHE)
 
 
@@ -217,7 +219,7 @@ def test_a_missing_nvrtc_is_diagnosed_without_a_gpu_as_well(site):
     link(site, "cupy")  # and not the package nvidia
     seen = python(DOCTOR, site)
     rows = dict(table(seen.stdout, seen.stderr))
-    if rows["CuPy"].endswith("no NVRTC"):
+    if rows["NVRTC"] == "none can be loaded":
         (cuda,) = re.findall(r"cuda(1\d)x", " ".join(environment.packages()))
         wrong = f"CuPy for CUDA {cuda} compiles kernels with NVRTC, and none can be loaded"
         package = {"12": "nvidia-cuda-nvrtc-cu12", "13": "'nvidia-cuda-nvrtc==13.*'"}[cuda]
@@ -225,7 +227,38 @@ def test_a_missing_nvrtc_is_diagnosed_without_a_gpu_as_well(site):
         assert says(table(seen.stdout, seen.stderr), "why", wrong, command)
         assert seen.returncode == program._gpu_is_there()
     else:
-        pytest.skip(f"{rows['CuPy'].split(', ')[1]} is found on the system")
+        pytest.skip(f"NVRTC {rows['NVRTC']} is found on the system")
+
+
+def test_the_program_says_which_nvrtc_is_loaded_whose_it_is_and_where_it_lies():
+    nvrtc = pytest.importorskip("cupy.cuda.nvrtc")
+    try:
+        major, minor = nvrtc.getVersion()
+    except RuntimeError as error:
+        pytest.skip(str(error).partition("\n")[0])
+    seen = python(DOCTOR)
+    rows = dict(table(seen.stdout, seen.stderr))
+    file = Path(rows["library"])
+    assert file.is_file() and re.fullmatch(rf"libnvrtc\.so\.{major}[.\d]*", file.name)
+    version, _, owner = rows["NVRTC"].partition(" of ")
+    assert version == f"{major}.{minor}"
+    if "site-packages" in file.parts:
+        name, version = owner.split()
+        assert version == metadata.version(name)
+        assert file in [path.locate().resolve() for path in metadata.files(name)]
+
+
+def test_the_owner_of_a_file_is_the_package_that_records_it(site, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(site)])
+    for name, folder in (("nvidia-cuda-nvrtc-cu12", "cuda_nvrtc"), ("nvidia-cuda-nvrtc", "cu13")):
+        pip_has(site, name, "13.0.88")
+        (site / "nvidia" / folder / "lib").mkdir(parents=True)
+        (site / "nvidia" / folder / "lib" / "libnvrtc.so.13").write_text("")
+        (record,) = site.glob(f"{name.replace('-', '_')}-13*/")
+        (record / "RECORD").write_text(f"nvidia/{folder}/lib/libnvrtc.so.13,,\n")
+    file = site / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13"
+    assert environment._owner(file) == "nvidia-cuda-nvrtc==13.0.88"
+    assert environment._owner(site / "libnvrtc.so.13") == ""
 
 
 def test_several_packages_of_cupy_that_work_are_a_warning(tmp_path):
@@ -299,12 +332,18 @@ def test_a_package_of_another_name_is_not_cupy(site, monkeypatch):
     assert environment.packages() == ["cupy"]
 
 
+NVRTC_12, NVRTC_13 = "nvidia-cuda-nvrtc-cu12==12.4.127", "nvidia-cuda-nvrtc==13.0.88"
+BESIDE_CUDA_13 = {"driver": 13000, "nvrtc": (13, 0), "archs": (75, 90, 121), "package": NVRTC_13}
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     """Put a stand-in for CuPy in place, with the given driver, GPU and NVRTC."""
     environment.cupy.cache_clear()
 
-    def place(driver=12080, cuda=12, nvrtc=(12, 4), archs=(50, 90), capability=90):
+    def place(
+        driver=12080, cuda=12, nvrtc=(12, 4), archs=(50, 90), capability=90, package=NVRTC_12
+    ):
         module = SimpleNamespace(
             __version__="14.2.0",
             cuda=SimpleNamespace(
@@ -318,6 +357,8 @@ def stand_in(monkeypatch):
         monkeypatch.setitem(sys.modules, "cupy", module)
         monkeypatch.setattr(environment, "driver", lambda: driver)
         monkeypatch.setattr(environment, "packages", lambda: [f"cupy-cuda{cuda}x"])
+        found = environment.Nvrtc(nvrtc, Path("/a/folder/lib/libnvrtc.so"), package)
+        monkeypatch.setattr(environment, "nvrtc", lambda: found)
         monkeypatch.setattr(program, "_gpu_is_there", lambda: True)
         small = program.MODELS[0]._replace(num_tokens_on_cpu=64)
         monkeypatch.setattr(program, "MODELS", (small,))
@@ -334,8 +375,14 @@ NO_DEVICE = "cudaErrorNoDevice: no CUDA-capable device is detected"
 NO_ARCHITECTURE = "nvrtc: error: invalid value for --gpu-architecture (-arch)\n"
 NO_BINARY = "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available for execution on the device"
 NO_NVRTC = 'Failure finding "libnvrtc.so.13 or libnvrtc.so.12": No such file: libnvrtc.so.13'
-NO_BUILTINS = "nvrtc: error: failed to open libnvrtc-builtins.so.12.4."
-NVRTC = "compiles for compute capability"
+BAD_IMAGE = "CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid"
+NO_BUILTINS = (
+    "nvrtc: error: failed to open libnvrtc-builtins.so.{0}.\n"
+    "  Make sure that libnvrtc-builtins.so.{0} is installed correctly."
+)
+OWNED_12 = "NVRTC 12.4 of nvidia-cuda-nvrtc-cu12 12.4.127"
+OWNED_13 = "NVRTC 13.0 of nvidia-cuda-nvrtc 13.0.88"
+COMPILES = "compiles for compute capability"
 UNDERSTOOD = {
     "a driver of CUDA 11": (
         TOO_OLD,
@@ -361,28 +408,65 @@ UNDERSTOOD = {
         "CuPy for CUDA 12 compiles kernels with NVRTC, and none can be loaded",
         "pip install --force-reinstall nvidia-cuda-nvrtc-cu12",
     ),
-    "half an NVRTC for CUDA 13": (
-        NO_BUILTINS,
+    "no NVRTC for CUDA 13": (
+        NO_NVRTC,
         {"driver": 13000, "cuda": 13},
         "CuPy for CUDA 13 compiles kernels with NVRTC, and none can be loaded",
         "pip install --force-reinstall 'nvidia-cuda-nvrtc==13.*'",
     ),
+    "half an NVRTC for CUDA 12": (
+        NO_BUILTINS.format("12.4"),
+        {},
+        f"{OWNED_12} finds no libnvrtc-builtins.so.12.4 in /a/folder/lib",
+        f"pip install --force-reinstall --no-deps {NVRTC_12}",
+    ),
+    "half an NVRTC for CUDA 13 beside CuPy for CUDA 12": (
+        NO_BUILTINS.format("13.0"),
+        BESIDE_CUDA_13,
+        f"{OWNED_13} finds no libnvrtc-builtins.so.13.0 in /a/folder/lib",
+        f"pip install --force-reinstall --no-deps {NVRTC_13}",
+    ),
+    "half an NVRTC that pip has not installed": (
+        NO_BUILTINS.format("13.0"),
+        BESIDE_CUDA_13 | {"package": ""},
+        "NVRTC 13.0 finds no libnvrtc-builtins.so.13.0 in /a/folder/lib",
+        "pip install --force-reinstall 'nvidia-cuda-nvrtc==13.*'",
+    ),
+    "kernels too new for the driver": (
+        NO_BINARY,
+        BESIDE_CUDA_13 | {"driver": 12080},
+        f"kernels of {OWNED_13} need a driver for CUDA 13 or newer, got one for CUDA 12.8",
+        "pip uninstall -y nvidia-cuda-nvrtc && pip install --force-reinstall "
+        "nvidia-cuda-nvrtc-cu12",
+    ),
+    "an image too new for the driver": (
+        BAD_IMAGE,
+        BESIDE_CUDA_13 | {"driver": 12080, "package": ""},
+        "kernels of NVRTC 13.0 need a driver for CUDA 13 or newer, got one for CUDA 12.8",
+        "pip install --force-reinstall nvidia-cuda-nvrtc-cu12",
+    ),
     "a GPU too new for NVRTC": (
         NO_BINARY,
         {"capability": 120},
-        f"NVRTC 12.4 {NVRTC} 5.0 to 9.0, got a GPU of 12.0",
+        f"{OWNED_12} {COMPILES} 5.0 to 9.0, got a GPU of 12.0",
         "pip install -U nvidia-cuda-nvrtc-cu12",
     ),
     "a GPU too new for NVRTC, with a driver for a newer CUDA": (
         NO_ARCHITECTURE,
         {"capability": 103, "driver": 13000},
-        f"NVRTC 12.4 {NVRTC} 5.0 to 9.0, got a GPU of 10.3",
+        f"{OWNED_12} {COMPILES} 5.0 to 9.0, got a GPU of 10.3",
         "pip uninstall -y cupy-cuda12x && pip install 'rope-cupy[cuda13]'",
+    ),
+    "a GPU too new for an NVRTC for CUDA 13 beside CuPy for CUDA 12": (
+        NO_ARCHITECTURE,
+        BESIDE_CUDA_13 | {"capability": 130},
+        f"{OWNED_13} {COMPILES} 7.5 to 12.1, got a GPU of 13.0",
+        "pip install -U 'nvidia-cuda-nvrtc==13.*'",
     ),
     "a GPU too old for NVRTC": (
         NO_ARCHITECTURE,
-        {"capability": 70, "driver": 13000, "cuda": 13, "nvrtc": (13, 0), "archs": (75, 121)},
-        f"NVRTC 13.0 {NVRTC} 7.5 to 12.1, got a GPU of 7.0",
+        BESIDE_CUDA_13 | {"capability": 70, "cuda": 13, "package": ""},
+        f"NVRTC 13.0 {COMPILES} 7.5 to 12.1, got a GPU of 7.0",
         "pip uninstall -y cupy-cuda13x && pip install 'rope-cupy[cuda12]'",
     ),
 }
@@ -429,6 +513,7 @@ def test_what_the_machine_lacks_is_an_error_with_the_command_that_mends_it(
         ("CUDA_ERROR_INVALID_VALUE: invalid argument", {}),
         (NO_DEVICE, {}),
         (NO_BINARY, {"capability": 90}),
+        (BAD_IMAGE, {}),
         (TOO_OLD, {"driver": 13000}),
     ],
 )
@@ -444,6 +529,59 @@ def test_an_error_that_is_not_understood_passes_unchanged(
 
     assert program.main() == 1
     assert says(table(*capsys.readouterr()), "why", text, "nvidia-smi")
+
+
+REPLACE_CUPY = "pip uninstall -y cupy-cuda12x && pip install 'rope-cupy[cuda13]'"
+UNFIT = {
+    "an NVRTC for CUDA 13 beside CuPy for CUDA 12": (
+        BESIDE_CUDA_13,
+        f"CuPy for CUDA 12 has found {OWNED_13}, and compiles with it",
+        REPLACE_CUPY,
+    ),
+    "the same without a driver": (
+        BESIDE_CUDA_13 | {"driver": 0},
+        f"CuPy for CUDA 12 has found {OWNED_13}, and compiles with it",
+        REPLACE_CUPY,
+    ),
+    "the same with a driver for CUDA 12": (
+        BESIDE_CUDA_13 | {"driver": 12080},
+        f"kernels of {OWNED_13} need a driver for CUDA 13 or newer, got one for CUDA 12.8",
+        "pip uninstall -y nvidia-cuda-nvrtc && pip install --force-reinstall "
+        "nvidia-cuda-nvrtc-cu12",
+    ),
+    "CuPy and NVRTC for CUDA 13 with a driver for CUDA 12": (
+        BESIDE_CUDA_13 | {"driver": 12080, "cuda": 13},
+        f"kernels of {OWNED_13} need a driver for CUDA 13 or newer, got one for CUDA 12.8",
+        "pip uninstall -y cupy-cuda13x && pip install 'rope-cupy[cuda12]'",
+    ),
+    "an NVRTC for CUDA 12 beside CuPy for CUDA 13": (
+        {"driver": 13000, "cuda": 13},
+        f"CuPy for CUDA 13 has found {OWNED_12}, and compiles with it",
+        "pip install --force-reinstall 'nvidia-cuda-nvrtc==13.*'",
+    ),
+}
+
+
+@pytest.mark.parametrize("condition", UNFIT)
+def test_an_nvrtc_that_does_not_fit_is_a_warning_of_the_program(condition, stand_in):
+    found, wrong, command = UNFIT[condition]
+    stand_in(**found)
+    rows = program._nvrtc([])
+    owned = OWNED_13 if found.get("nvrtc") else OWNED_12
+    assert rows[:2] == [
+        ("NVRTC", owned.removeprefix("NVRTC ")),
+        ("library", "/a/folder/lib/libnvrtc.so"),
+    ]
+    assert rows[2:] == [("warning", wrong), ("fix", command)]
+    assert program._nvrtc([environment.Fault(wrong, command)]) == rows[:2]  # which is said before
+
+
+@pytest.mark.parametrize(
+    "found", [{}, BESIDE_CUDA_13 | {"cuda": 13}, {"driver": 13000}, {"driver": 12020}]
+)
+def test_an_nvrtc_for_the_cuda_of_cupy_and_the_driver_fits(found, stand_in):
+    stand_in(**found)
+    assert [label for label, _ in program._nvrtc([])] == ["NVRTC", "library"]
 
 
 def test_a_mistake_in_a_kernel_is_shown_as_it_is(stand_in, monkeypatch):

@@ -1,5 +1,6 @@
 """Every rule of frequencies against its paper's formula in forty digits; tables bit by bit."""
 
+import contextlib
 import decimal
 import math
 import types
@@ -9,9 +10,14 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rope_cupy import RotaryTable, apply_rotary
 from rope_cupy.frequencies import (
+    MODEL_DEFAULTS,
+    RULES,
+    axial_from_config,
     dynamic_ntk,
     from_config,
     inverse_frequencies,
@@ -20,12 +26,14 @@ from rope_cupy.frequencies import (
     llama3,
     longrope,
     ntk,
+    pairs_neighbours,
     partial_rotary_dim,
     proportional,
     rotary_parameters,
     xpos_scale,
     yarn,
 )
+from rope_cupy.frequencies.models import OTHER_ROTATIONS, SEVERAL_AXES
 
 
 def numpy_array(array, dtype="float64"):
@@ -579,7 +587,7 @@ YARN_64 = {"rope_type": "yarn", "original_max_position_embeddings": 64}
         ),
         (
             ValueError,
-            "rope_type must be one of default, linear, .*, got 'axial'",
+            "rope_type must be of one position, got 'axial': .*axial_from_config",
             HEAD | {"rope_scaling": {"rope_type": "axial"}},
             {},
         ),
@@ -736,3 +744,373 @@ GOOD = {"inv_freq": [1.0, 0.5], "num_positions": 8, "like": np.zeros((5, 3, 4))}
 def test_what_gives_no_table_is_refused(error, argument, got, bad):
     with pytest.raises(error, match=rf"^{argument} must .*, got .*({got})"):
         RotaryTable.from_inverse_frequencies(**GOOD | {argument: bad})
+
+
+BERT = {"model_type": "bert", "hidden_size": 768, "num_attention_heads": 12}
+SIZES = {"hidden_size": 64, "num_attention_heads": 8, "max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize(
+    ("message", "config"),
+    [
+        ("describe a rotary embedding .* in that of 'bert'", BERT),
+        ("describe a rotary embedding", BERT | {"position_embedding_type": "absolute"}),
+        ("describe a rotary embedding", {"architectures": ["BertForMaskedLM"], **SIZES}),
+        ("describe a rotary embedding", SIZES | {"position_embedding_type": "absolute"}),
+        ("describe a rotary embedding", SIZES | {"rope_theta": 1e4, "alibi": True}),
+        (
+            "describe a rotary embedding",
+            SIZES | {"rope_theta": 1e4, "attn_config": {"alibi": True}},
+        ),
+        (
+            "describe a rotary embedding",
+            SIZES | {"rope_theta": 1e4, "position_embedding_type": "relative_key"},
+        ),
+        ("describe a rotary embedding", {"model_type": "gpt2", "n_embd": 768, "n_head": 12}),
+        ("describe a rotary embedding", {"model_type": "t5", "d_model": 512, "d_kv": 64}),
+        ("describe a rotary embedding", {"model_type": "falcon", "alibi": True, **SIZES}),
+        ("describe a rotary embedding", {"model_type": "esm", "rope_theta": 1e4, **SIZES}),
+        ("describe a rotary embedding", {"model_type": "zamba2", "use_mem_rope": False, **SIZES}),
+        (
+            "describe a rotary embedding",
+            {"model_type": "wav2vec2-bert", "position_embeddings_type": "relative_key", **SIZES},
+        ),
+        (
+            "describe a rotary embedding .*: pass its decoder$",
+            {"model_type": "x", "decoder": {"rope_theta": 1e4}, "encoder": BERT},
+        ),
+        ("pass its text_config", {"model_type": "musicflamingo", "rope_theta": 1200.0, **SIZES}),
+        ("trained", {"model_type": "mistral_large4_text", "rope_theta": 1e4, **SIZES}),
+        ("axial_from_config", {"model_type": "dinov3_vit", "rope_theta": 100.0, **SIZES}),
+        ("axial_from_config", {"model_type": "ernie4_5_vl_moe_text", "rope_theta": 5e5, **SIZES}),
+        ("rope_cupy.diffusion.flux makes its table", {"_class_name": "FluxTransformer2DModel"}),
+        ("rope_cupy.diffusion.qwen_image makes", {"_class_name": "QwenImageTransformer2DModel"}),
+        (
+            "rope_cupy.diffusion.qwen_image_layered makes",
+            {"_class_name": "QwenImageTransformer2DModel", "use_layer3d_rope": True},
+        ),
+        ("diffusers of 'SD3Transformer2DModel'", {"_class_name": "SD3Transformer2DModel", **SIZES}),
+    ],
+)
+def test_a_config_without_such_a_rotation_is_refused_with_the_reason(message, config):
+    for call in (from_config, rotary_parameters, layer_types):
+        with pytest.raises(ValueError, match=f"^config must .*{message}"):
+            call(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SIZES,
+        {"model_type": "llama", **SIZES},
+        {"model_type": "falcon", "alibi": False, **SIZES},
+        {"model_type": "esm", "position_embedding_type": "rotary", **SIZES},
+        {"model_type": "nobody", "rope_theta": 10000.0, **SIZES},
+        {"model_type": "llava", "text_config": {"model_type": "llama", **SIZES}},
+        {"architectures": ["X"], "rotary_pct": 1.0, "position_embedding_type": "absolute", **SIZES},
+        types.SimpleNamespace(**SIZES),
+    ],
+)
+def test_a_config_that_rotates_whether_it_says_so_or_names_no_model_is_read(config):
+    inv_freq, scaling = from_config(config)
+    assert np.array_equal(inv_freq, inverse_frequencies(8)) and scaling == 1.0
+
+
+def test_the_base_of_a_rotary_position_type_is_read():
+    config = {"model_type": "wav2vec2-conformer", "position_embeddings_type": "rotary", **SIZES}
+    inv_freq = from_config(config | {"rotary_embedding_base": 500})[0]
+    assert np.array_equal(inv_freq, inverse_frequencies(8, 500.0))
+
+
+def test_attn_factor_multiplies_the_scaling_of_yarn():
+    given = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config = {"head_dim": 8, "rope_theta": 1e4, "rope_scaling": given}
+    plain = from_config(config)
+    inv_freq, scaling = from_config(config | {"rope_scaling": given | {"attn_factor": 0.5}})
+    assert np.array_equal(inv_freq, plain[0])
+    assert scaling == 0.5 * plain[1] == pytest.approx(0.5 * (0.1 * math.log(4) + 1), rel=PAPER)
+    both = {"mscale": 0.5, "mscale_all_dim": 2.0, "attn_factor": 3}
+    growth = 0.1 * math.log(4)
+    assert yarn(**YARN, **both)[1] == pytest.approx(3 * (0.5 * growth + 1) / (2 * growth + 1))
+    with pytest.raises(ValueError, match=r"^attn_factor must be None where attention_factor"):
+        yarn(**YARN, attn_factor=0.5, attention_factor=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("extrapolation_factor", 0.5), ("apply_yarn_scaling", False)]
+)
+def test_what_another_program_would_change_of_yarn_is_refused(name, value):
+    given = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config = {"head_dim": 8, "rope_scaling": given | {name: value}}
+    with pytest.raises(ValueError, match=f"^{name} must be .* or absent, got {value}"):
+        from_config(config)
+
+
+TINY, GREAT = 1e-320, 10**400
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("base", lambda: inverse_frequencies(64, GREAT)),
+        ("base", lambda: inverse_frequencies(64, TINY)),
+        ("factor", lambda: linear(8, factor=TINY)),
+        ("factor", lambda: linear(8, factor=GREAT)),
+        ("alpha", lambda: ntk(4, alpha=1e300)),
+        ("alpha", lambda: ntk(4, alpha=TINY)),
+        ("alpha", lambda: dynamic_ntk(8, factor=1e308, max_position=1, seq_len=10**9)),
+        ("seq_len", lambda: dynamic_ntk(8, factor=1.0, max_position=1, seq_len=GREAT)),
+        ("factor", lambda: yarn(8, factor=TINY, original_max_position=64)),
+        ("original_max_position", lambda: yarn(8, factor=2.0, original_max_position=GREAT)),
+        (
+            "mscale",
+            lambda: yarn(
+                8, factor=1e300, original_max_position=64, mscale=1e308, mscale_all_dim=1e308
+            ),
+        ),
+        ("short_factor", lambda: longrope(**LONGROPE | {"short_factor": [TINY] * 4})),
+        ("short_factor", lambda: longrope(**LONGROPE | {"short_factor": [GREAT] * 4})),
+        ("long_factor", lambda: longrope(**LONGROPE | {"long_factor": [TINY] * 4}, seq_len=9999)),
+        ("factor", lambda: llama3(**LLAMA3 | {"factor": TINY})),
+        ("factor", lambda: proportional(8, factor=TINY)),
+        ("head_dim", lambda: from_config({"head_dim": 4_000_000_000})),
+        ("rotary_dim", lambda: from_config({"rotary_dim": 4_000_000_000})),
+    ],
+)
+def test_numbers_whose_frequencies_overflow_are_refused_by_name(argument, call):
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}.* must .*, got "):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("argument", "given"),
+    [
+        ("inv_freq", {"inv_freq": [1.0, math.inf]}),
+        ("inv_freq", {"inv_freq": np.array([math.nan, 1.0], np.float32)}),
+        ("inv_freq", {"inv_freq": [10**400]}),
+        ("inv_freq", {"inv_freq": [Fraction(10**400, 3)]}),
+        ("inv_freq", {"inv_freq": torch.tensor([-math.inf])}),
+        ("inv_freq", {"inv_freq": [1e308], "num_positions": 100}),
+        ("attention_scaling", {"attention_scaling": 10**400}),
+        ("attention_scaling", {"attention_scaling": 1e39}),
+        ("attention_scaling", {"attention_scaling": -math.inf}),
+    ],
+)
+def test_numbers_that_make_no_finite_table_are_refused(argument, given):
+    with pytest.raises(ValueError, match=f"^{argument} must .* finite .*, got "):
+        RotaryTable.from_inverse_frequencies(**GOOD | given)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_angles_that_are_not_finite_are_refused(odd):
+    with pytest.raises(ValueError, match=r"^angles must be finite, got "):
+        RotaryTable.from_angles(np.array([[0.0, odd]]), like=np.zeros(1))
+
+
+def rotate_by_axes(x, rotation, positions):
+    """x, (tokens, heads, head_dim), by an AxialRotation: a call for each slice of a head."""
+    angles = rotation.angles(positions)
+    for place, part in enumerate(np.split(angles, rotation.num_slices, -1)):
+        table = RotaryTable.from_angles(part, like=x)
+        offset = place * x.shape[-1] // rotation.num_slices
+        x = apply_rotary(x, table, interleaved=rotation.interleaved, rotary_offset=offset)
+    return x
+
+
+def pair_by_pair(x, members, inv_freq, axes, positions):
+    """x with the elements members[i] of each head turned by positions[:, axes[i]] * inv_freq[i]."""
+    y = x.copy()
+    for (first, second), frequency, axis in zip(members, inv_freq, axes, strict=True):
+        angle = (positions[:, axis] * frequency)[:, None]
+        cos, sin, a, b = np.cos(angle), np.sin(angle), x[..., first], x[..., second]
+        y[..., first], y[..., second] = a * cos - b * sin, b * cos + a * sin
+    return y
+
+
+FAST, SLOW = inverse_frequencies(4, 100.0)
+# Of heads of 8: which elements make a pair, the frequencies and axes of the pairs.
+BY_AXES = {
+    "qwen2_vl_vision": ([(0, 4), (1, 5), (2, 6), (3, 7)], [FAST, SLOW] * 2, [0, 0, 1, 1]),
+    "sam3_vit_model": ([(0, 1), (2, 3), (4, 5), (6, 7)], [FAST, SLOW] * 2, [0, 0, 1, 1]),
+    "inkling2_vision": ([(0, 1), (2, 3), (4, 5), (6, 7)], [FAST, SLOW] * 2, [1, 1, 0, 0]),
+    "kimi_k25_vision": ([(0, 4), (1, 5), (2, 6), (3, 7)], [FAST] * 2 + [SLOW] * 2, [1, 0, 1, 0]),
+    "gemma4_vision": ([(0, 2), (1, 3), (4, 6), (5, 7)], [FAST, SLOW] * 2, [0, 0, 1, 1]),
+    "pixtral": (
+        [(0, 4), (1, 5), (2, 6), (3, 7)],
+        inverse_frequencies(8, 100.0)[[0, 2, 1, 3]],
+        [0, 0, 1, 1],
+    ),
+    "dinov3_vit": (
+        [(0, 4), (1, 5), (2, 6), (3, 7)],
+        2 * np.pi * np.array([FAST, SLOW] * 2),
+        [0, 0, 1, 1],
+    ),
+    "minimax_m3_vl_vision": ([(0, 3), (1, 4), (2, 5)], [1.0] * 3, [0, 1, 2]),
+    "ernie4_5_vl_moe_text": (
+        [(0, 1), (2, 3), (4, 5), (6, 7)],
+        inverse_frequencies(8, 100.0),
+        [1, 2, 0, 0],
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", BY_AXES)
+def test_a_model_of_several_axes_is_rotated_as_its_config_says(model_type):
+    given = {"rope_theta": 100.0, "mrope_section": [1, 1, 2]}
+    rotation = axial_from_config(
+        {"model_type": model_type, "head_dim": 8, "rope_parameters": given}
+    )
+    members, inv_freq, axes = BY_AXES[model_type]
+    assert sum(rotation.dims) == 2 * len(members)
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((5, 2, 8))
+    positions = rng.uniform(-3, 3, (5, len(rotation.names)))
+    found = rotate_by_axes(x, rotation, positions)
+    np.testing.assert_allclose(found, pair_by_pair(x, members, inv_freq, axes, positions), 0, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "head_dim"),
+    [
+        ({"model_type": "qwen2_vl", "embed_dim": 1280, "num_heads": 16, "hidden_size": 3584}, 80),
+        (
+            {
+                "model_type": "qwen2_5_vl",
+                "vision_config": {"model_type": "qwen2_5_vl", "hidden_size": 1280, "num_heads": 16},
+            },
+            80,
+        ),
+        ({"model_type": "glm4v", "vision_config": {"head_dim": 128}, "rope_theta": 5e5}, 128),
+        (
+            {
+                "model_type": "sam2_video",
+                "memory_attention_hidden_size": 256,
+                "memory_attention_downsample_rate": 1,
+                "memory_attention_num_attention_heads": 1,
+            },
+            256,
+        ),
+    ],
+)
+def test_files_of_old_vision_models_are_read(config, head_dim):
+    rotation = axial_from_config(config)
+    assert np.array_equal(rotation.inv_freq, np.tile(inverse_frequencies(head_dim // 2), 2))
+    assert rotation.dims == (head_dim // 2,) * 2
+
+
+def test_a_grid_is_counted_as_the_model_counts_it():
+    fields = {"head_dim": 8, "rope_theta": 100.0}
+    centres = axial_from_config({"model_type": "dinov3_vit", **fields}).angles((2, 4))
+    height, width = np.repeat([-0.5, 0.5], 4), np.tile([-0.75, -0.25, 0.25, 0.75], 2)
+    np.testing.assert_allclose(centres[:, 0], 2 * np.pi * height, 1e-14)
+    np.testing.assert_allclose(centres[:, 2], 2 * np.pi * width, 1e-14)
+    from_1 = axial_from_config({"model_type": "llama4_vision_model", **fields}).angles((1, 3))
+    np.testing.assert_allclose(from_1[:, 0], [1, 2, 3], 1e-14)
+    from_0 = axial_from_config({"model_type": "pixtral", **fields}).angles((1, 3))
+    np.testing.assert_allclose(from_0[:, 2], SLOW**0.5 * np.arange(3), 1e-14)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "config"),
+    [
+        (TypeError, "config must .*, got NoneType", None),
+        (ValueError, "config must .*, got model_type='bert'", BERT),
+        (ValueError, "config must .*, got model_type=''", SIZES),
+        (ValueError, "head_dim must be a multiple of 4", {"model_type": "pixtral", "head_dim": 6}),
+        (
+            ValueError,
+            "head_dim must be positive",
+            {"model_type": "mlcd_vision_model", "head_dim": 1},
+        ),
+        (
+            ValueError,
+            "rope_type must be 'axial' here, got 'yarn'",
+            {"model_type": "pixtral", "head_dim": 8, "rope_parameters": {"rope_type": "yarn"}},
+        ),
+        (
+            ValueError,
+            "mrope_section must be 3 numbers whose sum is head_dim / 2 = 4",
+            {"model_type": "ernie4_5_vl_moe_text", "head_dim": 8},
+        ),
+        (
+            ValueError,
+            "mrope_section must begin with two equal",
+            {
+                "model_type": "ernie4_5_vl_moe_text",
+                "head_dim": 8,
+                "rope_parameters": {"mrope_section": [2, 1, 1]},
+            },
+        ),
+        (TypeError, "vision_config must be", {"model_type": "glm4v", "vision_config": 3}),
+    ],
+)
+def test_a_config_that_gives_no_rotation_by_axes_is_refused(error, message, config):
+    with pytest.raises(error, match=f"^{message}"):
+        axial_from_config(config)
+
+
+# Any JSON: a config that is read gives finite numbers, and any other is refused by name.
+
+HOSTILE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.sampled_from(
+        [0, 1, 2, 8, 64, 4096, 1e-320, 1e-308, 1e308, 4_000_000_000, 10**400, 1.0000000000000002]
+    ),
+    st.sampled_from([-1, "", "64", "yarn", "rotary", "\x1b[31m", "\ud800", "full_attention"]),
+    st.lists(st.one_of(st.floats(), st.integers()), max_size=4),
+)
+FIELDS = [
+    *("head_dim", "hidden_size", "num_attention_heads", "max_position_embeddings", "text_config"),
+    *("vision_config", "layer_types", "per_layer_config", "global_head_dim", "rope_theta", "alibi"),
+    *("rope_parameters", "rope_scaling", "rotary_dim", "partial_rotary_factor", "rotary_pct"),
+    *("rope_local_base_freq", "original_max_position_embeddings", "position_embedding_type"),
+    *("model_type", "_class_name", "no_rope_layers", "no_rope_layer_interval", "architectures"),
+    *("memory_attention_hidden_size", "embed_dim", "num_heads", "attn_config", "use_mem_rope"),
+]
+KEYS = [
+    *("rope_type", "type", "factor", "rope_theta", "alpha", "beta_fast", "beta_slow", "truncate"),
+    *("attention_factor", "attn_factor", "mscale", "mscale_all_dim", "short_factor", "long_factor"),
+    *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "mrope_section"),
+    *("full_attention", "sliding_attention", "partial_rotary_factor", "extrapolation_factor"),
+]
+PARAMETERS = st.dictionaries(
+    st.sampled_from(KEYS), st.one_of(HOSTILE, st.dictionaries(st.sampled_from(KEYS), HOSTILE))
+)
+TYPED = st.builds(
+    lambda parameters, rope_type: parameters | {"rope_type": rope_type},
+    st.dictionaries(st.sampled_from(KEYS), st.one_of(st.floats(1e-320, 1e308), HOSTILE)),
+    st.sampled_from([*RULES, "su", "axial"]),
+)
+MODELS = st.sampled_from([*MODEL_DEFAULTS, *SEVERAL_AXES, *OTHER_ROTATIONS, "bert", "FluxPosEmbed"])
+FLAT = st.dictionaries(st.sampled_from(FIELDS), st.one_of(HOSTILE, PARAMETERS, TYPED, MODELS))
+SIZED = st.builds(
+    lambda config, parameters: (
+        {"head_dim": 8, "max_position_embeddings": 64} | config | {"rope_scaling": parameters}
+    ),
+    st.dictionaries(st.sampled_from(FIELDS), HOSTILE, max_size=3),
+    TYPED,
+)
+CONFIGS = st.one_of(
+    FLAT,
+    SIZED,
+    st.builds(lambda config, part: config | {"text_config": part}, FLAT, st.one_of(FLAT, SIZED)),
+    st.recursive(HOSTILE, lambda inner: st.dictionaries(st.text(max_size=3), inner), max_leaves=4),
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(CONFIGS, st.sampled_from([None, "full_attention"]), st.sampled_from([None, 1, 10**6]))
+def test_any_config_gives_finite_frequencies_or_is_refused(config, layer_type, seq_len):
+    with contextlib.suppress(TypeError, ValueError):
+        inv_freq, scaling = from_config(config, layer_type=layer_type, seq_len=seq_len)
+        assert np.isfinite(inv_freq).all() and math.isfinite(scaling)
+        assert inv_freq.dtype == np.float64 and inv_freq.ndim == 1
+    with contextlib.suppress(TypeError, ValueError):
+        assert np.isfinite(axial_from_config(config).inv_freq).all()
+    with contextlib.suppress(TypeError, ValueError):
+        assert layer_types(config)
+    with contextlib.suppress(TypeError, ValueError):
+        assert pairs_neighbours(config) in (None, True, False)

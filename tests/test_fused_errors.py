@@ -179,7 +179,7 @@ def wrong_norms(make):
         "norm 'layer'": (ValueError, "norm", "'head' or 'heads'", "'layer'", {"norm": "layer"}),
         "norm True": (TypeError, "norm", "'head' or 'heads'", "True", {"norm": True}),
         "norm a list": (TypeError, "norm", "'head' or 'heads'", "list", {"norm": ["head"]}),
-        "round_norm 1": (TypeError, "round_norm", "True or False", "1", {"round_norm": 1}),
+        "round_norm 1": (TypeError, "round_norm", "True, False or 'before", "1", {"round_norm": 1}),
         "round_norm None": (TypeError, "round_norm", "True", "None", {"round_norm": None}),
         "eps nan": (ValueError, "eps", "finite", "nan", {"eps": float("nan")}),
         "eps inf": (ValueError, "eps", "finite", "inf", {"eps": float("inf")}),
@@ -475,9 +475,9 @@ def wrong_caches(make):
         "scale of 2": (ValueError, scale, "one element", r"\(2,\)", bytes_(k_scale=make(2))),
         "scale of 2 axes": (ValueError, scale, "one", r"\(1, 1\)", bytes_(k_scale=make((1, 1)))),
         "scale of none": (ValueError, "v_scale", "one", r"\(0,\)", bytes_(v_scale=make(0))),
-        "scale of float64": (
-            *(TypeError, scale, "float32", "float64"),
-            bytes_(k_scale=make(1, "float64")),
+        "scales of two dtypes": (
+            *(TypeError, "v_scale", "k_scale's dtype float32", "float64"),
+            bytes_(k_scale=make(1), v_scale=make(1, "float64")),
         ),
         "scale of int64": (TypeError, scale, "float32", "int64", bytes_(k_scale=make(1, "int64"))),
         "scale elsewhere": (
@@ -880,7 +880,9 @@ def test_an_option_is_not_taken_for_another_that_was_seen(library):
     for option, equal in (({"eps": 0}, 0), ({"eps": np.float32(1)}, 1), ({"eps": 1}, 1)):
         assert np.array_equal(call(option), first[equal])
     for wrong in ({"eps": True}, {"eps": False}, {"weight_offset": True}, {"round_norm": 1}):
-        with pytest.raises(TypeError, match=r"must be (a number|True or False), got"):
+        with pytest.raises(
+            TypeError, match=r"must be (a number|True, False or 'before_weight'), got"
+        ):
             call(wrong)
 
 

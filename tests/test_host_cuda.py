@@ -32,6 +32,7 @@ def test_a_call_of_any_kind_is_right(case, record):
     record(case.kind, *verify(case))
 
 
+@pytest.mark.launches_nothing
 def test_the_kernel_compiles_without_a_warning(tmp_path):
     types = "bfloat16, float, int, NoNorm, Outputs, 2"
     kernel = (

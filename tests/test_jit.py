@@ -4,6 +4,7 @@ import ctypes
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,12 +27,13 @@ class StandIn:
         self.compile = self.run = lambda name: None
         self.device, self.functions, self.contexts = 0, [], threading.local()
         self.capability, self.cuda_of_driver, self.status = "90", 12030, 0
-        self.captured = False
+        self.captured, self.nvrtc_file = False, None
         self.cuda = SimpleNamespace(
             Device=self.entered,
             driver=SimpleNamespace(check_status=self.check_status),
             function=SimpleNamespace(Module=Module),
             compiler=SimpleNamespace(compile_using_nvrtc=self.compile_in_memory),
+            nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
             runtime=SimpleNamespace(
                 getDevice=lambda: self.device,
                 setDevice=self.set_device,
@@ -131,6 +133,7 @@ def cupy(monkeypatch, cold):
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
     monkeypatch.setattr(jit, "_cu_launch_kernel_ex", lambda: stand_in.launch_kernel_ex)
     monkeypatch.setattr(jit, "driver", lambda: stand_in.cuda_of_driver)
+    monkeypatch.setattr(environment, "nvrtc_file", lambda: stand_in.nvrtc_file)
     for function in (environment.cupy, jit._starts_early):
         function.cache_clear()
     yield stand_in
@@ -159,7 +162,7 @@ def test_an_install_without_kernels_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(jit, "__file__", str(tmp_path / "rope_cupy" / "jit.py"))
     jit.sources.cache_clear()
     try:
-        with pytest.raises(ImportError, match=r"kernels are missing: no kernels/rotary\.cu in"):
+        with pytest.raises(ImportError, match=r"are missing: .*/kernels must hold rotary\.cu"):
             jit.sources()
     finally:
         jit.sources.cache_clear()
@@ -233,6 +236,27 @@ def test_threads_that_ask_for_one_kernel_at_once_have_it_compiled_once(cupy, poo
     kernels = at_once(pool, lambda name: jit.kernel(name, 0), ["a"] * THREADS)
     assert cupy.compiled == ["a"]
     assert len(set(map(id, kernels))) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["in time", "in vain"])
+def test_the_builtins_beside_nvrtc_are_loaded_before_any_thread_compiles(
+    cupy, pool, monkeypatch, fails
+):
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        if fails:
+            raise OSError(name)
+
+    def compile_with_builtins(name):
+        assert loaded
+
+    cupy.nvrtc_file, cupy.compile = Path("/a/folder/libnvrtc.so.13"), compile_with_builtins
+    monkeypatch.setattr(environment.ctypes, "CDLL", load)
+    at_once(pool, lambda name: jit.kernel(name, 0), [str(i) for i in range(THREADS)])
+    assert len(cupy.compiled) == THREADS
+    assert set(loaded) == {"/a/folder/libnvrtc-builtins.so.13.0"}
 
 
 def test_a_kernel_is_compiled_for_each_device(cupy):

@@ -6,6 +6,7 @@ need not be there, where nothing is loaded or launched.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from hashlib import sha1
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from test_environment import CALL, DOCTOR, FULL, MOVE_CACHE, ROOT, assert_warns_of, python, table
+
+from rope_cupy import environment
 
 ON_A_GPU = """
 import cupy, numpy
@@ -191,6 +194,60 @@ with ThreadPoolExecutor(16) as pool:
 assert len(compiled) == len(set(compiled)) == 2, compiled
 """
     assert_silent(python(rotate + threads, CUPY_CACHE_DIR=str(tmp_path)))
+
+
+TWO_FIRST_CALLS = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+def call(dtype):
+    start.wait(60)
+    rotate(dtype)
+
+start = threading.Barrier(2)
+with ThreadPoolExecutor(2) as pool:
+    list(pool.map(call, ('float32', 'float16')))
+"""
+LOADED_BEFORE = """
+import ctypes
+ctypes.CDLL({file!r})
+"""
+
+
+def test_the_first_calls_of_two_threads_find_a_whole_compiler(rotate, tmp_path):
+    """In several processes, for each has one first call: with a cold cache, and then a warm one."""
+    for i in range(6):
+        folder = tmp_path / str(i // 2)
+        folder.mkdir(exist_ok=True)
+        assert_silent(python(rotate + TWO_FIRST_CALLS, CUPY_CACHE_DIR=str(folder)))
+
+
+def test_an_nvrtc_that_the_program_has_loaded_before_compiles(rotate, tmp_path):
+    if not (file := environment.nvrtc_file()):
+        pytest.skip("CuPy does not say which NVRTC it loads")
+    before = LOADED_BEFORE.format(file=str(file))
+    assert_silent(python(before + rotate + "rotate()", CUPY_CACHE_DIR=str(tmp_path)))
+
+
+def test_an_nvrtc_without_builtins_is_an_error_that_names_it_and_mends_it(tmp_path):
+    pytest.importorskip("cupy")
+    file = environment.nvrtc_file()
+    if not file or "site-packages" not in file.parts:
+        pytest.skip("no package brings NVRTC")
+    alone = tmp_path / file.name
+    shutil.copy(file, alone)
+    called = python(
+        LOADED_BEFORE.format(file=str(alone)) + WITHOUT_A_GPU + "rotate()",
+        CUPY_CACHE_DIR=str(tmp_path / "cache"),
+    )
+    major, minor = environment.nvrtc().version
+    builtins = rf"libnvrtc-builtins\.so\.{major}\.{minor}"
+    package = f"'nvidia-cuda-nvrtc=={major}.*'" if major > 12 else "nvidia-cuda-nvrtc-cu12"
+    error = (
+        rf"^RuntimeError: NVRTC {major}\.{minor} finds no {builtins} in {tmp_path}: "
+        rf"pip install --force-reinstall {re.escape(package)}$"
+    )
+    assert re.search(error, called.stderr, re.M), called.stderr
 
 
 @pytest.mark.undisturbed

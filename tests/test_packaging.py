@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -66,7 +67,7 @@ def checkout(tmp_path):
     for source in map(ROOT.joinpath, BUILT_FROM):
         if source.is_dir():
             ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, folder / source.name, ignore=ignored)
+            shutil.copytree(source, folder / source.name, symlinks=True, ignore=ignored)
         else:
             shutil.copy(source, folder)
     return folder
@@ -80,7 +81,7 @@ def wheel(checkout):
 
 
 def test_a_wheel_holds_every_module_and_kernel_and_nothing_else(wheel):
-    modules = {f"rope_cupy/{path.name}" for path in ROOT.glob("rope_cupy/*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("rope_cupy/**/*.py")}
     kernels = {f"rope_cupy/kernels/{path.name}" for path in ROOT.glob("kernels/*.cu*")}
     held = set(zipfile.ZipFile(wheel).namelist())
     records = {name for name in held if ".dist-info/" in name}
@@ -107,27 +108,58 @@ def test_constraints_pin_what_ci_installs(wheel):
         assert re.search(rf"^{name}==".replace("_", "-"), constraints, re.M), name
 
 
-@pytest.mark.parametrize(
-    "kind", ["a wheel", "an editable install", "a strict editable install", "a checkout"]
+@pytest.fixture(
+    params=["a wheel", "an editable install", "a strict editable install", "a checkout"]
 )
-def test_kernel_sources_are_found_from(kind, checkout, tmp_path, request):
-    target = str(tmp_path / "site")
-    if kind == "a wheel":
+def installed(request, checkout, tmp_path):
+    """An environment of its own into which the package has been put, and the folder that has it."""
+    home = tmp_path / "environment"
+    venv.create(home, symlinks=True)
+    (site,) = home.glob("lib/python*/site-packages")
+    if request.param == "a wheel":
         wheel = request.getfixturevalue("wheel")
-        pip("install", "--target", target, str(wheel), cwd=tmp_path)
+        pip("install", "--target", str(site), str(wheel), cwd=tmp_path)
         shutil.rmtree(checkout)
-    elif kind == "a checkout":
-        target = str(checkout)
+    elif request.param == "a checkout":
+        (site / "checkout.pth").write_text(str(checkout))
     else:
-        mode = "strict" if "strict" in kind else "lenient"
-        options = ["--target", target, "--config-settings", f"editable_mode={mode}"]
-        pip("install", *options, "-e", str(checkout), cwd=tmp_path)
+        strict = ["--config-settings", "editable_mode=strict"] if "strict" in request.param else []
+        pip("install", "--target", str(site), *strict, "-e", str(checkout), cwd=tmp_path)
+    return home, site
 
+
+def test_an_install_finds_the_sources_of_its_kernels(installed, tmp_path):
+    _, site = installed
     numpy_parent = str(Path(np.__file__).parents[1])
-    version, sources = json.loads(run("-I", "-S", "-c", PROBE, target, numpy_parent, cwd=tmp_path))
+    probe = run("-I", "-S", "-c", PROBE, str(site), numpy_parent, cwd=tmp_path)
+    version, sources = json.loads(probe)
     assert version == rope_cupy.__version__
     assert Path(sources).is_relative_to(tmp_path)
     assert kernel_sources(Path(sources)) == kernel_sources(ROOT / "kernels")
+
+
+TYPED = """
+from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
+
+class Array: ...
+
+def rotate(x: Array, table: RotaryTable) -> None:
+    reveal_type(table)
+    reveal_type(apply_rotary(x, table))
+    reveal_type(apply_rotary_qk(x, x, table))
+"""
+
+
+def test_an_install_brings_its_types_to_a_users_program(installed, tmp_path):
+    pytest.importorskip("mypy")
+    home, _ = installed
+    program = tmp_path / "program.py"
+    program.write_text(TYPED)
+    python = str(home / "bin" / "python")
+    said = run("-m", "mypy", "--strict", "--python-executable", python, program.name, cwd=tmp_path)
+    revealed = re.findall(r'Revealed type is "(.*)"', said)
+    array = "program.Array"
+    assert revealed == ["rope_cupy.tables.RotaryTable", array, f"tuple[{array}, {array}]"]
 
 
 def test_importing_the_package_imports_no_array_library_but_numpy():

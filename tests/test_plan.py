@@ -223,7 +223,7 @@ def test_every_template_argument_is_in_its_place():
     chosen = template_of([x], 64, outs=[x], table=matrices(64, "float64"), **options)
     assert chosen == Template(
         *("float16", "double", "int", "NoNorm", "Outputs", "2", "true", "false", "false"),
-        *("1", "4", "Matrices<4>", "8", "false", "false", "true"),
+        *("4", "2", "Matrices<4>", "8", "false", "false", "true"),
     )
     assert template_of([x], 64, conjugate=True, positions=positions) == Template(
         *("float16", "float", "int", "NoNorm", "Outputs", "2", "false", "true", "false"),

@@ -26,6 +26,7 @@ HELD_BY = {
     "A position outside the table": """
         test_rotary.test_a_position_beside_the_table_reads_nothing_there
         test_rotary.test_no_position_lies_in_an_empty_table
+        test_position_sums.test_the_sum_of_a_position_and_a_batchs_offset
         test_gpu.test_a_table_may_hold_a_million_positions""",
     "What lies outside the rotated slice": """
         test_rotary.test_a_call_of_any_kind_is_right
@@ -59,6 +60,9 @@ HELD_BY = {
     "It runs on the current stream": """
         test_gpu.test_the_launch_is_in_its_turn_on_the_current_stream_and_nothing_waits
         test_gpu.test_the_stream_is_that_of_the_library_that_owns_the_output""",
+    "Where an array is another": """
+        test_streams.test_a_launch_waits_for_all_that_it_reads_and_is_waited_for_by_outputs
+        test_streams.test_a_torch_table_made_on_a_side_stream_is_waited_for_by_cupy_arrays""",
     "On a GPU nothing": """
         test_gpu.test_nothing_is_allocated_but_the_result""",
     "A call that has run before": """
@@ -66,7 +70,8 @@ HELD_BY = {
     "Threads may call at once": """
         test_jit.test_threads_that_ask_for_one_kernel_at_once_have_it_compiled_once
         test_jit.test_while_a_launch_blocks_others_launch_and_compile
-        test_kernel_cache.test_threads_compile_each_kernel_once""",
+        test_kernel_cache.test_threads_compile_each_kernel_once
+        test_kernel_cache.test_the_first_calls_of_two_threads_find_a_whole_compiler""",
     "Processes may start at once": """
         test_kernel_cache.test_processes_race_for_a_cold_cache_and_later_ones_compile_nothing""",
     "A kernel cache that cannot be": """

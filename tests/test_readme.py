@@ -5,7 +5,6 @@ import inspect
 import re
 from pathlib import Path
 
-import bench_blocks
 import numpy as np
 import pytest
 import torch
@@ -98,6 +97,9 @@ def test_one_pass_before_attention_gives_the_exact_values():
 
 
 def test_the_processor_shown_is_the_one_that_is_measured():
+    pytest.importorskip("diffusers")
+    import bench_blocks
+
     assert inspect.getsource(bench_blocks.QwenImageProcessor) in code("In a diffusion model")
     run(code("In a diffusion model"))
 

@@ -111,7 +111,7 @@ def test_one_array_tells_of_positions_in_calls_of_its_own(library):
     axes = RNG.integers(0, 20, (3, TOKENS))
     held = hold(axes, "int64", library).array
     for _ in range(3):
-        for section in ((1, 2, 3), (3, 2, 1)):
+        for section in ((2, 2, 2), (3, 2, 1)):
             for in_turn in (False, True):
                 options = {"mrope_section": section, "mrope_interleaved": in_turn}
                 apply_rotary(x, table, positions=held, **options, out=out)
@@ -170,7 +170,7 @@ def test_a_start_past_the_table_is_refused_after_one_inside(library):
 def test_an_option_of_a_wrong_type_is_refused_after_its_equal(wrong):
     x, table = fresh()[0], make_table()
     apply_rotary(x, table, interleaved=True)
-    with pytest.raises(TypeError, match="interleaved must be True or False"):
+    with pytest.raises(TypeError, match="interleaved must be None, True or False"):
         apply_rotary(x, table, interleaved=wrong)
 
 

@@ -229,6 +229,7 @@ def test_cancellation_costs_no_digits(library, interleaved, record):
     record("float32", check(y, exact, "float32"))
 
 
+@pytest.mark.launches_nothing
 @in_every_library
 @pytest.mark.parametrize("axis", range(3), ids=["no batch", "no tokens", "no heads"])
 @pytest.mark.parametrize("write", ["new", "out", "in place"])

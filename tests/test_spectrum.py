@@ -1,12 +1,19 @@
 """python -m rope_cupy table: what it says of a config, and what it draws."""
 
+import contextlib
+import io
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from argparse import ArgumentParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from test_frequencies import CONFIGS
 
 from rope_cupy import spectrum
 
@@ -133,7 +140,117 @@ def test_what_is_no_config_is_said_in_a_line(config, message, tmp_path, capsys):
 def test_a_file_that_is_no_json_is_refused(tmp_path, capsys):
     (path := tmp_path / "config.json").write_text("{")
     spectrum.add_arguments(parser := ArgumentParser())
-    for each in (path, tmp_path / "absent.json"):
-        with pytest.raises(SystemExit):
-            parser.parse_args([str(each)])
-        assert "must be a JSON file" in capsys.readouterr().err
+    for each in (path, tmp_path / "absent.json", tmp_path):
+        assert spectrum.main(parser.parse_args([str(each)])) == 1
+        out = capsys.readouterr().out
+        assert "must be a JSON file" in out and out.count("\n") == 1
+
+
+HOSTILE = {
+    "nested too deep": "[" * 100_000 + "]" * 100_000,
+    "a dict nested deep": '{"rope_scaling":' * 900 + "{}" + "}" * 900,
+    "a great int": json.dumps({"head_dim": 64, "rope_theta": 10**400}),
+    "a great factor": json.dumps(QWEN_2_5_YARN).replace("4.0", "1" + "0" * 400),
+    "a string for a number": json.dumps({"head_dim": 64, "max_position_embeddings": "many"}),
+    "strings for factors": json.dumps(
+        {"head_dim": 4, "rope_scaling": {"type": "su", "short_factor": ["1", "2"]}}
+    ),
+    "infinity": '{"head_dim": 64, "max_position_embeddings": Infinity}',
+    "NaN": '{"head_dim": 64, "rope_theta": NaN}',
+    "a head that fills all memory": json.dumps({"head_dim": 4_000_000_000}),
+    "escape sequences": json.dumps(LLAMA_3_1 | {"rope_scaling": {"\x1b[31m": 1, "type": "llama3"}}),
+    "half of a surrogate pair": '{"head_dim": 8, "rope_scaling": {"\\ud800": 1, "type": "yarn"}}',
+    "bytes that are no text": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_refused_in_one_line_at_once(kind, tmp_path):
+    path, content = tmp_path / "config.json", HOSTILE[kind]
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    command = [sys.executable, "-m", "rope_cupy", "table", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert re.fullmatch(r"error: [ -~]{10,600}\n", done.stdout)
+
+
+def test_what_a_file_calls_its_layers_is_printed_without_its_escape_sequences(tmp_path, capsys):
+    layers = {"\x1b[2J\n\u202eevil": {"rope_theta": 1e4}}
+    status, out = run({"head_dim": 8, "rope_parameters": layers}, tmp_path, capsys)
+    assert status == 0 and "\\x1b[2J\\n\\u202eevil" in out
+    assert re.fullmatch(r"[ -~\n]+", out)
+
+
+@settings(max_examples=300, deadline=None)
+@given(config=CONFIGS)
+def test_any_json_is_told_of_or_refused_in_one_line(config):
+    spectrum.add_arguments(parser := ArgumentParser())
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
+        (path := Path(folder) / "config.json").write_text(json.dumps(config))
+        status = spectrum.main(parser.parse_args([str(path)]))
+    out = said.getvalue()
+    assert re.fullmatch(r"[ -~\n]+", out)
+    assert (status, out.startswith("error: ")) in [(0, False), (1, True)]
+    assert status == 0 or out.count("\n") == 1
+
+
+def test_a_config_without_a_rotation_is_refused_and_the_builder_is_named(tmp_path, capsys):
+    bert = {"model_type": "bert", "hidden_size": 768, "num_attention_heads": 12}
+    status, out = run(bert, tmp_path, capsys)
+    assert status == 1 and out.startswith("error: config must describe a rotary embedding")
+    flux = {"_class_name": "FluxTransformer2DModel", "axes_dims_rope": [16, 56, 56]}
+    status, out = run(flux | {"attention_head_dim": 128}, tmp_path, capsys)
+    assert status == 1 and "rope_cupy.diffusion.flux" in out
+
+
+def told_of(config, name, tmp_path, capsys, *options):
+    status, out = run(config, tmp_path, capsys, *options)
+    assert status == 0, out
+    return [line[13:] for line in out.splitlines() if line[:13].strip() == name]
+
+
+def test_the_pairing_is_told_where_the_model_is_known(tmp_path, capsys):
+    halves, neighbours = LLAMA_3_1, {"model_type": "glm4", "head_dim": 128}
+    assert told_of(halves, "pairing", tmp_path, capsys) == ["halves (interleaved=False)"]
+    assert told_of(neighbours, "pairing", tmp_path, capsys) == ["neighbours (interleaved=True)"]
+    (unknown,) = told_of({"head_dim": 64}, "pairing", tmp_path, capsys)
+    assert unknown.startswith("not said")
+
+
+def test_sections_of_axes_are_told(tmp_path, capsys):
+    scaling = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    config = {"model_type": "qwen2_vl", "head_dim": 128, "rope_scaling": scaling}
+    (told,) = told_of(config, "axes", tmp_path, capsys)
+    assert told.startswith("mrope_section 16, 24, 24:")
+    by_turns = config | {"rope_scaling": scaling | {"mrope_interleaved": True}}
+    assert told_of(by_turns, "axes", tmp_path, capsys)[0].startswith(
+        "mrope_section 16, 24, 24 by turns:"
+    )
+    assert told_of(LLAMA_3_1, "axes", tmp_path, capsys) == []
+
+
+def test_layers_without_a_rotation_are_told(tmp_path, capsys):
+    config = LLAMA_3_1 | {"no_rope_layers": [1, 1, 1, 0] * 2}
+    assert told_of(config, "not rotated", tmp_path, capsys) == ["2 of 8 layers: 3, 7"]
+    config = {
+        "head_dim": 64,
+        "rope_parameters": {"full_attention": None, "sliding_attention": {"rope_theta": 1e4}},
+    }
+    assert told_of(config, "not rotated", tmp_path, capsys) == ["layers of the type full_attention"]
+    assert told_of(LLAMA_3_1, "not rotated", tmp_path, capsys) == []
+
+
+def test_the_factors_of_longrope_that_are_taken_are_told(tmp_path, capsys):
+    scaling = {"type": "longrope", "short_factor": [1, 1], "long_factor": [1, 4]}
+    config = {"head_dim": 4, "rope_scaling": scaling, "max_position_embeddings": 131072}
+    config["original_max_position_embeddings"] = 4096
+    (short,) = told_of(config, "factors", tmp_path, capsys)
+    (long,) = told_of(config, "factors", tmp_path, capsys, "--seq-len", "4097")
+    assert short == "short_factor, for up to 4,096 tokens (--seq-len)"
+    assert long == "long_factor, for more than 4,096 tokens (--seq-len)"
+
+
+def test_the_help_says_what_the_largest_safe_position_is(capsys):
+    spectrum.add_arguments(parser := ArgumentParser())
+    text = " ".join(parser.format_help().split())
+    assert "largest safe position is the last position of those that the config says" in text

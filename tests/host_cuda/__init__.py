@@ -43,12 +43,13 @@ from rope_cupy.problem import (
 
 HERE = Path(__file__).parent
 BUILDS = HERE.parents[1] / "build" / "host_cuda"
+LAUNCHER = BUILDS / "launcher"  # which is one for all kernels, and takes longer to build than each
 OPTIONS = ["-std=c++17", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 BASE = 0x2000_0000_0000  # far from where Linux puts anything
 PAGE = 4096
 
-launched: list[str] = []  # the kernels that `rotate` has run
+launched: list[str] = []  # the kernels that have run, whatever came of it
 
 
 class KernelError(Exception):
@@ -113,7 +114,6 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
     )
     source = jit.sources() / "rotary.cu"
     run(source, plan.kernel, plan.grid, plan.block, plan.argument_block(moved), arrays)
-    launched.append(plan.kernel)
 
 
 def arrays_of(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
@@ -255,6 +255,7 @@ def run(
     ranges[:, 0] += _move(ranges[:, 0], *_places(arrays))
     job = b"".join([header, argument_block, ranges.tobytes(), before.tobytes()])
     done = subprocess.run(build(source, kernel), input=job, capture_output=True, env=_settings())
+    launched.append(kernel)
     if done.returncode:
         raise KernelError(f"{kernel}\n{done.stderr.decode(errors='replace')}")
 
@@ -292,13 +293,22 @@ def _every_byte(ranges: np.ndarray) -> np.ndarray:
 
 def build(source: Path, kernel: str) -> tuple[Path, Path]:
     """Return the program that launches kernels, and one kernel of a source file as it wants it."""
-    folder = BUILDS / source.stem / _digest(source.parent)
-    if not folder.exists() and folder.parent.exists():
-        for other in {*folder.parent.iterdir()} - {folder}:  # of sources that are no more
-            shutil.rmtree(other, ignore_errors=True)
     name = hashlib.sha256(kernel.encode()).hexdigest()[:32]
     launch = ["-O1", "-rdynamic", str(HERE / "launch.cpp"), "-ldl"]
-    return _made(folder / "launch", *launch), _made(folder / name, *kernel_options(source, kernel))
+    kernels = _folder(BUILDS / source.stem, source.parent)
+    return (
+        _made(_folder(LAUNCHER, HERE) / "launch", *launch),
+        _made(kernels / name, *kernel_options(source, kernel)),
+    )
+
+
+def _folder(builds: Path, sources: Path) -> Path:
+    """Return the folder of what is built of sources, without what was built of earlier ones."""
+    folder = builds / _digest(sources)
+    if not folder.exists() and builds.exists():
+        for other in {*builds.iterdir()} - {folder}:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
 
 
 def kernel_options(source: Path, kernel: str) -> list[str]:

@@ -1,0 +1,468 @@
+"""Reading the rotary embedding of a model from its Hugging Face config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..checks import described, index, positive
+from .models import (
+    DIFFUSERS_BUILDERS,
+    DIFFUSERS_FIELDS,
+    INTERLEAVED,
+    MODEL_DEFAULTS,
+    OTHER_ROTATIONS,
+    POSITION_TYPE_DECIDES,
+    SEVERAL_AXES,
+    SHARE_DECIDES,
+)
+from .rules import (
+    as_length,
+    dynamic_ntk,
+    inverse_frequencies,
+    linear,
+    llama3,
+    longrope,
+    ntk,
+    partial_rotary_dim,
+    proportional,
+    yarn,
+)
+
+if TYPE_CHECKING:
+    from .rules import Frequencies
+
+MOST_ELEMENTS = 2**16  # of a head, in a config: more is a mistake that would take all memory
+
+
+class RotaryParameters(NamedTuple):
+    """What a config says about the rotary embedding of its layers."""
+
+    rope_type: str  # a key of RULES
+    rotary_dim: int  # how many elements of a head the frequencies are for
+    base: float
+    options: dict[str, Any]  # the keyword arguments of the rule, without seq_len
+    max_position: int | None  # how many positions the model is made for
+
+
+class Rule(NamedTuple):
+    """How a type of a config becomes frequencies."""
+
+    function: Callable[..., Any]
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    by_length: bool = False  # whether the function takes seq_len
+
+
+RULES = {
+    "default": Rule(inverse_frequencies),
+    "linear": Rule(linear, ("factor",)),
+    "ntk": Rule(ntk, ("alpha",)),
+    "dynamic": Rule(dynamic_ntk, ("factor", "max_position"), by_length=True),
+    "yarn": Rule(
+        yarn,
+        ("factor", "original_max_position"),
+        (
+            *("beta_fast", "beta_slow", "truncate", "attention_factor"),
+            *("attn_factor", "mscale", "mscale_all_dim"),
+        ),
+    ),
+    "longrope": Rule(
+        longrope,
+        ("short_factor", "long_factor", "original_max_position", "factor"),
+        ("attention_factor", "short_mscale", "long_mscale"),
+        by_length=True,
+    ),
+    "llama3": Rule(
+        llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position")
+    ),
+    "proportional": Rule(proportional, (), ("partial_rotary_factor", "factor")),
+}
+ALIASES = {"su": "longrope", "mrope": "default"}
+
+# What other programs let a YaRN config change, and the one value that this rule has of it.
+YARN_ONLY_AT = {"extrapolation_factor": 1, "apply_yarn_scaling": True}
+
+BASES = "rope_theta", "rotary_emb_base", "global_rope_theta", "rotary_embedding_base"
+SHARES = "partial_rotary_factor", "rotary_pct", "rotary_emb_fraction"
+PARAMETERS = "rope_scaling", "rope_parameters"
+# A config that has one of these describes a rotary embedding.
+EVIDENCE = (
+    *(*PARAMETERS, *SHARES, "rope_theta", "rotary_emb_base", "global_rope_theta"),
+    *("rope_local_base_freq", "local_rope_theta", "rotary_dim"),
+)
+NAMES = "model_type", "architectures", "_class_name"  # of what model a config is
+ROTARY_POSITION_TYPES = "rotary", "rope"
+
+
+def from_config(
+    config: Any, *, seq_len: int | None = None, layer_type: str | None = None
+) -> tuple[Frequencies, float]:
+    """Return (inv_freq, attention_scaling) of the model that a Hugging Face config describes.
+
+    A config describes a rotary embedding where it has `rope_parameters`, `rope_scaling`,
+    `rope_theta`, `partial_rotary_factor` or what single models call them, where its
+    `position_embedding_type` is "rotary" or "rope", or where its `model_type` is one that rotates
+    whatever its file says ("llama"). A dict that names no model (no `model_type`, no
+    `architectures`) is taken for that of a Llama. Every other config is refused, as is one with
+    ``alibi=True`` or another `position_embedding_type`.
+
+    Args:
+        config: a config object or its dict, such as a parsed config.json: `rope_parameters` of
+            transformers 5 or the older `rope_theta`, `rope_scaling`, `partial_rotary_factor` and
+            what single models call them. Of a config whose `text_config` alone says anything about
+            rotary embeddings, that part is read.
+        seq_len: how many tokens the longest sequence has. "dynamic" and "longrope" depend on it:
+            None, as where transformers makes the model, stands for no more than the original
+            length.
+        layer_type: whose frequencies, where the config has several, such as "full_attention" and
+            "sliding_attention" (Gemma 3); None where it has one for all.
+
+    Returns:
+        inv_freq: float64, of shape (rotary_dim / 2,), in radians per position.
+        attention_scaling: what cos and sin are multiplied by, 1.0 for most types.
+
+    The types are "default" and "mrope", "linear", "dynamic" (`ntk` where the config has an
+    `alpha`), "yarn", "longrope" and "su", "llama3", and "proportional". transformers computes the
+    same in float32. The `attn_factor` of a YaRN config multiplies the attention scaling, as in
+    vLLM; transformers does not read it.
+
+    Models that rotate by several axes ("axial", DINOv3, Ernie 4.5 VL) have no frequencies of
+    this form: `axial_from_config` reads them. Those of Mistral Large 4 are trained, so no config
+    holds them.
+
+    Raises TypeError or ValueError when the config describes no rotary embedding, or one of these
+    others; when its type is another one, when it lacks a number or holds one that its rule
+    refuses, when `seq_len` is not None or an int of 0 or more, and when `layer_type` is none of
+    the config's.
+
+    >>> scaling = {"rope_type": "linear", "factor": 2.0}
+    >>> from_config({"head_dim": 4, "rope_theta": 100.0, "rope_scaling": scaling})
+    (array([0.5 , 0.05]), 1.0)
+    """
+    seq_len = as_length(seq_len)
+    parameters = rotary_parameters(config, layer_type=layer_type)
+    rule = RULES[parameters.rope_type]
+    options = parameters.options | ({"seq_len": seq_len} if rule.by_length else {})
+    result = rule.function(parameters.rotary_dim, parameters.base, **options)
+    return result if isinstance(result, tuple) else (result, 1.0)
+
+
+def rotary_parameters(config: Any, *, layer_type: str | None = None) -> RotaryParameters:
+    """Return what a Hugging Face config, or its dict, says about its rotary embedding.
+
+    Arguments and errors are those of `from_config`; the numbers have not been checked.
+
+    >>> config = {"hidden_size": 64, "num_attention_heads": 8, "max_position_embeddings": 2048}
+    >>> rotary_parameters(config)
+    RotaryParameters(rope_type='default', rotary_dim=8, base=10000.0, options={}, max_position=2048)
+    """
+    config = part_that_rotates(config)
+    given = _of_layer_type(rope_parameters(config), layer_type)
+    config = _as_layers_see_it(config, layer_type)
+    rope_type = _rope_type(given)
+    max_position = read(config, "max_position_embeddings", "n_positions")
+    original = read(given, "original_max_position_embeddings")
+    if layer_type is None:
+        original = read(config, "original_max_position_embeddings", otherwise=original)
+    if original is None:
+        original = max_position
+    partial = read(config, *SHARES, otherwise=1.0)
+    found = {**given, "original_max_position": original, "max_position": max_position}
+    found["partial_rotary_factor"] = partial = read(given, "partial_rotary_factor") or partial
+    if rope_type in ("yarn", "longrope") and given.get("factor") is None:
+        found["factor"] = _quotient(max_position, original)
+    for name, value in YARN_ONLY_AT.items() if rope_type == "yarn" else ():
+        if read(given, name, otherwise=value) != value:
+            raise ValueError(f"{name} must be {value} or absent, got {described(given[name])}")
+    rule = RULES[rope_type]
+    options = {name: found.get(name) for name in rule.required + rule.optional}
+    if missing := [name for name in rule.required if options[name] is None]:
+        raise ValueError(
+            f"rope_parameters of type {rope_type!r} must have {', '.join(missing)}, "
+            f"got {', '.join(map(str, given)) or 'none'}"
+        )
+    return RotaryParameters(
+        rope_type,
+        head_dim_of(config) if rope_type == "proportional" else _rotary_dim(config, partial),
+        read(given, "rope_theta", otherwise=read(config, *BASES, otherwise=10000.0)),
+        {name: value for name, value in options.items() if value is not None},
+        max_position,
+    )
+
+
+def layer_types(config: Any) -> tuple[str | None, ...]:
+    """Return the layer types of which a config, or its dict, gives rotary embeddings of their own.
+
+    (None,) where it has one for all layers. Errors are those of `from_config`.
+
+    >>> layer_types({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}})
+    ('full_attention',)
+    """
+    given = rope_parameters(part_that_rotates(config))
+    return tuple(layer_type for layer_type, parameters in given.items() if parameters is not None)
+
+
+def pairs_neighbours(config: Any) -> bool | None:
+    """Return whether the model pairs neighbouring elements, or None where that is not known.
+
+    False is for the halves of a head: the argument `interleaved` of the functions that rotate.
+
+    >>> pairs_neighbours({"model_type": "glm4"}), pairs_neighbours({"model_type": "llama"})
+    (True, False)
+    """
+    config = part_that_rotates(config)
+    told = read(config, "rope_interleave")
+    model_type = model_type_of(config)
+    if model_type in INTERLEAVED:
+        return bool(told) if isinstance(told, bool) else True
+    return False if model_type in MODEL_DEFAULTS else None
+
+
+def part_that_rotates(config: Any) -> Any:
+    """Return the part of a config that describes a rotary embedding, or refuse the config."""
+    if not isinstance(config, Mapping) and not hasattr(config, "__dict__"):
+        raise TypeError(f"config must be a config object or its dict, got {described(config)}")
+    text = None if _says_anything(config) else read(config, "text_config")
+    if text is not None:
+        if not isinstance(text, Mapping) and not hasattr(text, "__dict__"):
+            raise TypeError(f"text_config must be a config or a dict, got {described(text)}")
+        config = text
+    _refuse_another_rotation(config)
+    if not _rotates(config):
+        raise ValueError(
+            "config must describe a rotary embedding by rope_theta, rope_parameters or the like, "
+            f"got none of them{_of_what_model(config)}{_parts_that_rotate(config)}"
+        )
+    return config
+
+
+def read(config: Any, *names: str, otherwise: Any = None) -> Any:
+    """Return the first of these fields that is there and not null."""
+    if isinstance(config, Mapping):
+        sources: tuple[Any, ...] = config, MODEL_DEFAULTS.get(model_type_of(config), {})
+        values = (source.get(name) for source in sources for name in names)
+    else:
+        values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if value is not None), otherwise)
+
+
+def model_type_of(config: Any) -> str:
+    """Return the model_type of a config, "" where it has none."""
+    known = isinstance(config, Mapping)
+    found = config.get("model_type") if known else getattr(config, "model_type", None)
+    return found if isinstance(found, str) else ""
+
+
+def head_dim_of(config: Any) -> int:
+    """Return how many elements a head has."""
+    head_dim = read(config, "head_dim", "kv_channels", "attention_head_dim")
+    if head_dim is None:
+        hidden_size = read(config, "hidden_size", "n_embd")
+        num_heads = read(config, "num_attention_heads", "n_head", "num_heads")
+        if hidden_size is None or not num_heads:
+            raise ValueError(
+                "config must have head_dim, or hidden_size and num_attention_heads, got "
+                f"hidden_size={_shown(hidden_size)} and num_attention_heads={_shown(num_heads)}"
+            )
+        head_dim = index("hidden_size", hidden_size) // index("num_attention_heads", num_heads)
+    return few_elements("head_dim", head_dim)
+
+
+def few_elements(name: str, value: object) -> int:
+    """Return a number of elements of a head, or refuse one that no head has."""
+    number = index(name, value)
+    if number > MOST_ELEMENTS:
+        raise ValueError(f"{name} must be at most {MOST_ELEMENTS} in a config, got {number}")
+    return number
+
+
+def _has(config: Any, name: str) -> bool:
+    """Return whether a config itself has a field that says anything."""
+    if isinstance(config, Mapping):
+        return config.get(name) not in (None, {}) or (name == "rotary_dim" and name in config)
+    return getattr(config, name, None) not in (None, {})
+
+
+def _says_anything(config: Any) -> bool:
+    return any(_has(config, name) for name in EVIDENCE) or model_type_of(config) in SEVERAL_AXES
+
+
+def _rotates(config: Any) -> bool:
+    """Return whether a config describes a rotary embedding."""
+    position_type = read(config, "position_embedding_type", "position_embeddings_type")
+    if model_type_of(config) in POSITION_TYPE_DECIDES:
+        return position_type in ROTARY_POSITION_TYPES
+    attention = read(config, "attn_config")
+    alibi = _has(config, "alibi") and read(config, "alibi")
+    if isinstance(attention, Mapping) and attention.get("alibi"):
+        alibi = True
+    if alibi or read(config, "use_mem_rope") is False or read(config, "rotary_emb_fraction") == 0:
+        return False
+    if position_type in ROTARY_POSITION_TYPES:
+        return True
+    # BERT's "absolute" stands in files of models that rotate (ModernBERT).
+    if position_type not in (None, "absolute"):
+        return False
+    if _says_anything(config) or model_type_of(config) in MODEL_DEFAULTS:
+        return True
+    named = any(_has(config, name) for name in NAMES) or hasattr(config, "model_type")
+    return not named and position_type is None
+
+
+def _refuse_another_rotation(config: Any) -> None:
+    """Refuse a config of a model that does not rotate by one position and these frequencies."""
+    if _is_of_diffusers(config):
+        class_name = config.get("_class_name")
+        builder = DIFFUSERS_BUILDERS.get(class_name) if isinstance(class_name, str) else None
+        if builder == "qwen_image" and config.get("use_layer3d_rope"):
+            builder = "qwen_image_layered"
+        makes = f"rope_cupy.diffusion.{builder} makes its table"
+        if builder is None:
+            makes = (
+                "where it rotates, its table is made by rope_cupy.diffusion (flux, qwen_image, wan "
+                "and others) or of the angles of rope_cupy.frequencies.axial"
+            )
+        named = f" of {class_name!r}" if isinstance(class_name, str) else ""
+        raise ValueError(
+            f"config must be that of a language model, got one of diffusers{named}: {makes}"
+        )
+    model_type = model_type_of(config)
+    if model_type in OTHER_ROTATIONS:
+        raise ValueError(
+            f"config must be of a model whose frequencies it holds, got {model_type!r}, "
+            f"{OTHER_ROTATIONS[model_type]}"
+        )
+    if model_type in SEVERAL_AXES:
+        raise ValueError(
+            f"config must be of a model that rotates by one position, got {model_type!r}, which "
+            "rotates by several: rope_cupy.frequencies.axial_from_config reads it"
+        )
+
+
+def _is_of_diffusers(config: Any) -> bool:
+    if not isinstance(config, Mapping):
+        return False
+    if type(config).__module__.startswith("diffusers.") or "_class_name" in config:
+        return True
+    return not model_type_of(config) and any(field in config for field in DIFFUSERS_FIELDS)
+
+
+def _of_what_model(config: Any) -> str:
+    if model_type := model_type_of(config):
+        return f" in that of {model_type!r}"
+    return ""
+
+
+def _parts_that_rotate(config: Any) -> str:
+    fields = config if isinstance(config, Mapping) else vars(config)
+    parts = [
+        str(name)
+        for name, part in fields.items()
+        if (isinstance(part, Mapping) or hasattr(part, "model_type"))
+        and name not in PARAMETERS
+        and (_says_anything(part) or model_type_of(part) in MODEL_DEFAULTS)
+    ]
+    return f": pass its {' or '.join(parts)}" if parts else ""
+
+
+def rope_parameters(config: Any) -> dict[str | None, Mapping[str, Any] | None]:
+    """Return the rope parameters of each layer type, by None those of all layers.
+
+    None stands for the parameters of layers without a rotation.
+    """
+    given: Any = next((found for name in PARAMETERS if (found := read(config, name))), {})
+    if not isinstance(given, Mapping):
+        raise TypeError(f"rope_parameters must be a dict, got {described(given)}")
+    if any(isinstance(value, Mapping) for value in given.values()):
+        kinds = Mapping, type(None)
+        return {key: value for key, value in given.items() if isinstance(value, kinds)}
+    sliding_base = read(config, "rope_local_base_freq", "local_rope_theta")
+    if model_type_of(config) == "olmo3":
+        sliding_base = read(config, "rope_theta")
+    if sliding_base is None:
+        return {None: given}
+    return {"full_attention": given, "sliding_attention": {"rope_theta": sliding_base}}
+
+
+def _of_layer_type(
+    given: dict[str | None, Mapping[str, Any] | None], layer_type: str | None
+) -> Mapping[str, Any]:
+    parameters = given.get(layer_type)
+    if parameters is None:
+        rotated = [name for name in given if given[name] is not None]
+        without = " (the others do not rotate)" if len(rotated) < len(given) else ""
+        raise ValueError(
+            f"layer_type must be {' or '.join(map(repr, rotated))} for this config{without}, "
+            f"got {layer_type!r}"
+        )
+    return parameters
+
+
+def _as_layers_see_it(config: Any, layer_type: str | None) -> Any:
+    """Return the config with the head_dim of the layers of one type (Gemma 4 has two)."""
+    if not isinstance(config, Mapping):
+        several = layer_type is not None and getattr(config, "is_heterogeneous", False)
+        if not several:
+            return config
+        try:
+            return config.per_layer_config[layer_type]
+        except KeyError as error:
+            raise ValueError(f"config must have layers of the type {layer_type!r}") from error
+    types, layers = config.get("layer_types") or (), config.get("per_layer_config") or {}
+    if not isinstance(types, list | tuple) or not isinstance(layers, Mapping):
+        raise TypeError(
+            "layer_types must be a list and per_layer_config a dict, got "
+            f"{described(types)} and {described(layers)}"
+        )
+    named = {str(layer): name for layer, name in enumerate(types)}
+    own = [fields for layer, fields in layers.items() if named.get(str(layer)) == layer_type]
+    if layer_type == "full_attention" and read(config, "global_head_dim"):
+        own.append({"head_dim": read(config, "global_head_dim")})
+    if own and not isinstance(own[0], Mapping):
+        raise TypeError(f"per_layer_config must hold dicts, got {described(own[0])}")
+    return {**config, **own[0]} if own else config
+
+
+def _rope_type(given: Mapping[str, Any]) -> str:
+    name = read(given, "rope_type", "type", otherwise="default")
+    rope_type = ALIASES.get(name, name) if isinstance(name, str) else ""
+    if rope_type == "yarn" and "long_factor" in given:  # what early files of Phi-3 call it
+        rope_type = "longrope"
+    if rope_type == "dynamic" and given.get("alpha"):
+        rope_type = "ntk"
+    if rope_type == "axial":
+        raise ValueError(
+            "rope_type must be of one position, got 'axial': where the model is known, "
+            "rope_cupy.frequencies.axial_from_config reads it"
+        )
+    if rope_type not in RULES:
+        wanted = ", ".join([*RULES, *ALIASES])
+        raise ValueError(f"rope_type must be one of {wanted}, got {described(name)}")
+    return rope_type
+
+
+def _quotient(max_position: Any, original: Any) -> float | None:
+    if max_position is None:
+        return None
+    longest = positive("max_position_embeddings", max_position)
+    return longest / positive("original_max_position_embeddings", original)
+
+
+def _rotary_dim(config: Any, partial_rotary_factor: float) -> int:
+    told = read(config, "rotary_dim", "qk_rope_head_dim")
+    if not told:
+        return partial_rotary_dim(head_dim_of(config), partial_rotary_factor)
+    rotary_dim = few_elements("rotary_dim", told)
+    if model_type_of(config) in SHARE_DECIDES:
+        share = partial_rotary_dim(head_dim_of(config), partial_rotary_factor)
+        if rotary_dim != share:
+            raise ValueError(
+                f"rotary_dim must be head_dim * partial_rotary_factor = {share}, which is what "
+                f"transformers rotates of {model_type_of(config)!r}, got {rotary_dim}"
+            )
+    return rotary_dim
+
+
+def _shown(value: object) -> str:
+    return "None" if value is None else described(value)
