@@ -1,6 +1,8 @@
 """What PyTorch adds: a module, gradients, operators for torch.compile. Alone in importing PyTorch.
 
 Import `rope_cupy.torch` for `RotaryEmbedding`; calls import it by themselves when they need more.
+Import it too before `torch.export.load`, or a package of AOTInductor, in a new process: such a file
+names the operators that are defined here, and PyTorch does not find by itself who defines them.
 """
 
 from __future__ import annotations
@@ -760,8 +762,10 @@ def _arrays_and_int(
         if each is not None and not known:
             ints.append(index(name, each, calls.AN_INT_OR_ARRAY))
     first = sum(ints) if ints else None
-    if first is not None:
+    if first is not None and (positions[1] is not None or positions[2] is not None):
         calls.check_start(first, any([row is not None for row in rows[1:]]))
+    if first is not None and first >= 2**63:
+        raise ValueError(f"positions must fit 64 bits, got {first}")
     return rows, first
 
 
@@ -1039,3 +1043,16 @@ def _define(name: str, schema: str, functions: dict[str, str]) -> None:
 
 for _name, (_schema, _functions) in _OPERATORS.items():
     _define(_name, _schema, _functions)
+
+
+def _run_untraced(function: Any) -> None:
+    """Let torch.compile trace nothing of a function that it runs where its graph has a break."""
+    frames = torch._C._dynamo.eval_frame
+    try:
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+        frames.set_code_exec_strategy(function.__code__, skip)
+    except (AttributeError, TypeError):  # which this PyTorch does not have
+        pass
+
+
+_run_untraced(calls.rotate)

@@ -2,16 +2,27 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
+from rope_cupy import (
+    RotaryTable,
+    apply_norm_rotary,
+    apply_qk_norm_rotary,
+    apply_rotary,
+    apply_rotary_qk,
+    apply_rotary_qkv,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PAIRS = 32
@@ -278,6 +289,36 @@ def test_the_operators_that_write_pass_opcheck(num, name, device):
     torch.library.opcheck(torch.ops.rope_cupy.write_into.default, arguments)
 
 
+# One set of checks for every way in.
+
+
+def norm_rotary(x, table, **options):
+    return apply_norm_rotary(x, None, table, **options)
+
+
+def qkv_rotary(x, table, **options):
+    return apply_rotary_qkv(x, table, **options)
+
+
+def into(x, table, kind):
+    """Write what overlaps or does not fit."""
+    if kind == "double":
+        return apply_rotary(x, table, out=x.double())
+    if kind == "shifted":
+        return apply_rotary(x[:, :12], table, out=x[:, 2:14])
+    if kind == "repeated":
+        return apply_rotary(x, table, out=torch.zeros_like(x[:, :1]).expand(x.shape))
+    return apply_rotary(x[:1, :4, :2], table, out=table[0].view(-1)[:512].view(1, 4, 2, 64))
+
+
+def qk_into(x, table, kind):
+    q, k = x[:, :8], x[:, 8:]
+    if kind == "norm":
+        return apply_qk_norm_rotary(q, k, None, None, table, out=(None, k))
+    outs = {"one": (None, k), "overlapping": (q, x[:, 4:12])}[kind]
+    return apply_rotary_qk(q, k, table, out=outs)
+
+
 class Rotate(torch.nn.Module):
     def __init__(self, device):
         super().__init__()
@@ -359,6 +400,294 @@ def test_a_mistake_is_told_when_it_is_compiled_or_when_it_runs(options, message,
     )
     with pytest.raises(Exception, match=message):
         compiled(q, k)
+
+
+TAKEN = {  # what plain calls take, given as arguments
+    "an int of NumPy": {"positions": np.int64(3)},
+    "offsets by an int of NumPy": {"positions": 2, "seqlen_offsets": np.int32(3)},
+    "two ints of NumPy": {"positions": np.int64(2), "seqlen_offsets": np.int64(3)},
+    "positions of NumPy": {"positions": np.arange(16)[::-1].copy()},
+    "positions of NumPy, 32 bits": {"positions": np.arange(32, dtype=np.int32).reshape(2, 16)},
+    "offsets of NumPy": {"seqlen_offsets": np.array([3, 8])},
+    "an int past the table with an array": {
+        "positions": 2**63 - 1,
+        "seqlen_offsets": torch.tensor([2**63 - 1] * 2),
+    },
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_a_plain_call_takes_is_taken_by_a_graph(name):
+    table, (q, k) = RotaryTable(*parts("cpu")), q_and_k("cpu")
+    compiled = torch.compile(apply_rotary_qk, fullgraph=True, backend="aot_eager")
+    wanted = apply_rotary_qk(q, k, table, **TAKEN[name])
+    for result, exact in zip(compiled(q, k, table, **TAKEN[name]), wanted, strict=True):
+        assert torch.equal(result.view(torch.int32), exact.view(torch.int32))
+
+
+def test_a_position_past_64_bits_is_refused_by_a_graph():
+    table, (q, k) = RotaryTable(*parts("cpu")), q_and_k("cpu")
+    compiled = torch.compile(apply_rotary_qk, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="positions must fit 64 bits"):
+        compiled(q, k, table, positions=2**63)
+
+
+def test_a_table_and_other_arrays_of_numpy_are_in_the_graph():
+    q, k = q_and_k("cpu")
+    table = RotaryTable(*(part.numpy() for part in parts("cpu")))
+    weight = torch.rand(2 * PAIRS).numpy()
+    compiled = torch.compile(apply_qk_norm_rotary, fullgraph=True, backend="aot_eager")
+    wanted = apply_qk_norm_rotary(q, k, weight, weight, table)
+    assert_same(compiled(q, k, weight, weight, table), wanted)
+
+
+REFUSED = {  # a function and what it is given; all of them write nothing
+    "a flag as a position": (apply_rotary, {"positions": True}),
+    "a fraction as a position": (apply_rotary, {"positions": 1.5}),
+    "a position below 0": (apply_rotary, {"positions": -1}),
+    "a sum past 64 bits": (apply_rotary, {"positions": 2**62, "seqlen_offsets": 2**62}),
+    "positions without axes": (apply_rotary, {"positions": torch.tensor(3)}),
+    "positions past the table": (apply_rotary, {"positions": np.int64(60)}),
+    "positions of another length": (apply_rotary, {"positions": torch.arange(15)}),
+    "positions of 8 bits": (apply_rotary, {"positions": torch.arange(16, dtype=torch.int8)}),
+    "1 as interleaved": (apply_rotary, {"interleaved": 1}),
+    "1 as conjugate": (apply_rotary, {"conjugate": 1}),
+    "a flag as head_dim": (apply_rotary, {"head_dim": True}),
+    "a flag as rotary_offset": (apply_rotary, {"rotary_offset": True}),
+    "a flag as eps": (norm_rotary, {"eps": True}),
+    "1 as round_norm": (norm_rotary, {"round_norm": 1}),
+    "a word as round_norm": (norm_rotary, {"round_norm": "True"}),
+    "an eps below 0": (norm_rotary, {"eps": -1.0}),
+    "a flag as num_kv_heads": (qkv_rotary, {"num_heads": 2, "num_kv_heads": True}),
+    "heads of no number": (qkv_rotary, {"num_heads": 3, "num_kv_heads": 1}),
+    "an out of another dtype": (into, {"kind": "double"}),
+    "an out that overlaps": (into, {"kind": "shifted"}),
+    "an out that overlaps itself": (into, {"kind": "repeated"}),
+    "an out in the table": (into, {"kind": "table"}),
+    "one out of two": (qk_into, {"kind": "one"}),
+    "outs that overlap": (qk_into, {"kind": "overlapping"}),
+    "no out of two of a norm": (qk_into, {"kind": "norm"}),
+}
+
+
+def refused_by(call, x, table, options):
+    with pytest.raises(Exception, match=r" must ") as error:
+        call(x, table, **options)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_plain_call_refuses_is_refused_by_a_graph(name, fullgraph):
+    function, options = REFUSED[name]
+    cos, sin = parts("cpu")
+    x, table = torch.randn(2, 16, 4, 2 * PAIRS), (cos, sin)
+    before = x.clone(), cos.clone()
+    message = refused_by(function, x, table, options)
+    compiled = torch.compile(function, fullgraph=fullgraph, backend="aot_eager")
+    found = refused_by(compiled, x, table, options)
+    argument = message.partition(" must ")[0]
+    assert f"{argument} must " in found
+    assert torch.equal(x, before[0]) and torch.equal(cos, before[1])
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+@pytest.mark.parametrize(
+    "name", [name for name in REFUSED if "without axes" not in name and "NumPy" not in name]
+)
+def test_tensors_without_memory_are_checked_like_others(name, kind):
+    function, options = REFUSED[name]
+    message = refused_by(function, torch.randn(2, 16, 4, 2 * PAIRS), parts("cpu"), options)
+    with FakeTensorMode() if kind == "fake" else nullcontext() as mode:
+        device = "meta" if kind == "meta" else "cpu"
+        like = (lambda x: x.to("meta")) if kind == "meta" else mode.from_tensor
+        x = torch.empty(2, 16, 4, 2 * PAIRS, device=device)
+        table = tuple(torch.empty(64, PAIRS, device=device) for _ in "cs")
+        given = {
+            key: like(each) if isinstance(each, torch.Tensor) else each
+            for key, each in options.items()
+        }
+        found = refused_by(function, x, table, given)
+    assert found.partition(" must ")[0] == message.partition(" must ")[0]
+    assert found.rpartition("got ")[2] == message.rpartition("got ")[2]
+
+
+def test_tensors_without_memory_must_fit_each_other():
+    x, (cos, sin) = torch.empty(1, 40, 2, 2 * PAIRS, device="meta"), parts("meta")
+    for table, message in (
+        ((cos[:8], sin[:8]), "table must hold the positions 0 to 39"),
+        ((cos, sin[:8]), "sin must have cos's shape"),
+        ((cos.int(), sin.int()), "cos must have one of the dtypes"),
+        ((cos.repeat(1, 2), sin.repeat(1, 2)), "table must have a rotary_dim in"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            apply_rotary(x, table)
+    with pytest.raises(ValueError, match="positions must be on x's device meta, got cpu"):
+        apply_rotary(x, (cos, sin), positions=torch.arange(40))
+    with pytest.raises(ValueError, match="x must be on the CPU or on a CUDA device, got meta"):
+        apply_rotary(x, parts("cpu"))
+
+
+@pytest.mark.parametrize("trace", ["fx", "jit"])
+def test_a_trace_that_records_no_launch_is_refused(trace):
+    table, x = parts("cpu"), torch.randn(2, 16, 4, 2 * PAIRS)
+
+    def call(x):
+        return apply_rotary(x, table)
+
+    for _ in range(3):  # the third has been seen before
+        call(x)
+        with pytest.raises(TypeError, match="x must "), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PyTorch, which means to give this up
+            torch.fx.symbolic_trace(call) if trace == "fx" else torch.jit.trace(call, x)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_is_refused_by_name(layout):
+    table, x = parts("cpu"), torch.randn(16, 4, 2 * PAIRS)
+    nested = torch.nested.nested_tensor([x, x], layout=layout)
+    with pytest.raises(TypeError, match="x must be a strided tensor, got layout nested"):
+        apply_rotary(nested, table)
+    with pytest.raises(TypeError, match="cos must be a strided tensor, got layout nested"):
+        apply_rotary(x, (nested, nested))
+    with pytest.raises(TypeError, match="positions must be a strided tensor, got layout nested"):
+        apply_rotary(x, table, positions=nested)
+
+
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "jacrev": torch.func.jacrev,
+    "jacfwd": torch.func.jacfwd,
+    "vmap": torch.func.vmap,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_of_functions_is_refused_by_a_graph(name):
+    table, x = parts("cpu"), torch.randn(2, 16, 4, 2 * PAIRS)
+    call = TRANSFORMS[name](
+        lambda x: apply_rotary(x, table, layout="shd" if name == "vmap" else None).sum()
+    )
+    compiled = torch.compile(call, backend="aot_eager")
+    for each in (call, compiled):
+        with pytest.raises(Exception, match=r"must not come from a transform of torch\.func"):
+            each(x)
+
+
+IMPORTED_TWICE = """
+import importlib, sys, torch, rope_cupy, rope_cupy.torch
+angles = torch.rand(8, 16)
+x, table = torch.randn(2, 8, 4, 32, requires_grad=True), (angles.cos(), angles.sin())
+before = torch.compile(rope_cupy.apply_rotary, backend="aot_eager", fullgraph=True)
+def check(rope_cupy, compiled):
+    wanted = rope_cupy.apply_rotary(torch.ones_like(x), table, conjugate=True)
+    for call in (rope_cupy.apply_rotary, *compiled):
+        y = call(x, table)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(y, rope_cupy.apply_rotary(x.detach(), table))
+        assert torch.equal(grad, wanted)
+check(rope_cupy, [before])
+for _ in range(2):
+    importlib.reload(rope_cupy.torch)
+    check(rope_cupy, [before])
+for name in [name for name in sys.modules if name.partition(".")[0] == "rope_cupy"]:
+    del sys.modules[name]
+import rope_cupy.torch as again
+assert again is not rope_cupy
+import rope_cupy
+after = torch.compile(rope_cupy.apply_rotary, backend="aot_eager", fullgraph=True)
+check(rope_cupy, [before, after])
+"""
+
+
+def test_what_is_imported_again_records_and_compiles_as_before():
+    run_alone(IMPORTED_TWICE)
+
+
+OTHER_VERSION = """
+import torch
+torch.library.define("rope_cupy::rotate", "(Tensor x, Tensor[] table) -> Tensor")
+try:
+    import rope_cupy.torch
+except ImportError as error:
+    assert "new process" in str(error), error
+else:
+    raise AssertionError("another version's operator would have been called")
+"""
+
+
+def test_operators_of_another_version_are_no_operators_of_this_one():
+    run_alone(OTHER_VERSION)
+
+
+ONE_AND_TWO = """
+import torch, rope_cupy, rope_cupy.torch
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        angles = torch.rand(64, 8)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+    def forward(self, q, k):
+        table, weight = (self.cos, self.sin), self.cos[0].repeat(2)
+        x = rope_cupy.apply_rotary(q, table, positions=2)
+        q, k = rope_cupy.apply_qk_norm_rotary(q, k, weight, weight, table)
+        y = q * 2
+        rope_cupy.apply_rotary(y, table, out=y)
+        cache = torch.zeros(2, 200, 2, 16)
+        slots = torch.arange(k.shape[1])
+        rope_cupy.apply_rotary_kv_cache(q, k, k, cache[0], cache[1], table, slot_mapping=slots)
+        return x, q, k, y, cache
+model = Model()
+def inputs(tokens):
+    return torch.randn(1, tokens, 4, 16), torch.randn(1, tokens, 2, 16)
+def check(compiled):
+    for tokens in (41, 17):
+        given = inputs(tokens)
+        for found, wanted in zip(compiled(*given), model(*given), strict=True):
+            torch.testing.assert_close(found, wanted)
+"""
+CPP_WRAPPER = """
+check(torch.compile(model, options={"cpp_wrapper": True}, fullgraph=True, dynamic=True))
+"""
+AOT_INDUCTOR = """
+import sys
+tokens = torch.export.Dim("tokens", min=2, max=60)
+program = torch.export.export(model, inputs(41), dynamic_shapes=({1: tokens}, {1: tokens}))
+path = torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[1])
+check(torch._inductor.aoti_load_package(path))
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.parametrize("code", [CPP_WRAPPER, AOT_INDUCTOR], ids=["wrapper", "AOTInductor"])
+def test_graphs_in_cpp_call_the_operators(code, tmp_path):
+    run_alone(ONE_AND_TWO + code, str(tmp_path / "model.pt2"))
+
+
+LOADS = """
+import sys, torch, rope_cupy.torch
+program = torch.export.load(sys.argv[1] + ".pt2")
+q, k, *wanted = torch.load(sys.argv[1] + ".pt")
+for found, exact in zip(program.module()(q, k), wanted, strict=True):
+    assert torch.equal(found, exact)
+"""
+
+
+def test_an_exported_program_is_loaded_where_the_operators_are_imported(tmp_path):
+    q, k = q_and_k("cpu")
+    module, path = Rotate("cpu"), str(tmp_path / "program")
+    torch.export.save(torch.export.export(module, (q, k)), path + ".pt2")
+    torch.save([q, k, *module(q, k)], path + ".pt")
+    run_alone(LOADS, path)
+
+
+def run_alone(code, *arguments):
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_table_that_requires_a_gradient_is_refused_by_a_trace(device):

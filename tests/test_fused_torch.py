@@ -468,6 +468,11 @@ def test_transforms_of_functions_and_tangents_are_refused(function):
 # Caches.
 
 
+@pytest.fixture
+def nothing_compiled():
+    torch.compiler.reset()
+
+
 class Cached:
     """q, k, v and caches of a device, in slots that leave gaps."""
 
@@ -498,6 +503,24 @@ def test_a_gradient_is_refused_where_a_cache_is_written_and_the_cache_stays(whic
                 q = cached.call(**weights)
             assert not q.requires_grad
     assert all(cache.any() for cache in cached.caches)
+
+
+@pytest.mark.parametrize("scale", ["k_scale", "v_scale"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_gradient_of_a_scale_is_refused_by_its_name(graph, scale, device, nothing_compiled):
+    cached = Cached(device)
+    cached.caches = [cache.to(torch.float8_e4m3fn) for cache in cached.caches]
+    scales = {name: torch.ones(1, device=device) for name in ("k_scale", "v_scale")}
+    scales[scale].requires_grad_()
+    call = cached.call
+    if graph:
+        call = torch.compile(cached.call, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=f"{scale} must not require a gradient, which is not rec"):
+        call(**scales)
+    assert not any(cache.view(torch.uint8).any() for cache in cached.caches)
+    with torch.no_grad():
+        call(**scales)
+    assert all(cache.view(torch.uint8).any() for cache in cached.caches)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -540,11 +563,6 @@ def test_what_was_saved_for_another_gradient_must_not_be_overwritten_by_a_cache(
 
 
 # Graphs that PyTorch traces.
-
-
-@pytest.fixture
-def nothing_compiled():
-    torch.compiler.reset()
 
 
 class Traced(NamedTuple):

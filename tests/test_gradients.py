@@ -6,10 +6,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from arrays import Producer
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
+from rope_cupy import RotaryTable, apply_norm_rotary, apply_rotary, apply_rotary_qk, cpu
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOKENS, PAIRS = 5, 3
@@ -328,6 +329,29 @@ def test_a_table_that_changes_before_the_backward_pass_is_an_error(what, device)
         y.sum().backward()
 
 
+class NoLaunchError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_in_place_a_launch_that_fails_moves_no_history(views, monkeypatch):
+    def fail(*_):
+        raise NoLaunchError
+
+    table = parts(TOKENS, 32)
+    base = 1 * randn(1, TOKENS, 2, 2, 64)
+    q, k = (base[:, :, i] if views else base[:, :, i].clone() for i in (0, 1))
+    before = [(x.detach().clone(), x._version, x.grad_fn) for x in (q, k)]
+    monkeypatch.setattr(cpu, "rotate", fail)
+    with pytest.raises(NoLaunchError):
+        apply_rotary_qk(q, k, table, out=(q, k))
+    monkeypatch.undo()
+    for x, (numbers, version, history) in zip((q, k), before, strict=True):
+        assert torch.equal(x, numbers) and (x._version, x.grad_fn) == (version, history)
+    apply_rotary_qk(q, k, table, out=(q, k))
+    assert torch.equal(q, apply_rotary(before[0][0], table)) and q.grad_fn is not before[0][2]
+
+
 def test_in_place_arguments_are_checked_before_the_history_moves_on(device):
     x = 1 * randn(1, TOKENS, 2, 64, device=device)
     before = x._version, x.grad_fn
@@ -356,6 +380,105 @@ def test_a_table_that_requires_a_gradient_is_refused(repeats, device):
         for table in ((cos.clone().requires_grad_(), sin), (cos, sin.clone().requires_grad_())):
             with pytest.raises(ValueError, match="table must not require a gradient"):
                 apply_rotary(x.detach().requires_grad_(grad), table)
+
+
+OTHERS = {  # a table and positions of another library, and what is changed later
+    "cos": ("table", {}),
+    "cos of later positions": ("table", {"positions": 3}),
+    "cos by positions": ("table", {"positions": "array"}),
+    "positions": ("positions", {"positions": "array"}),
+    "seqlen_offsets": ("seqlen_offsets", {"seqlen_offsets": "offsets"}),
+    "cos of each batch": ("table of each batch", {}),
+    "a cache": ("cache", {"positions": 2}),
+    "matrices": ("matrices", {"positions": 2}),
+    "frequencies": ("frequencies", {"positions": 2}),
+}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "library", ["numpy", "dlpack", pytest.param("cupy", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_array_of_another_library_that_changes_later_leaves_the_gradient(
+    name, library, in_place
+):
+    what, options = OTHERS[name]
+    device = "cuda" if library == "cupy" else "cpu"
+    module = pytest.importorskip(library) if library == "cupy" else np
+    angles = np.random.default_rng(1).random((TOKENS + 4, 32)) * 6
+    if what == "table of each batch":
+        angles = angles[None, :TOKENS]
+    cos, sin = (module.asarray(part(angles)) for part in (np.cos, np.sin))
+    arrays = [cos, sin]
+    make = lambda cos, sin: (cos, sin)  # noqa: E731
+    if what == "cache":
+        arrays, make = [module.concatenate([cos, sin], -1)], RotaryTable.from_cache
+    elif what == "matrices":
+        rows = module.stack([cos, -sin, sin, cos], -1).reshape(*cos.shape, 2, 2)
+        arrays, make = [rows], RotaryTable.from_matrices
+    rows = {"array": [8, 0, 3, 3, 1], "offsets": [3]}
+    for key, kind in options.items():
+        if isinstance(kind, str):
+            options = options | {key: module.asarray(rows[kind])}
+    wrap = Producer if library == "dlpack" else lambda array: array
+    if what == "frequencies":
+        like = wrap(module.zeros(1))
+        table = RotaryTable.from_inverse_frequencies(np.ones(32), like=like, precompute=False)
+        arrays = [getattr(table._source.arrays[0], "array", table._source.arrays[0])]
+    else:
+        table = make(*map(wrap, arrays))
+    given = {key: each if isinstance(each, int) else wrap(each) for key, each in options.items()}
+    leaf, grad = (randn(1, TOKENS, 2, 64, device=device, grad=each) for each in (True, False))
+    wanted = apply_rotary(grad, table, conjugate=True, **given)
+    x = 1 * leaf
+    y = apply_rotary(x, table, out=x if in_place else None, **given)
+    for array in [options[what]] if what in options else arrays:
+        array[...] = 0
+    y.backward(grad)
+    assert torch.equal(leaf.grad, wanted)
+
+
+def test_a_tensor_beside_a_numpy_table_is_seen_to_change():
+    cos, sin = parts(TOKENS, 32)
+    x = randn(1, TOKENS, 2, 64)
+    y = apply_rotary(x, (cos, sin.numpy()))
+    cos.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_compiled_gradient_by_a_numpy_table_is_refused_or_right():
+    cos, sin = (part.numpy() for part in parts(TOKENS, 32))
+    x, grad = randn(1, TOKENS, 2, 64), randn(1, TOKENS, 2, 64, grad=False)
+    wanted = apply_rotary(grad, (cos, sin), conjugate=True)
+    for fullgraph in (True, False):
+        torch.compiler.reset()
+        compiled = torch.compile(apply_rotary, backend="aot_eager", fullgraph=fullgraph)
+        if fullgraph:
+            with pytest.raises(Exception, match="table must be a tensor of PyTorch where"):
+                compiled(x, (cos, sin))
+            continue
+        y = compiled(x, (cos, sin))  # which breaks its graph here
+        cos[...] = 0
+        y.backward(grad)
+        assert torch.equal(x.grad, wanted)
+
+
+@pytest.mark.parametrize("which", ["x", "k", "out"])
+def test_what_is_no_tensor_is_refused_by_name_where_a_gradient_is_recorded(which):
+    table = parts(TOKENS, 32)
+    q, k = randn(1, TOKENS, 2, 64), randn(1, TOKENS, 2, 64, grad=False).numpy()
+    weight = randn(64)
+    before = k.copy()
+    with pytest.raises(TypeError, match=f"{which} must be a tensor where a gradient is recorded"):
+        if which == "x":
+            apply_norm_rotary(k, weight, table)
+        elif which == "k":
+            apply_rotary_qk(q, k, table)
+        else:
+            apply_rotary(q, table, out=k)
+    assert np.array_equal(k, before)
 
 
 def test_a_numpy_table_cannot_change_unseen_but_serves(device):

@@ -1,11 +1,13 @@
 """rope_cupy.torch.RotaryEmbedding: its table survives what is done to modules."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from reference import rotate
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rope_cupy import apply_rotary_qk
 from rope_cupy.torch import RotaryEmbedding
@@ -73,6 +75,129 @@ def test_its_table_survives(change):
     q, k = torch.randn(1, 9, 4, 64).half(), torch.randn(1, 9, 2, 64).half()
     for mine, wanted in zip(module(q, k), make()(q, k), strict=True):
         assert torch.equal(mine, wanted)
+
+
+def garbage(*shape):
+    return torch.full(shape, float("nan"))
+
+
+def filled_by_assignment(module):
+    """As a loader does that assigns buffers of a module that was made on "meta"."""
+    module = made_on("meta")
+    for name, buffer in list(module._buffers.items()):
+        module._buffers[name] = garbage(*buffer.shape)
+    return module
+
+
+def filled_by_attributes(module):
+    module = make(device="meta")
+    for name, buffer in list(module.named_buffers()):
+        setattr(module, name, garbage(*buffer.shape))
+    return module
+
+
+def loaded_by_assignment(module):
+    module = torch.nn.Sequential(made_on("meta")).to_empty(device="cpu")
+    module.load_state_dict({}, assign=True)
+    return module[0]
+
+
+def first_called_in_inference_mode(module):
+    with torch.inference_mode():
+        module(torch.randn(1, 2, 4, 64), torch.randn(1, 2, 2, 64))
+    return module
+
+
+def first_called_on_fake_tensors(module):
+    with FakeTensorMode():
+        q_out, _ = module(torch.empty(1, 2, 4, 64), torch.empty(1, 2, 2, 64))
+    assert type(q_out).__name__ == "FakeTensor"
+    return module
+
+
+FILLED = {
+    "buffers assigned": filled_by_assignment,
+    "attributes assigned": filled_by_attributes,
+    "load_state_dict with assign": loaded_by_assignment,
+    "memory of to_empty": lambda module: (
+        made_on("meta")
+        .to_empty(device="cpu")
+        ._apply(lambda x: x.fill_(float("nan")) if x.is_floating_point() else x)
+    ),
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "deepcopy of a called one": lambda module: copy.deepcopy(
+        first_called_in_inference_mode(module)
+    ),
+    "inference mode": first_called_in_inference_mode,
+    "fake tensors": first_called_on_fake_tensors,
+}
+
+
+@pytest.mark.parametrize("fill", FILLED)
+def test_what_memory_holds_never_becomes_its_table(fill):
+    module = FILLED[fill](make())
+    q, k = torch.randn(1, 9, 4, 64, requires_grad=True), torch.randn(1, 9, 2, 64)
+    for mine, wanted in zip(module(q, k), make()(q, k), strict=True):
+        assert torch.equal(mine, wanted)
+    module(q, k)[0].sum().backward()
+    assert_table(module)
+
+
+def test_a_model_of_transformers_that_is_loaded_from_meta_rotates_as_it_did(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.rotary = make()
+            self.weight = torch.nn.Parameter(torch.ones(64))
+            self.post_init()
+
+        def _init_weights(self, module):
+            pass
+
+        def forward(self, q, k):
+            return self.rotary(q * self.weight, k)
+
+    q, k = torch.randn(1, 9, 4, 64), torch.randn(1, 9, 2, 64)
+    model = Model(transformers.PretrainedConfig())
+    model.save_pretrained(tmp_path)
+    for loaded in (
+        Model.from_pretrained(tmp_path),
+        Model.from_pretrained(tmp_path, dtype="bfloat16"),
+    ):
+        assert_table(loaded.rotary)
+        for mine, wanted in zip(loaded.rotary(q, k), model(q, k), strict=True):
+            assert torch.equal(mine, wanted)
+
+
+def test_its_table_is_that_of_what_it_is_now():
+    module, q = make(), torch.randn(1, 9, 4, 64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for base in (10000.0, 500.0):
+        module.base = base
+        assert_table(module, base=base)
+        for call in (module, compiled):
+            assert torch.equal(call(q, q)[0], make(base=base)(q, q)[0])
+
+
+def test_its_table_is_in_no_pickle():
+    module = make(max_position=4096)
+    module(torch.randn(1, 9, 4, 64), torch.randn(1, 9, 2, 64))
+    assert module.cos.numel() * 4 > 100_000 and len(pickle.dumps(module)) < 10_000
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_it_is_exported_before_its_first_call(strict):
+    q, k = torch.randn(1, 9, 4, 64), torch.randn(1, 9, 2, 64)
+    tokens = torch.export.Dim("tokens", min=2, max=32)
+    shapes = {"q": {1: tokens}, "k": {1: tokens}, "positions": None}
+    model = torch.export.export(make(), (q, k, None), dynamic_shapes=shapes, strict=strict).module()
+    for length in (9, 5):
+        mine, wanted = (each(q[:, :length], k[:, :length], None) for each in (model, make()))
+        assert all(map(torch.equal, mine, wanted))
 
 
 @pytest.mark.gpu
