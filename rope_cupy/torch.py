@@ -372,7 +372,9 @@ def _through_norm(
 
     `saved` begins with what is asked for, or not, by name.
     """
-    inputs = dict(zip(asked, saved, strict=False))
+    with torch.enable_grad():
+        # Each in its own right: one weight may be given for q and for k.
+        inputs = {name: part.view_as(part) for name, part in zip(asked, saved, strict=False)}
     found: dict[str, torch.Tensor] = {}
     for name, grad in grads.items():
         weights = _weights_of(name, inputs)

@@ -1225,3 +1225,24 @@ def check_traced(mesh, device):
         for eager, compiled in zip(*outcomes, strict=True):
             assert compiled.placements == eager.placements
             torch.testing.assert_close(compiled.to_local(), eager.to_local())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_weight_for_q_and_k_of_a_packed_array_gets_both_gradients_once(compiled, device):
+    qkv = torch.randn(6, 4, 8, device=device, dtype=torch.float64)
+    angles = torch.rand(6, 4, device=device, dtype=torch.float64)
+    weights = torch.rand(2, 8, device=device, dtype=torch.float64)
+
+    def loss(q_weight, k_weight):
+        table = angles.cos(), angles.sin()
+        heads = {"num_heads": 2, "num_kv_heads": 1}
+        return (
+            apply_rotary_qkv(qkv, table, q_weight=q_weight, k_weight=k_weight, **heads).pow(3).sum()
+        )
+
+    call = torch.compile(loss, backend="aot_eager") if compiled else loss
+    own = [weights[0].clone().requires_grad_() for _ in range(2)]
+    each = torch.autograd.grad(call(*own), own)
+    shared = weights[0].clone().requires_grad_()
+    (both,) = torch.autograd.grad(call(shared, shared), shared)
+    assert torch.allclose(both, sum(each), rtol=1e-12)

@@ -197,8 +197,8 @@ SAID = {
     "two angles a pair, of every position": (
         RotaryTable.from_elementwise(np.cos(ELEMENTS), np.sin(ELEMENTS))
     ),
-    "every angle twice, in halves: two angles a pair with interleaved=True; with interleaved=False"
-    " one, and RotaryTable.from_full_width reads half as much": (
+    "every angle twice, in halves: two angles a pair with interleaved=True; with "
+    "interleaved=False one, and RotaryTable.from_full_width reads half as much": (
         RotaryTable.from_elementwise(*IN_HALVES)
     ),
     "every angle twice, each beside its copy: two angles a pair with interleaved=False; with "
