@@ -29,7 +29,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 BY_AXES = ("axes", "mixed axes")
 TOLD = ("offsets", "sequences", *BY_AXES)  # how rope_cupy alone, or hardly another, finds positions
 VARIANTS = ("in place", "new", "bhsd", "packed", "positions", *TOLD)
-TABLES = ("half", "full", "cache", "complex", "matrices", "frequencies")
+TABLES = ("half", "full", "elementwise", "cache", "complex", "matrices", "frequencies")
 SEQUENCE = 512  # tokens of a packed sequence
 WORD = 16  # bytes that the limit kernel moves at once
 
@@ -68,10 +68,11 @@ class Case(NamedTuple):
         """Bytes of the table's rows that hold what rope_cupy reads once, and of the positions.
 
         A row is float32. Of a full-width one with repeated halves only the first half is read; with
-        neighbours repeated, and with matrices, the values that are not needed come along.
+        neighbours repeated, the values that are not needed come along; of elements and matrices all
+        are needed.
         """
         full = self.shape.interleaved and self.table == "full"
-        values = 2 if full or self.table == "matrices" else 1
+        values = 2 if full or self.table in ("elementwise", "matrices") else 1
         num_rows = 1 if self.table == "frequencies" else self.shape.tokens
         if self.variant == "sequences":
             num_rows = min(num_rows, SEQUENCE)
@@ -251,6 +252,8 @@ def rope_cupy(case: Case, inputs: Inputs) -> Call:
 
 def _rope_cupy_table(table: Table, form: str) -> Any:
     view = imported("rope_cupy").RotaryTable
+    if form == "elementwise":
+        return view.from_elementwise(*table.form(full_width, torch.float32))
     if form == "full":
         return view.from_full_width(*table.form(full_width, torch.float32))
     if form == "cache":
