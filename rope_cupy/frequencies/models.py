@@ -212,6 +212,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "smollm3": {"rope_theta": 2000000.0},
     "solar_open": {"head_dim": 128, "rope_theta": 1000000.0},
     "stablelm": {"partial_rotary_factor": 0.25},
+    "stablelm_epoch": {"rope_pct": 0.25},
     "t5_gemma_module": {"head_dim": 256},
     "t5gemma2_decoder": {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "head_dim": 256},
     "t5gemma2_text": {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "head_dim": 256},
@@ -253,8 +254,31 @@ POSITION_TYPE_DECIDES = frozenset(
     "esm granitemoehybrid seamless_m4t seamless_m4t_v2 wav2vec2-bert wav2vec2-conformer".split()
 )
 
+
+class Unrotated(NamedTuple):
+    """Which layers of a model do not rotate."""
+
+    interval_name: str  # the field that says of how many layers the last does not
+    interval: int = 4  # where the file does not say
+    by_type: bool = False  # whether a file may say it as layer_types: only sliding layers rotate
+    rotates_without_window: bool | None = None  # where sliding_window is null; None: no matter
+
+
+# Models some layers of which do not rotate, though their file may not say so.
+UNROTATED = {
+    "afmoe": Unrotated("global_attn_every_n_layers", by_type=True),
+    "cohere2": Unrotated("sliding_window_pattern", 4, True, rotates_without_window=False),
+    "exaone4": Unrotated("sliding_window_pattern", 4, True, rotates_without_window=True),
+    "exaone_moe": Unrotated("sliding_window_pattern", 4, True, rotates_without_window=True),
+    "llama4_text": Unrotated("no_rope_layer_interval"),
+    "smollm3": Unrotated("no_rope_layer_interval"),
+}
+
 # Models with a rotation of which no config says enough, or of another kind; and what it is.
 OTHER_ROTATIONS = {
+    "chatglm": "whose rope_ratio stretches the base in some versions and the positions in others: "
+    "where it is the base, as in GLM-4, pass model_type 'glm', which pairs half of each head, "
+    "with a rope_theta of 10000 * rope_ratio, and kv_channels as head_dim",
     "clvp_encoder": "which rotates 32 elements or more, by a rule of its own",
     "efficientloftr": "which rotates hidden states by two axes before they are split into heads",
     "kimi_linear": "which has no rotation: its qk_rope_head_dim elements are not rotated",
