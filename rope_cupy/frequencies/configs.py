@@ -234,28 +234,23 @@ def pairs_neighbours(config: Any) -> bool | None:
 
 def layers_that_rotate(config: Any) -> list[bool]:
     """Return of each layer whether it rotates, [] where all do or only their interval is known."""
-    rule = UNROTATED.get(model_type_of(config))
-    given = read(config, "num_hidden_layers")
-    known = isinstance(given, int) and not isinstance(given, bool) and 0 < given <= MOST_ELEMENTS
-    num_layers = given if known else None
+    given = _int_up_to(MOST_ELEMENTS, read(config, "num_hidden_layers"))
     told = read(config, "no_rope_layers", "layer_rope_theta")  # 0 stands for a layer without
     if isinstance(told, list | tuple) and told:
-        return [each != 0 for each in told[:num_layers]]
-    types = read(config, "layer_types")
-    types = types if isinstance(types, list | tuple) else ()
-    if rule and rule.rotates_without_window is not None and _is_null(config, "sliding_window"):
-        count = num_layers or len(types)
-        return [] if rule.rotates_without_window else [False] * count
-    if rule and rule.by_type and types:
-        return [name == "sliding_attention" for name in types]
-    pattern = read(config, rule.interval_name) if rule and rule.by_type else None
-    if isinstance(pattern, str) and num_layers and pattern and set(pattern) <= set("LG"):
-        letters = [pattern[layer % len(pattern)] for layer in range(num_layers - 1)]
-        return [letter == "L" for letter in letters] + [False]
+        return [each != 0 for each in told[:given]]
+    rule = UNROTATED.get(model_type_of(config))
+    if rule and rule.by_type and not _is_null(config, "sliding_window"):
+        types, pattern = read(config, "layer_types"), read(config, rule.interval_name)
+        if isinstance(types, list | tuple) and types:
+            return [name == "sliding_attention" for name in types[:given]]
+        # Letters of local and global layers, repeated; the last layer of all is a global one.
+        if isinstance(pattern, str) and pattern and set(pattern) <= {"L", "G"}:
+            local = [pattern[layer % len(pattern)] == "L" for layer in range(given or 0)]
+            return [*local[:-1], False] if local else []
     interval = unrotated_interval(config)
-    if interval is None or num_layers is None:
+    if interval is None or given is None:
         return []
-    return [(layer + 1) % interval != 0 for layer in range(num_layers)]
+    return [(layer + 1) % interval != 0 for layer in range(given)]
 
 
 def unrotated_interval(config: Any) -> int | None:
@@ -263,12 +258,18 @@ def unrotated_interval(config: Any) -> int | None:
     rule = UNROTATED.get(model_type_of(config))
     if rule is None:
         interval = read(config, "no_rope_layer_interval", "nope_layer_interval")
-    elif rule.rotates_without_window is not None and _is_null(config, "sliding_window"):
+    elif rule.by_type and _is_null(config, "sliding_window"):
         return None
     else:
         interval = read(config, rule.interval_name, otherwise=rule.interval)
-    usable = isinstance(interval, int) and not isinstance(interval, bool) and interval > 0
-    return interval if usable else None
+    return _int_up_to(MOST_ELEMENTS, interval)
+
+
+def _int_up_to(most: int, value: object) -> int | None:
+    """Return a positive int of a config that is no mistake, None for all else."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
+        return value
+    return None
 
 
 def part_that_rotates(config: Any) -> Any:
@@ -370,10 +371,7 @@ def _instead_of_rotation(config: Any) -> str:
     if _says_anything(config) or model_type_of(config) in MODEL_DEFAULTS:
         return ""
     if read(attention, "rope"):
-        return (
-            "rope in its attn_config, which is not read (give its numbers as head_dim and "
-            "rope_theta, without a model_type)"
-        )
+        return "rope in its attn_config, which is not read (give head_dim and rope_theta),"
     if position_type is not None:
         return told
     named_model = any(_has(config, name) for name in NAMES) or hasattr(config, "model_type")

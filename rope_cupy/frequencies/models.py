@@ -259,26 +259,27 @@ class Unrotated(NamedTuple):
     """Which layers of a model do not rotate."""
 
     interval_name: str  # the field that says of how many layers the last does not
-    interval: int = 4  # where the file does not say
-    by_type: bool = False  # whether a file may say it as layer_types: only sliding layers rotate
-    rotates_without_window: bool | None = None  # where sliding_window is null; None: no matter
+    interval: int | None = 4  # where the file does not say
+    by_type: bool = False  # whether layer_types says it: only sliding layers rotate
 
 
 # Models some layers of which do not rotate, though their file may not say so.
 UNROTATED = {
     "afmoe": Unrotated("global_attn_every_n_layers", by_type=True),
-    "cohere2": Unrotated("sliding_window_pattern", 4, True, rotates_without_window=False),
-    "exaone4": Unrotated("sliding_window_pattern", 4, True, rotates_without_window=True),
-    "exaone_moe": Unrotated("sliding_window_pattern", 4, True, rotates_without_window=True),
+    **dict.fromkeys(
+        ("cohere2", "exaone4", "exaone_moe"), Unrotated("sliding_window_pattern", by_type=True)
+    ),
+    "flint": Unrotated("", None, by_type=True),
+    "kolibri1": Unrotated("", 5, by_type=True),
     "llama4_text": Unrotated("no_rope_layer_interval"),
     "smollm3": Unrotated("no_rope_layer_interval"),
 }
 
 # Models with a rotation of which no config says enough, or of another kind; and what it is.
 OTHER_ROTATIONS = {
-    "chatglm": "whose rope_ratio stretches the base in some versions and the positions in others: "
-    "where it is the base, as in GLM-4, pass model_type 'glm', which pairs half of each head, "
-    "with a rope_theta of 10000 * rope_ratio, and kv_channels as head_dim",
+    "chatglm": "whose rope_ratio multiplies the base in some versions and divides positions in "
+    "others: where it is the base (ChatGLM3, GLM-4), write model_type 'glm', a rope_theta of "
+    "10000 * rope_ratio and a head_dim of kv_channels",
     "clvp_encoder": "which rotates 32 elements or more, by a rule of its own",
     "efficientloftr": "which rotates hidden states by two axes before they are split into heads",
     "kimi_linear": "which has no rotation: its qk_rope_head_dim elements are not rotated",
