@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +27,13 @@ from .frequencies import (
     pairs_neighbours,
     rotary_parameters,
 )
-from .frequencies.configs import part_that_rotates, read, rope_parameters
+from .frequencies.configs import (
+    layers_that_rotate,
+    part_that_rotates,
+    read,
+    rope_parameters,
+    unrotated_interval,
+)
 
 if TYPE_CHECKING:
     from .frequencies.rules import Frequencies
@@ -77,12 +85,23 @@ def main(options: Namespace) -> int:
         if options.plot:
             draw(spectra, options.plot)
     except (TypeError, ValueError, ImportError, OSError) as error:
-        print(_printable(f"error: {error}"))
+        _print(_printable(f"error: {error}"))
         return 1
-    print("\n\n".join(map(told, spectra)))
+    text = "\n\n".join(map(told, spectra))
     if options.plot:
-        print(f"\ndrawn to {_printable(str(options.plot))}")
+        text += f"\n\ndrawn to {_printable(str(options.plot))}"
+    _print(text)
     return 0
+
+
+def _print(text: str) -> None:
+    """Print a text, of which a reader that closes the pipe wants no more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes again when it ends, and would tell of the pipe then.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def spectrum(config: Any, layer_type: str | None, seq_len: int | None) -> Spectrum:
@@ -95,7 +114,8 @@ def spectrum(config: Any, layer_type: str | None, seq_len: int | None) -> Spectr
         num_positions = positive("max_position_embeddings", max_position)
     original = options.get("original_max_position", options.get("max_position"))
     if original and "factor" in options:
-        num_positions = max(num_positions, original * options["factor"])
+        # As floats: two numbers that are finite in float64 may be ints whose product is not.
+        num_positions = max(num_positions, float(original) * float(options["factor"]))
     if num_positions == math.inf:
         raise ValueError("factor must give a finite number of positions, got an infinity")
     return Spectrum(
@@ -136,13 +156,12 @@ def _notes(
             ("factors", f"{which[0]}_factor, for {which[1]} {_number(original)} tokens (--seq-len)")
         )
     without = [f"layers of the type {name}" for name in given if given[name] is None]
-    layers = read(config, "no_rope_layers")  # of which 0 stands for a layer without
-    if isinstance(layers, list | tuple) and layers:
-        still = [number for number, rotates in enumerate(layers) if rotates == 0]
+    if layers := layers_that_rotate(config):
+        still = [number for number, rotates in enumerate(layers) if not rotates]
         if still:
             without.append(f"{len(still)} of {len(layers)} layers: {_listed(still)}")
-    elif interval := read(config, "no_rope_layer_interval", "nope_layer_interval"):
-        without.append(f"every layer of {_shown(interval)}")
+    elif interval := unrotated_interval(config):
+        without.append(f"the last of every {interval} layers")
     if without:
         notes.append(("not rotated", "; ".join(without)))
     return notes

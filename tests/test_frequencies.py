@@ -428,6 +428,12 @@ def test_a_part_of_a_head_that_is_no_even_number_is_refused(head_dim, share):
         partial_rotary_dim(head_dim, share)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_head_that_is_no_float64_is_refused(sign):
+    with pytest.raises(ValueError, match=r"^partial_rotary_factor must .*, got 0.5$"):
+        partial_rotary_dim(sign * 10**400, 0.5)
+
+
 # The spellings of configs; published ones are in test_model_configs.py.
 
 HEAD = {"head_dim": 8, "max_position_embeddings": 4096}
@@ -756,28 +762,54 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 8, "max_position_embeddings":
         ("describe a rotary embedding .* in that of 'bert'", BERT),
         ("describe a rotary embedding", BERT | {"position_embedding_type": "absolute"}),
         ("describe a rotary embedding", {"architectures": ["BertForMaskedLM"], **SIZES}),
-        ("describe a rotary embedding", SIZES | {"position_embedding_type": "absolute"}),
-        ("describe a rotary embedding", SIZES | {"rope_theta": 1e4, "alibi": True}),
         (
-            "describe a rotary embedding",
+            "describe a rotary embedding .*, got position_embedding_type='absolute'$",
+            SIZES | {"position_embedding_type": "absolute"},
+        ),
+        ("got alibi=True$", SIZES | {"rope_theta": 1e4, "alibi": True}),
+        (
+            "got alibi=True in its attn_config$",
             SIZES | {"rope_theta": 1e4, "attn_config": {"alibi": True}},
         ),
         (
-            "describe a rotary embedding",
+            "got position_embedding_type='relative_key'$",
             SIZES | {"rope_theta": 1e4, "position_embedding_type": "relative_key"},
+        ),
+        (
+            "got position_embedding_type='nope' in that of 'nobody'$",
+            SIZES | {"model_type": "nobody", "rope_theta": 1e4, "position_embedding_type": "nope"},
+        ),
+        (
+            "got alibi=True in that of 'falcon'$",
+            {"model_type": "falcon", "alibi": True, "rope_theta": 1e4, **SIZES},
+        ),
+        (
+            r"got rope in its attn_config, which is not read \(give .*\), in that of 'mpt'$",
+            {"model_type": "mpt", "d_model": 64, "attn_config": {"rope": True, "rope_theta": 1e4}},
+        ),
+        (
+            "have no rotary_scaling_factor, got 2: give it as rope_scaling",
+            {"model_type": "nomic_bert", "rotary_scaling_factor": 2, **SIZES},
+        ),
+        (
+            "got 'chatglm', whose rope_ratio",
+            {"model_type": "chatglm", "rope_ratio": 500, "rope_theta": 1e4, **SIZES},
         ),
         ("describe a rotary embedding", {"model_type": "gpt2", "n_embd": 768, "n_head": 12}),
         ("describe a rotary embedding", {"model_type": "t5", "d_model": 512, "d_kv": 64}),
         ("describe a rotary embedding", {"model_type": "falcon", "alibi": True, **SIZES}),
-        ("describe a rotary embedding", {"model_type": "esm", "rope_theta": 1e4, **SIZES}),
-        ("describe a rotary embedding", {"model_type": "zamba2", "use_mem_rope": False, **SIZES}),
         (
-            "describe a rotary embedding",
+            "got position_embedding_type=None in that of 'esm'$",
+            {"model_type": "esm", "rope_theta": 1e4, **SIZES},
+        ),
+        ("got use_mem_rope=False", {"model_type": "zamba2", "use_mem_rope": False, **SIZES}),
+        (
+            "got position_embeddings_type='relative_key'",
             {"model_type": "wav2vec2-bert", "position_embeddings_type": "relative_key", **SIZES},
         ),
         (
             "describe a rotary embedding .*: pass its decoder$",
-            {"model_type": "x", "decoder": {"rope_theta": 1e4}, "encoder": BERT},
+            {"model_type": "x", "decoder": {"rope_theta": 1e4, **SIZES}, "encoder": BERT},
         ),
         ("pass its text_config", {"model_type": "musicflamingo", "rope_theta": 1200.0, **SIZES}),
         ("trained", {"model_type": "mistral_large4_text", "rope_theta": 1e4, **SIZES}),
@@ -806,6 +838,10 @@ def test_a_config_without_such_a_rotation_is_refused_with_the_reason(message, co
         {"model_type": "falcon", "alibi": False, **SIZES},
         {"model_type": "esm", "position_embedding_type": "rotary", **SIZES},
         {"model_type": "nobody", "rope_theta": 10000.0, **SIZES},
+        *(
+            {"model_type": "nobody", "position_embedding_type": name, **SIZES}
+            for name in ("rope", "rotary", "rope_gptj", "RoPE", "partial_rotary")
+        ),
         {"model_type": "llava", "text_config": {"model_type": "llama", **SIZES}},
         {"architectures": ["X"], "rotary_pct": 1.0, "position_embedding_type": "absolute", **SIZES},
         types.SimpleNamespace(**SIZES),
@@ -814,6 +850,37 @@ def test_a_config_without_such_a_rotation_is_refused_with_the_reason(message, co
 def test_a_config_that_rotates_whether_it_says_so_or_names_no_model_is_read(config):
     inv_freq, scaling = from_config(config)
     assert np.array_equal(inv_freq, inverse_frequencies(8)) and scaling == 1.0
+
+
+def test_the_file_of_command_r7b_is_read():
+    config = {
+        **{"model_type": "cohere2", "hidden_size": 4096, "num_attention_heads": 32},
+        **{"position_embedding_type": "rope_gptj", "rope_theta": 50000, "rotary_pct": 1.0},
+    }
+    assert np.array_equal(from_config(config)[0], inverse_frequencies(128, 50000))
+    assert pairs_neighbours(config) is True
+
+
+@pytest.mark.parametrize("told", [{"rope_pct": 0.25}, {}])
+def test_stablelm_epoch_rotates_a_quarter_of_each_head(told):
+    config = {"model_type": "stablelm_epoch", "hidden_size": 2560, "num_attention_heads": 32}
+    assert np.array_equal(from_config(config | told)[0], inverse_frequencies(20))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_pairing_of_a_file_that_says_it_is_read(told):
+    config = {"model_type": "nomic_bert", "rotary_emb_interleaved": told, **SIZES}
+    assert pairs_neighbours(config) is told
+
+
+def test_a_base_in_attn_config_that_is_not_that_of_the_config_is_refused():
+    sizes = {"model_type": "dbrx", "d_model": 64, "n_heads": 8}
+    config = sizes | {"attn_config": {"rope_theta": 500000}}
+    with pytest.raises(ValueError, match=r"^rope_theta must .*, got 10000.0 and, .* 500000"):
+        from_config(config)
+    expected = inverse_frequencies(8, 500000.0)
+    assert np.array_equal(from_config(config | {"rope_theta": 500000.0})[0], expected)
+    assert np.array_equal(from_config(sizes)[0], inverse_frequencies(8))
 
 
 def test_the_base_of_a_rotary_position_type_is_read():
@@ -1057,7 +1124,10 @@ HOSTILE = st.one_of(
     st.integers(),
     st.floats(),
     st.sampled_from(
-        [0, 1, 2, 8, 64, 4096, 1e-320, 1e-308, 1e308, 4_000_000_000, 10**400, 1.0000000000000002]
+        [
+            *(0, 1, 2, 8, 64, 4096, 1e-320, 1e-308, 1e308, 4_000_000_000),
+            *(10**400, -(10**400), 10**308, 1.0000000000000002),
+        ]
     ),
     st.sampled_from([-1, "", "64", "yarn", "rotary", "\x1b[31m", "\ud800", "full_attention"]),
     st.lists(st.one_of(st.floats(), st.integers()), max_size=4),
@@ -1068,6 +1138,8 @@ FIELDS = [
     *("rope_parameters", "rope_scaling", "rotary_dim", "partial_rotary_factor", "rotary_pct"),
     *("rope_local_base_freq", "original_max_position_embeddings", "position_embedding_type"),
     *("model_type", "_class_name", "no_rope_layers", "no_rope_layer_interval", "architectures"),
+    *("rope_pct", "layer_rope_theta", "num_hidden_layers", "sliding_window_pattern", "d_model"),
+    *("sliding_window", "rotary_scaling_factor", "rotary_emb_interleaved", "n_heads"),
     *("memory_attention_hidden_size", "embed_dim", "num_heads", "attn_config", "use_mem_rope"),
 ]
 KEYS = [

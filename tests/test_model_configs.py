@@ -7,10 +7,12 @@ import warnings
 
 import numpy as np
 import pytest
-from transformers import CONFIG_MAPPING, AutoConfig
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rope_cupy.frequencies import MODEL_DEFAULTS, from_config, layer_types
+from rope_cupy.frequencies.configs import layers_that_rotate
 
 FLOAT32 = 3e-6  # relative: a power, a quotient and a product in float32
 
@@ -423,3 +425,57 @@ def test_what_a_file_leaves_out_is_what_the_class_of_the_model_gives(model_type,
         told = from_config({"model_type": model_type, **left}, layer_type=layer_type)
         wanted = from_config(config, layer_type=layer_type)
         assert np.array_equal(told[0], wanted[0]) and told[1] == wanted[1]
+
+
+NINE = sizes(32, 4, 64, 8) | {
+    **{"intermediate_size": 32, "num_key_value_heads": 4, "num_hidden_layers": 9},
+    **{"vocab_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "afmoe", "global_attn_every_n_layers": 3},
+        {"model_type": "cohere2"},
+        {"model_type": "cohere2", "sliding_window_pattern": 3},
+        {"model_type": "exaone4"},
+        {"model_type": "exaone4", "sliding_window_pattern": 2},
+        {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 9},
+        {"model_type": "exaone_moe"},
+        {"model_type": "flint", "layer_types": ["full_attention", *["sliding_attention"] * 8]},
+        {"model_type": "kolibri1"},
+        {"model_type": "llama4_text"},
+        {"model_type": "llama4_text", "no_rope_layers": [], "no_rope_layer_interval": 2},
+        {"model_type": "muse_glimmer_text"},
+        {"model_type": "smollm3"},
+        {"model_type": "smollm3", "no_rope_layer_interval": 3},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_the_layers_that_rotate_are_those_of_the_model(fields, monkeypatch):
+    model_type = fields["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no such model")
+    config = AutoConfig.for_model(**copy.deepcopy(NINE | fields))
+    module = importlib.import_module(
+        type(config).__module__.replace(".configuration_", ".modeling_")
+    )
+    function = "apply_rotary_emb" if model_type == "llama4_text" else "apply_rotary_pos_emb"
+    rotate, layers = getattr(module, function), []
+    rotated = set()
+
+    def note_and_rotate(*args, **kwargs):
+        rotated.add(layers[-1])
+        return rotate(*args, **kwargs)
+
+    monkeypatch.setattr(module, function, note_and_rotate)
+    model = AutoModel.from_config(config).eval()
+    for number, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: layers.append(number))
+    model(torch.zeros(1, 3, dtype=torch.long), use_cache=False)
+    expected = [number in rotated for number in range(9)]
+    assert layers == list(range(9))
+    from_file = {} if model_type == "muse_glimmer_text" else NINE | fields
+    for told in [config, config.to_dict()] + [from_file] * bool(from_file):
+        assert (layers_that_rotate(told) or [True] * 9) == expected

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -157,6 +158,22 @@ HOSTILE = {
     ),
     "infinity": '{"head_dim": 64, "max_position_embeddings": Infinity}',
     "NaN": '{"head_dim": 64, "rope_theta": NaN}',
+    "a great negative head": json.dumps({"head_dim": -(10**400)}),
+    "a great hidden size": json.dumps({"hidden_size": -(10**400), "num_attention_heads": 8}),
+    **{
+        f"a great number of positions, {kind}": json.dumps(
+            {
+                **{"head_dim": 64, "max_position_embeddings": 2048},
+                "rope_scaling": {"rope_type": kind, "factor": 10**308, **more},
+            }
+        )
+        for kind, more in {
+            "dynamic": {},
+            "yarn": {"original_max_position_embeddings": 2048},
+            "llama3": {"low_freq_factor": 1, "high_freq_factor": 4},
+            "longrope": {"short_factor": [1] * 32, "long_factor": [1] * 32},
+        }.items()
+    },
     "a head that fills all memory": json.dumps({"head_dim": 4_000_000_000}),
     "escape sequences": json.dumps(LLAMA_3_1 | {"rope_scaling": {"\x1b[31m": 1, "type": "llama3"}}),
     "half of a surrogate pair": '{"head_dim": 8, "rope_scaling": {"\\ud800": 1, "type": "yarn"}}',
@@ -238,6 +255,51 @@ def test_layers_without_a_rotation_are_told(tmp_path, capsys):
     }
     assert told_of(config, "not rotated", tmp_path, capsys) == ["layers of the type full_attention"]
     assert told_of(LLAMA_3_1, "not rotated", tmp_path, capsys) == []
+
+
+EIGHT = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 8}
+FULL = "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({"model_type": "cohere2"}, "2 of 8 layers: 3, 7"),
+        ({"model_type": "cohere2", "sliding_window_pattern": 3}, "2 of 8 layers: 2, 5"),
+        (
+            {"model_type": "cohere2", "layer_types": [FULL, *["sliding_attention"] * 7]},
+            "1 of 8 layers: 0",
+        ),
+        (
+            {"model_type": "llama4", "text_config": {"model_type": "llama4_text", **EIGHT}},
+            "2 of 8 layers: 3, 7",
+        ),
+        ({"model_type": "llama4_text", "no_rope_layers": []}, "2 of 8 layers: 3, 7"),
+        ({"model_type": "llama4_text", "no_rope_layers": [1, 0] * 8}, "4 of 8 layers: 1, 3, 5, 7"),
+        ({"model_type": "smollm3"}, "2 of 8 layers: 3, 7"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 3}, "2 of 8 layers: 2, 5"),
+        ({"model_type": "smollm3", "num_hidden_layers": None}, "the last of every 4 layers"),
+        ({"model_type": "exaone4", "sliding_window_pattern": "LLLG"}, "2 of 8 layers: 3, 7"),
+        ({"model_type": "exaone4", "sliding_window_pattern": "LLG"}, "3 of 8 layers: 2, 5, 7"),
+        ({"model_type": "exaone4", "sliding_window": None, "layer_types": [FULL] * 8}, None),
+        ({"model_type": "exaone4", "sliding_window": None}, None),
+        ({"model_type": "nobody", "layer_types": [FULL] * 8}, None),
+        ({"model_type": "muse", "layer_rope_theta": [0, 1e4, 1e4, 1e4]}, "1 of 4 layers: 0"),
+    ],
+)
+def test_layers_that_a_class_does_not_rotate_are_told(config, layers, tmp_path, capsys):
+    config = {"rope_theta": 1e4, **EIGHT, **config} if "text_config" not in config else config
+    assert told_of(config, "not rotated", tmp_path, capsys) == ([] if layers is None else [layers])
+
+
+def test_a_reader_that_closes_the_pipe_gets_no_traceback(tmp_path):
+    (path := tmp_path / "config.json").write_text(json.dumps(LLAMA_3_1))
+    command = [sys.executable, "-m", "rope_cupy", "table", str(path)]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, timeout=60)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_the_factors_of_longrope_that_are_taken_are_told(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,7 @@ from .models import (
     POSITION_TYPE_DECIDES,
     SEVERAL_AXES,
     SHARE_DECIDES,
+    UNROTATED,
 )
 from .rules import (
     as_length,
@@ -84,7 +86,7 @@ ALIASES = {"su": "longrope", "mrope": "default"}
 YARN_ONLY_AT = {"extrapolation_factor": 1, "apply_yarn_scaling": True}
 
 BASES = "rope_theta", "rotary_emb_base", "global_rope_theta", "rotary_embedding_base"
-SHARES = "partial_rotary_factor", "rotary_pct", "rotary_emb_fraction"
+SHARES = "partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_emb_fraction"
 PARAMETERS = "rope_scaling", "rope_parameters"
 # A config that has one of these describes a rotary embedding.
 EVIDENCE = (
@@ -93,6 +95,7 @@ EVIDENCE = (
 )
 NAMES = "model_type", "architectures", "_class_name"  # of what model a config is
 ROTARY_POSITION_TYPES = "rotary", "rope"
+POSITION_TYPES = "position_embedding_type", "position_embeddings_type"
 
 
 def from_config(
@@ -102,9 +105,9 @@ def from_config(
 
     A config describes a rotary embedding where it has `rope_parameters`, `rope_scaling`,
     `rope_theta`, `partial_rotary_factor` or what single models call them, where its
-    `position_embedding_type` is "rotary" or "rope", or where its `model_type` is one that rotates
-    whatever its file says ("llama"). A dict that names no model (no `model_type`, no
-    `architectures`) is taken for that of a Llama. Every other config is refused, as is one with
+    `position_embedding_type` says so ("rotary", "rope", "rope_gptj"), or where its `model_type` is
+    one that rotates whatever its file says ("llama"). A dict that names no model (no `model_type`,
+    no `architectures`) is taken for that of a Llama. Every other config is refused, as is one with
     ``alibi=True`` or another `position_embedding_type`.
 
     Args:
@@ -175,6 +178,14 @@ def rotary_parameters(config: Any, *, layer_type: str | None = None) -> RotaryPa
     for name, value in YARN_ONLY_AT.items() if rope_type == "yarn" else ():
         if read(given, name, otherwise=value) != value:
             raise ValueError(f"{name} must be {value} or absent, got {described(given[name])}")
+    base = read(given, "rope_theta", otherwise=read(config, *BASES, otherwise=10000.0))
+    of_attention = read(read(config, "attn_config"), "rope_theta")
+    if of_attention not in (None, base):
+        raise ValueError(
+            f"rope_theta must be that of attn_config, got {described(base)} and, in attn_config, "
+            f"{described(of_attention)}: not every program reads the second, so give the one that "
+            "the model was trained with as rope_theta"
+        )
     rule = RULES[rope_type]
     options = {name: found.get(name) for name in rule.required + rule.optional}
     if missing := [name for name in rule.required if options[name] is None]:
@@ -185,7 +196,7 @@ def rotary_parameters(config: Any, *, layer_type: str | None = None) -> RotaryPa
     return RotaryParameters(
         rope_type,
         head_dim_of(config) if rope_type == "proportional" else _rotary_dim(config, partial),
-        read(given, "rope_theta", otherwise=read(config, *BASES, otherwise=10000.0)),
+        base,
         {name: value for name, value in options.items() if value is not None},
         max_position,
     )
@@ -214,9 +225,51 @@ def pairs_neighbours(config: Any) -> bool | None:
     config = part_that_rotates(config)
     told = read(config, "rope_interleave")
     model_type = model_type_of(config)
+    if isinstance(own := read(config, "rotary_emb_interleaved"), bool):
+        return own
     if model_type in INTERLEAVED:
         return bool(told) if isinstance(told, bool) else True
     return False if model_type in MODEL_DEFAULTS else None
+
+
+def layers_that_rotate(config: Any) -> list[bool]:
+    """Return of each layer whether it rotates, [] where all do or only their interval is known."""
+    given = _int_up_to(MOST_ELEMENTS, read(config, "num_hidden_layers"))
+    told = read(config, "no_rope_layers", "layer_rope_theta")  # 0 stands for a layer without
+    if isinstance(told, list | tuple) and told:
+        return [each != 0 for each in told[:given]]
+    rule = UNROTATED.get(model_type_of(config))
+    if rule and rule.by_type and not _is_null(config, "sliding_window"):
+        types, pattern = read(config, "layer_types"), read(config, rule.interval_name)
+        if isinstance(types, list | tuple) and types:
+            return [name == "sliding_attention" for name in types[:given]]
+        # Letters of local and global layers, repeated; the last layer of all is a global one.
+        if isinstance(pattern, str) and pattern and set(pattern) <= {"L", "G"}:
+            local = [pattern[layer % len(pattern)] == "L" for layer in range(given or 0)]
+            return [*local[:-1], False] if local else []
+    interval = unrotated_interval(config)
+    if interval is None or given is None:
+        return []
+    return [(layer + 1) % interval != 0 for layer in range(given)]
+
+
+def unrotated_interval(config: Any) -> int | None:
+    """Return of how many layers the last does not rotate, None where no such thing is said."""
+    rule = UNROTATED.get(model_type_of(config))
+    if rule is None:
+        interval = read(config, "no_rope_layer_interval", "nope_layer_interval")
+    elif rule.by_type and _is_null(config, "sliding_window"):
+        return None
+    else:
+        interval = read(config, rule.interval_name, otherwise=rule.interval)
+    return _int_up_to(MOST_ELEMENTS, interval)
+
+
+def _int_up_to(most: int, value: object) -> int | None:
+    """Return a positive int of a config that is no mistake, None for all else."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
+        return value
+    return None
 
 
 def part_that_rotates(config: Any) -> Any:
@@ -229,10 +282,10 @@ def part_that_rotates(config: Any) -> Any:
             raise TypeError(f"text_config must be a config or a dict, got {described(text)}")
         config = text
     _refuse_another_rotation(config)
-    if not _rotates(config):
+    if got := _instead_of_rotation(config):
         raise ValueError(
             "config must describe a rotary embedding by rope_theta, rope_parameters or the like, "
-            f"got none of them{_of_what_model(config)}{_parts_that_rotate(config)}"
+            f"got {got}{_of_what_model(config)}{_parts_that_rotate(config)}"
         )
     return config
 
@@ -258,8 +311,8 @@ def head_dim_of(config: Any) -> int:
     """Return how many elements a head has."""
     head_dim = read(config, "head_dim", "kv_channels", "attention_head_dim")
     if head_dim is None:
-        hidden_size = read(config, "hidden_size", "n_embd")
-        num_heads = read(config, "num_attention_heads", "n_head", "num_heads")
+        hidden_size = read(config, "hidden_size", "n_embd", "d_model")
+        num_heads = read(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
         if hidden_size is None or not num_heads:
             raise ValueError(
                 "config must have head_dim, or hidden_size and num_attention_heads, got "
@@ -284,30 +337,45 @@ def _has(config: Any, name: str) -> bool:
     return getattr(config, name, None) not in (None, {})
 
 
+def _is_null(config: Any, name: str) -> bool:
+    """Return whether a config says null of a field, which is more than to leave it out."""
+    if isinstance(config, Mapping):
+        return name in config and config[name] is None
+    return getattr(config, name, "") is None
+
+
 def _says_anything(config: Any) -> bool:
     return any(_has(config, name) for name in EVIDENCE) or model_type_of(config) in SEVERAL_AXES
 
 
-def _rotates(config: Any) -> bool:
-    """Return whether a config describes a rotary embedding."""
-    position_type = read(config, "position_embedding_type", "position_embeddings_type")
+def _instead_of_rotation(config: Any) -> str:
+    """Return what a config has in place of a rotary embedding, "" where it describes one."""
+    position_type = read(config, *POSITION_TYPES)
+    named = next((name for name in POSITION_TYPES if _has(config, name)), POSITION_TYPES[0])
+    told = f"{named}={_shown(position_type)}"
     if model_type_of(config) in POSITION_TYPE_DECIDES:
-        return position_type in ROTARY_POSITION_TYPES
+        return "" if position_type in ROTARY_POSITION_TYPES else told
     attention = read(config, "attn_config")
-    alibi = _has(config, "alibi") and read(config, "alibi")
-    if isinstance(attention, Mapping) and attention.get("alibi"):
-        alibi = True
-    if alibi or read(config, "use_mem_rope") is False or read(config, "rotary_emb_fraction") == 0:
-        return False
-    if position_type in ROTARY_POSITION_TYPES:
-        return True
+    if _has(config, "alibi") and read(config, "alibi"):
+        return "alibi=True"
+    if read(attention, "alibi"):
+        return "alibi=True in its attn_config"
+    for name, off in ("use_mem_rope", False), ("rotary_emb_fraction", 0):
+        if read(config, name) == off:
+            return f"{name}={off}"
+    if isinstance(position_type, str) and re.match("(?!no).*(rope|rotary)", position_type, re.I):
+        return ""
     # BERT's "absolute" stands in files of models that rotate (ModernBERT).
     if position_type not in (None, "absolute"):
-        return False
+        return told
     if _says_anything(config) or model_type_of(config) in MODEL_DEFAULTS:
-        return True
-    named = any(_has(config, name) for name in NAMES) or hasattr(config, "model_type")
-    return not named and position_type is None
+        return ""
+    if read(attention, "rope"):
+        return "rope in its attn_config, which is not read (give head_dim and rope_theta),"
+    if position_type is not None:
+        return told
+    named_model = any(_has(config, name) for name in NAMES) or hasattr(config, "model_type")
+    return "none of them" if named_model else ""
 
 
 def _refuse_another_rotation(config: Any) -> None:
@@ -328,6 +396,12 @@ def _refuse_another_rotation(config: Any) -> None:
             f"config must be that of a language model, got one of diffusers{named}: {makes}"
         )
     model_type = model_type_of(config)
+    if factor := read(config, "rotary_scaling_factor"):
+        raise ValueError(
+            f"config must have no rotary_scaling_factor, got {described(factor)}: give it as "
+            'rope_scaling of the type "dynamic", and max_trained_positions as '
+            "max_position_embeddings"
+        )
     if model_type in OTHER_ROTATIONS:
         raise ValueError(
             f"config must be of a model whose frequencies it holds, got {model_type!r}, "
@@ -362,8 +436,19 @@ def _parts_that_rotate(config: Any) -> str:
         if (isinstance(part, Mapping) or hasattr(part, "model_type"))
         and name not in PARAMETERS
         and (_says_anything(part) or model_type_of(part) in MODEL_DEFAULTS)
+        and _has_heads(part)
     ]
     return f": pass its {' or '.join(parts)}" if parts else ""
+
+
+def _has_heads(part: Any) -> bool:
+    """Return whether a part of a config says how many elements of a head rotate."""
+    if model_type_of(part) in SEVERAL_AXES:
+        return True
+    try:
+        return _rotary_dim(part, 1.0) > 0
+    except (TypeError, ValueError):
+        return False
 
 
 def rope_parameters(config: Any) -> dict[str | None, Mapping[str, Any] | None]:

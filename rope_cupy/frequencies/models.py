@@ -212,6 +212,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "smollm3": {"rope_theta": 2000000.0},
     "solar_open": {"head_dim": 128, "rope_theta": 1000000.0},
     "stablelm": {"partial_rotary_factor": 0.25},
+    "stablelm_epoch": {"rope_pct": 0.25},
     "t5_gemma_module": {"head_dim": 256},
     "t5gemma2_decoder": {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "head_dim": 256},
     "t5gemma2_text": {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "head_dim": 256},
@@ -253,8 +254,32 @@ POSITION_TYPE_DECIDES = frozenset(
     "esm granitemoehybrid seamless_m4t seamless_m4t_v2 wav2vec2-bert wav2vec2-conformer".split()
 )
 
+
+class Unrotated(NamedTuple):
+    """Which layers of a model do not rotate."""
+
+    interval_name: str  # the field that says of how many layers the last does not
+    interval: int | None = 4  # where the file does not say
+    by_type: bool = False  # whether layer_types says it: only sliding layers rotate
+
+
+# Models some layers of which do not rotate, though their file may not say so.
+UNROTATED = {
+    "afmoe": Unrotated("global_attn_every_n_layers", by_type=True),
+    **dict.fromkeys(
+        ("cohere2", "exaone4", "exaone_moe"), Unrotated("sliding_window_pattern", by_type=True)
+    ),
+    "flint": Unrotated("", None, by_type=True),
+    "kolibri1": Unrotated("", 5, by_type=True),
+    "llama4_text": Unrotated("no_rope_layer_interval"),
+    "smollm3": Unrotated("no_rope_layer_interval"),
+}
+
 # Models with a rotation of which no config says enough, or of another kind; and what it is.
 OTHER_ROTATIONS = {
+    "chatglm": "whose rope_ratio multiplies the base in some versions and divides positions in "
+    "others: where it is the base (ChatGLM3, GLM-4), write model_type 'glm', a rope_theta of "
+    "10000 * rope_ratio and a head_dim of kv_channels",
     "clvp_encoder": "which rotates 32 elements or more, by a rule of its own",
     "efficientloftr": "which rotates hidden states by two axes before they are split into heads",
     "kimi_linear": "which has no rotation: its qk_rope_head_dim elements are not rotated",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checks import described, index, positive
+from ..checks import as_float, described, index, positive
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
@@ -52,7 +52,8 @@ def partial_rotary_dim(head_dim: int, partial_rotary_factor: float) -> int:
     """
     head_dim = index("head_dim", head_dim)
     factor = positive("partial_rotary_factor", partial_rotary_factor)
-    rotary_dim = int(head_dim * min(factor, 1.0))
+    share = as_float(head_dim) * min(factor, 1.0)
+    rotary_dim = int(share) if math.isfinite(share) else 0
     if factor > 1 or rotary_dim <= 0 or rotary_dim % 2:
         raise ValueError(
             "partial_rotary_factor must be in (0, 1] and turn a positive even number of the "
