@@ -239,6 +239,7 @@ def test_an_nvrtc_without_builtins_is_an_error_that_names_it_and_mends_it(tmp_pa
     called = python(
         LOADED_BEFORE.format(file=str(alone)) + WITHOUT_A_GPU + "rotate()",
         CUPY_CACHE_DIR=str(tmp_path / "cache"),
+        LD_LIBRARY_PATH="",
     )
     major, minor = environment.nvrtc().version
     builtins = rf"libnvrtc-builtins\.so\.{major}\.{minor}"
