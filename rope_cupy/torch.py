@@ -163,6 +163,8 @@ def recorded(given: calls.Given, key: Any, seen: tensor.Glance | None) -> tuple[
     named = [*zip(given.names, xs, strict=True), *given.named_rows]
     named += zip(given.out_names, out or (), strict=out is not None)
     _check_recordable(given.table.arrays, named, options.norm, options.cache, out)
+    if out is not None:
+        _check_in_place(given.names, xs, out)
     for name, x in named:
         if not isinstance(x, torch.Tensor) and name not in OF_POSITIONS:
             raise TypeError(
@@ -170,7 +172,6 @@ def recorded(given: calls.Given, key: Any, seen: tensor.Glance | None) -> tuple[
             )
     if out is None:
         return _record(given, key, seen)
-    _check_in_place(given.names, xs, out)
     for name, x in zip(given.names, xs, strict=True):
         _check_may_be_written(name, x)
     ready, owners = calls.checked(given, key, seen)

@@ -136,7 +136,7 @@ def check_axes(mesh, device):
         compare(mesh, axis, q, k, table, seqlen_offsets=offsets, positions=2)
         compare(mesh, axis, q, k, table, seqlen_offsets=9)
         for rows in (axes, axes[:, :1], axes[:, 0]):
-            sections = {"positions": rows, "mrope_section": (8, 12, 12)}
+            sections = {"positions": rows, "mrope_section": (12, 11, 9)}
             compare(mesh, axis, q, k, table, **sections)
             compare(mesh, axis, q, k, table, **sections, mrope_interleaved=True)
     ends = torch.tensor([0, 3, 7], device=device)

@@ -465,20 +465,15 @@ def test_a_compiled_gradient_by_a_numpy_table_is_refused_or_right():
         assert torch.equal(x.grad, wanted)
 
 
-@pytest.mark.parametrize("which", ["x", "k", "out"])
+@pytest.mark.parametrize("which", ["x", "k"])
 def test_what_is_no_tensor_is_refused_by_name_where_a_gradient_is_recorded(which):
     table = parts(TOKENS, 32)
     q, k = randn(1, TOKENS, 2, 64), randn(1, TOKENS, 2, 64, grad=False).numpy()
-    weight = randn(64)
-    before = k.copy()
     with pytest.raises(TypeError, match=f"{which} must be a tensor where a gradient is recorded"):
         if which == "x":
-            apply_norm_rotary(k, weight, table)
-        elif which == "k":
-            apply_rotary_qk(q, k, table)
+            apply_norm_rotary(k, randn(64), table)
         else:
-            apply_rotary(q, table, out=k)
-    assert np.array_equal(k, before)
+            apply_rotary_qk(q, k, table)
 
 
 def test_a_numpy_table_cannot_change_unseen_but_serves(device):
