@@ -3,6 +3,7 @@
 import ctypes
 import datetime
 import gc
+import importlib
 import weakref
 
 import numpy as np
@@ -155,6 +156,15 @@ def test_a_program_that_makes_types_does_not_grow():
         tensor.is_kind_of_array,
     ):
         assert remembered.cache_info().currsize <= tensor.MAX_TYPES
+
+
+def test_options_that_were_turned_back_are_forgotten_in_the_end():
+    module = importlib.import_module("rope_cupy.torch")
+    x = torch.ones(4, 1, 4, requires_grad=True)
+    for number in range(300):
+        y = rope_cupy.apply_norm_rotary(x, None, tuple(map(torch.from_numpy, TABLE)), eps=number)
+        y.sum().backward()
+    assert 0 < module._conjugate.cache_info().currsize <= 256
 
 
 # Where what is computed lands.
