@@ -8,7 +8,7 @@ names the operators that are defined here, and PyTorch does not find by itself w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -415,7 +415,7 @@ def _norm_of(heads: Any, weight: Any, at: int, norm: Norm) -> Any:
     return flat.view(by_token.shape).movedim(-2, at) if norm.kind == TOKEN_NORM else flat
 
 
-@cache
+@lru_cache(maxsize=256)
 def _conjugate(options: Options) -> Options:
     """Return the options of the rotation back, before which there is no norm."""
     return options._replace(conjugate=not options.conjugate, norm=None)
