@@ -283,7 +283,8 @@ def ltx_video(
         return module.concatenate([still, turned], -1).reshape(*points.shape[:2], num_heads, -1)
 
     def cos_and_sin(module: Any, points: Any) -> tuple[Any, Any]:
-        turned = angles(module, points, _linspace(module, 0.0, 1.0, width // 6, points))
+        exponents = module.linspace(0.0, 1.0, width // 6, dtype=module.float32)
+        turned = angles(module, points, exponents)
         return module.cos(turned), module.sin(turned)
 
     base = positive("base", base)
@@ -541,12 +542,6 @@ def _downloaded(array: Any, like: Any) -> NDArray[np.float32]:
     return np.array(tensor.library_of("like", like).download(array), np.float32)
 
 
-def _linspace(module: Any, first: float, last: float, size: int, beside: Any) -> Any:
-    """Return float32 numbers on the device of `beside`, which NumPy and CuPy need not be told."""
-    place = {"device": beside.device} if _is_torch(module) else {}
-    return module.linspace(first, last, size, dtype=module.float32, **place)
-
-
 def _is_torch(module: Any) -> bool:
     return bool(module.__name__ == "torch")
 
@@ -556,8 +551,8 @@ def _spread(ends: Sequence[tuple[float, float, int]], like: Any, exact: bool) ->
     if exact:
         return [np.linspace(*axis) for axis in ends]
     axes = _computed(
-        lambda module, beside: tuple(_linspace(module, *axis, beside) for axis in ends),
-        [np.zeros(1, np.float32)],
+        lambda module: tuple(module.linspace(*axis, dtype=module.float32) for axis in ends),
+        [],
         like,
     )
     return [_downloaded(axis, like) for axis in axes]

@@ -6,7 +6,12 @@ The structures are those of the DLPack specification, 0.8 (unversioned) and 1.x 
 from __future__ import annotations
 
 import ctypes
+from operator import index
 from typing import Any, NamedTuple
+
+import numpy as np
+
+from .checks import described
 
 _KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 _DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # host, CUDA, CUDA pinned host, CUDA managed
@@ -67,7 +72,7 @@ def device_of(name: str, producer: Any) -> str:
     """Return "cpu", "cuda:0" or another device's DLPack number."""
     device = producer.__dlpack_device__()
     try:
-        kind, number = map(int, device)
+        kind, number = map(index, device)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name} must give two ints for __dlpack_device__(), got {device!r}"
@@ -86,25 +91,39 @@ def read(name: str, capsule: Any) -> Contents:
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     if min(shape, default=0) < 0:
         raise ValueError(f"{name} must have sizes of 0 or more, got a capsule of shape {shape}")
-    if not tensor.data and 0 not in shape:
-        raise TypeError(f"{name} must be an array in memory, got a capsule without an address")
     if tensor.strides:
         strides = tuple(tensor.strides[i] for i in range(tensor.ndim))
     else:
         strides = _contiguous(shape)
+    pointer = (tensor.data or 0) + tensor.byte_offset
+    if 0 not in shape and not (tensor.data and _has_addresses(tensor, pointer, shape, strides)):
+        raise TypeError(
+            f"{name} must be an array in memory, got a capsule whose elements have no address"
+        )
     dtype = f"{_KINDS.get(tensor.code, f'type code {tensor.code} with bits ')}{tensor.bits}"
     if tensor.lanes != 1:
         dtype += f"x{tensor.lanes}"
     device = _device(tensor.device_type, tensor.device_id)
-    return Contents(
-        (tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, device, writable
-    )
+    return Contents(pointer, shape, strides, dtype, device, writable)
 
 
 def set_bfloat16(capsule: Any) -> None:
     """Say that a capsule's elements, of 16 bits, are bfloat16 numbers."""
     tensor, _ = _tensor_of("the buffer", capsule)
+    if (tensor.bits, tensor.lanes) != (16, 1):
+        raise TypeError(f"the buffer must have elements of 16 bits, got {tensor.bits}")
     tensor.code = _BFLOAT
+
+
+def _has_addresses(
+    tensor: _DLTensor, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> bool:
+    """Return whether the first and the last element lie where 64 bits can point to."""
+    ends = [stride * (size - 1) for stride, size in zip(strides, shape, strict=True)]
+    itemsize: int = -(-tensor.bits * tensor.lanes // 8)
+    first = pointer + itemsize * sum(end for end in ends if end < 0)
+    last = pointer + itemsize * sum(end for end in ends if end > 0)
+    return first > 0 and last + itemsize <= 2**63
 
 
 def _device(kind: int, number: int) -> str:
@@ -113,8 +132,8 @@ def _device(kind: int, number: int) -> str:
 
 
 def _tensor_of(name: str, capsule: Any) -> tuple[_DLTensor, bool]:
-    if type(capsule).__name__ != "PyCapsule":
-        raise TypeError(f"{name} must give a capsule for __dlpack__(), got {capsule!r}")
+    if type(capsule) is not _CAPSULE:
+        raise TypeError(f"{name} must give a capsule for __dlpack__(), got {described(capsule)}")
     kind = _capsule_name(capsule)
     if kind not in NAMES:
         got = "one that has been consumed" if kind in _CONSUMED else f"one named {kind!r}"
@@ -145,3 +164,4 @@ _capsule_name.argtypes = (ctypes.py_object,)
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+_CAPSULE = type(np.empty(0).__dlpack__())

@@ -21,7 +21,9 @@ if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
 
 
-LEGACY = 1  # the other handle of the default stream, 0
+# cudaErrorStreamCaptureImplicit: the default stream cannot be used, for another is captured.
+CAPTURE_IMPLICIT = 906
+LEGACY = 1  # the default stream's own handle, for which libraries also say 0
 MAX_TYPES = 256  # that are known; a program may make any number of them
 
 
@@ -114,8 +116,6 @@ class _NumPy(Library):
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name} must be an array without a mask, got {type(array).__name__}")
-        if not array.dtype.isnative:
-            raise TypeError(f"{name} must be in native byte order, got {array.dtype.str}")
         pointer, read_only = array.__array_interface__["data"]
         strides = _whole_strides(name, array)
         spec = array_spec(array.shape, strides, array.dtype.name, "cpu", pointer, not read_only)
@@ -127,7 +127,7 @@ class _NumPy(Library):
     def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
         try:
             return tuple([array.__array_interface__["data"][0] for array in arrays])
-        except AttributeError:
+        except Exception:  # of an array of another library, which may raise anything
             return None
 
     def guard(self, arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
@@ -149,11 +149,11 @@ class _CuPy(Library):
     attributes = attrgetter("dtype", "shape", "strides", "data.device_id")
 
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
-        pointer = array.data.ptr
-        device = f"cuda:{array.device.id}"
-        spec = array_spec(
-            array.shape, _whole_strides(name, array), array.dtype.name, device, pointer, True
-        )
+        pointer, device = array.data.ptr, f"cuda:{array.data.device_id}"
+        if not pointer and array.size:  # such as of an array that several GPUs share
+            raise TypeError(f"{name} must be an array in memory, got {type(array).__name__}")
+        strides = _whole_strides(name, array)
+        spec = array_spec(array.shape, strides, array.dtype.name, device, pointer, True)
         return Array(spec, pointer, self, array)
 
     def glance(self, array: Any) -> tuple[int, Any] | None:
@@ -162,7 +162,7 @@ class _CuPy(Library):
     def pointers(self, arrays: tuple[Any, ...]) -> tuple[int, ...] | None:
         try:
             return tuple([array.data.ptr for array in arrays])
-        except AttributeError:
+        except Exception:  # of an array of another library, which may raise anything
             return None
 
     def guard(self, arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
@@ -316,11 +316,12 @@ class _DLPack(Library):
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
         with _refusals_of(name, array):
             device = _supported(name, dlpack.device_of(name, array))
-        consumer = None if device == "cpu" else self._consumer(device, stream)
+        consumer = None if device == "cpu" else self._consumer(name, device, stream)
         with _refusals_of(name, array):
             capsule = dlpack.capsule_of(array, consumer)
-        pointer, shape, strides, dtype, device, writable = dlpack.read(name, capsule)
-        _supported(name, device)
+        pointer, shape, strides, dtype, lies_on, writable = dlpack.read(name, capsule)
+        if lies_on != device:
+            raise ValueError(f"{name} must be on {device}, as it says, got a capsule on {lies_on}")
         spec = array_spec(shape, strides, dtype, device, pointer, writable)
         return Array(spec, pointer, self, (array, capsule))
 
@@ -362,11 +363,14 @@ class _DLPack(Library):
     def streams(self) -> Callable[[int], int]:
         return _CUPY.streams()
 
-    def _consumer(self, device: str, stream: int | None) -> int:
-        """Return DLPack's number of the stream: 1 is the default one, -1 asks for no wait."""
+    def _consumer(self, name: str, device: str, stream: int | None) -> int:
+        """Return DLPack's number of the stream, or -1, which asks for no wait."""
+        runtime, number = cupy().cuda.runtime, cuda_index(device)
+        if not 0 <= number < runtime.getDeviceCount():
+            raise ValueError(f"{name} must be on a GPU that is here, got {device}")
         if stream is None:
-            stream = self.stream(cuda_index(device))
-        return -1 if cupy().cuda.runtime.streamIsCapturing(stream) else stream or 1
+            stream = self.stream(number)
+        return -1 if runtime.streamIsCapturing(stream) else stream or LEGACY
 
 
 class Outline:
@@ -394,7 +398,11 @@ _OTHER = _DLPack()
 
 def describe(name: str, array: Any, stream: int | None = None) -> Array:
     """Return an array of any library as rope_cupy sees it: see `Library.describe`."""
-    return library_of(name, array).describe(name, array, stream)
+    library = library_of(name, array)
+    if library is _OTHER or _library_of_exact_type(type(array)):  # type: ignore[arg-type]
+        return library.describe(name, array, stream)
+    with _refusals_of(name, array):  # a subclass may do anything
+        return library.describe(name, array, stream)
 
 
 def outline(name: str, array: Any) -> Outline | None:
@@ -422,9 +430,12 @@ def like_dense(array: Array) -> Array:
     return array._replace(spec=spec, pointer=-1)
 
 
-def empty_like(array: Any) -> Any:
+def empty_like(name: str, array: Any) -> Any:
     """Return a new array like one of any library: see `Library.empty_like`."""
-    return library_of("q", array).empty_like(array)
+    library = library_of(name, array)
+    if library is not _TORCH and not _library_of_exact_type(type(array)):  # type: ignore[arg-type]
+        describe(name, array)  # refuses what cannot be read
+    return library.empty_like(array)
 
 
 def computed(
@@ -440,18 +451,36 @@ def placed(array: NDArray[Any], like: Any) -> Any:
     return there
 
 
+def other_streams(
+    outputs: tuple[Array, ...], inputs: tuple[Array, ...]
+) -> tuple[Callable[[int], int], ...]:
+    """Return what finds the streams of other libraries than that of the first output.
+
+    Inputs of other producers are ready on that of the first output: `describe` has seen to it.
+    """
+    if outputs[0].spec.device == "cpu":
+        return ()
+    libraries = [array.library for array in outputs]
+    libraries += [array.library for array in inputs if array.library is not _OTHER]
+    own = libraries[0]
+    return tuple(library.streams() for library in dict.fromkeys(libraries) if library is not own)
+
+
 def let_wait(device: int, stream: int, earlier: int) -> None:
-    """Let what comes on a stream wait for what is on another one; the host does not.
+    """Let what comes onto a stream wait for what is on another one; the host does not.
 
     Not across the border of a stream capture, as DLPack has it: what is captured is ordered by
-    whoever replays it.
+    whoever replays it. Two streams of one capture do wait, in its graph.
     """
     runtime = cupy().cuda.runtime
-    if (stream or LEGACY) == (earlier or LEGACY):
-        return
-    if runtime.streamIsCapturing(stream) or runtime.streamIsCapturing(earlier):
-        return
     with cupy().cuda.Device(device):
+        try:
+            if runtime.streamIsCapturing(stream) != runtime.streamIsCapturing(earlier):
+                return
+        except runtime.CUDARuntimeError as error:
+            if error.status != CAPTURE_IMPLICIT:
+                raise
+            return
         event = runtime.eventCreateWithFlags(runtime.eventDisableTiming)
         try:
             runtime.eventRecord(event, earlier)
@@ -559,11 +588,10 @@ def stream_of(array: Array) -> int | None:
 def library_of(name: str, array: Any) -> Library:
     """Return the library that an array belongs to."""
     library = _library_of_type(type(array))  # type: ignore[arg-type]
-    kind = type(array)
-    if library is None and kind.__module__.startswith("jax.") and kind.__name__.endswith("Tracer"):
+    if library is None and _is_tracer_of_jax(type(array)):
         raise TypeError(
             f"{name} must be an array in memory, as within jax.pure_callback, for no launch is "
-            f"traced: got {kind.__name__}"
+            f"traced: got {type(array).__name__}"
         )
     if library is None:
         raise TypeError(
@@ -575,8 +603,8 @@ def library_of(name: str, array: Any) -> Library:
 
 @lru_cache(maxsize=MAX_TYPES)
 def is_kind_of_array(kind: type) -> bool:
-    """Return whether values of this type are arrays of any library."""
-    return _library_of_type(kind) is not None
+    """Return whether values of this type are arrays of any library, or stand for such."""
+    return _library_of_type(kind) is not None or _is_tracer_of_jax(kind)
 
 
 def is_compiling(array: Any) -> bool:
@@ -614,7 +642,7 @@ def is_beside_real(array: Any) -> bool:
 
 
 def check_transform(name: str, array: Any) -> None:
-    """Refuse a tensor that a transform of PyTorch has wrapped, or that has a tangent."""
+    """Refuse a tensor that a transform has wrapped, or that has a tangent or no strides."""
     if _library_of_type(type(array)) is not _TORCH:  # type: ignore[arg-type]
         return
     functorch = _torch_c()._functorch
@@ -629,6 +657,7 @@ def check_transform(name: str, array: Any) -> None:
             f"{name} must not carry a forward-mode tangent, which rope_cupy has no rule for, got a "
             "dual tensor"
         )
+    _check_strided(name, array)  # before a new q is made of one that is not
 
 
 def refuse_transform(name: str) -> NoReturn:
@@ -663,16 +692,24 @@ def check_gradient(name: str, array: Any) -> None:
 @lru_cache(maxsize=MAX_TYPES)
 def _library_of_type(kind: type) -> Library | None:
     for base in kind.__mro__:
-        package = base.__module__.partition(".")[0]
-        if (package, base.__qualname__) in _LIBRARIES:
-            return _LIBRARIES[package, base.__qualname__]
+        if _full_name(base) in _LIBRARIES:
+            return _LIBRARIES[_full_name(base)]
     return _OTHER if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__") else None
 
 
 @lru_cache(maxsize=MAX_TYPES)
 def _library_of_exact_type(kind: type) -> Library | None:
     """Return the library whose own type this is: a subclass may do anything."""
-    return _LIBRARIES.get((kind.__module__.partition(".")[0], kind.__qualname__))
+    return _LIBRARIES.get(_full_name(kind))
+
+
+def _full_name(kind: type) -> tuple[str, str]:
+    """Return the package of a type, which may lie in any module of it, and the type's name."""
+    return str(kind.__module__).partition(".")[0], kind.__qualname__
+
+
+def _is_tracer_of_jax(kind: type) -> bool:
+    return any(_full_name(base) == ("jax", "Tracer") for base in kind.__mro__)
 
 
 def _tell_nobody(arrays: tuple[Any, ...]) -> None:
@@ -696,21 +733,24 @@ def _words_of_gpu(spec: ArraySpec, pointer: int, owner: Any) -> NDArray[np.uint1
 
 @contextmanager
 def _refusals_of(name: str, array: Any) -> Iterator[None]:
-    """Name the argument where a producer does not hand over its array."""
+    """Name the argument where its library does not hand it over, or tell what it is."""
     try:
         yield
-    except (TypeError, ValueError) as error:
-        if str(error).startswith(f"{name} must "):
+    except Exception as error:  # anything, for this is the code of others
+        if isinstance(error, TypeError | ValueError) and str(error).startswith(f"{name} must "):
             raise
-        reason: Exception = error
-    except (AttributeError, BufferError, NotImplementedError, RuntimeError) as error:
-        reason = error
-    else:
-        return
-    said, kind = str(reason).partition("\n")[0], type(array).__name__
-    raise TypeError(
-        f"{name} must be an array that DLPack hands over, got {kind} ({said})"
-    ) from reason
+        said = "it was deleted or donated" if _is_deleted(array) else str(error).partition("\n")[0]
+        raise TypeError(
+            f"{name} must be an array that can be read, got {type(array).__name__} ({said})"
+        ) from error
+
+
+def _is_deleted(array: Any) -> bool:
+    """Return whether this is an array of JAX whose memory has been given away."""
+    try:
+        return array.is_deleted() is True
+    except Exception:  # of another library, and it may raise anything
+        return False
 
 
 @contextmanager
@@ -746,6 +786,8 @@ def _supported(name: str, device: str) -> str:
 
 def _whole_strides(name: str, array: Any) -> tuple[int, ...]:
     """Return the strides of a NumPy or CuPy array in elements instead of bytes."""
+    if not array.dtype.isnative:
+        raise TypeError(f"{name} must be in native byte order, got {array.dtype.str}")
     strides = []
     for size, stride in zip(array.shape, array.strides, strict=True):
         elements, rest = divmod(stride, array.itemsize or 1)
@@ -802,6 +844,6 @@ def _increment_versions() -> Callable[[tuple[Any, ...]], None]:
         return one_by_one
 
 
-@cache
+@lru_cache(maxsize=MAX_TYPES)
 def _torch_dtype(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
