@@ -99,8 +99,10 @@ class _Call(NamedTuple):
     inputs: tuple[tensor.Library, ...]
     outputs: tuple[tensor.Library, ...]
     wrote: Callable[[tuple[Any, ...]], None]  # tells the libraries of outputs that were given
-    # What finds the streams of other libraries than the first output's.
-    other_streams: tuple[Callable[[int], int], ...] = ()
+    # Other libraries than the first output's, whose streams may be others: of all arrays that are
+    # read or written, and of outputs.
+    before: tuple[tensor.Library, ...] = ()
+    behind: tuple[tensor.Library, ...] = ()
 
 
 class Ready(NamedTuple):
@@ -416,8 +418,16 @@ def _checked(
         inputs=tuple(array.library for array in inputs),
         outputs=tuple(array.library for array in outputs),
         wrote=_teller(tuple(array.library for array in outputs)),
-        other_streams=tensor.other_streams(outputs, (*inputs, *table.arrays, *rows)),
+        before=_others(outputs[0], (*inputs, *outputs, *table.arrays, *rows)),
+        behind=_others(outputs[0], outputs),
     )
+
+
+def _others(first: tensor.Array, arrays: tuple[tensor.Array, ...]) -> tuple[tensor.Library, ...]:
+    """Return the other libraries of arrays on a GPU than that of the first output."""
+    if first.spec.device == "cpu":
+        return ()
+    return tuple({array.library: None for array in arrays if array.library is not first.library})
 
 
 def _posed(
@@ -522,28 +532,26 @@ def _writer(call: _Call, pointers: Pointers) -> Callable[[], None]:
     if call.launcher:
         block = call.launcher.plan.argument_block(pointers)
         launch = call.launcher.with_arguments(block)
-        return _in_order(call, call.launcher, launch) if call.other_streams else launch
+        return _in_order(call, call.launcher, launch) if call.before or call.behind else launch
     if call.problem.num_rows:
         return lambda: cpu.rotate(call.problem, pointers)
     return lambda: None
 
 
 def _in_order(call: _Call, launcher: Launcher, launch: Callable[[], None]) -> Callable[[], None]:
-    """Return a launch that has its turn on the streams of other libraries as on its own.
+    """Return a launch that waits for the streams of other libraries, and lets outputs' wait for it.
 
-    It waits for what they hold, and what comes onto them later waits for it: whoever makes, changes
-    or frees an array of one library does so in the order of that library's stream alone.
+    Each library has a current stream of its own, and knows nothing of the others'.
     """
-    device, own_stream, other_streams = launcher.device, launcher.stream_of, call.other_streams
+    device = launcher.device
 
     def write() -> None:
-        own = own_stream(device) or tensor.LEGACY
-        others = {stream(device) or tensor.LEGACY for stream in other_streams} - {own}
-        for other in others:
-            tensor.let_wait(device, own, other)
+        stream = launcher.stream_of(device)
+        for library in call.before:
+            tensor.let_wait(device, stream, library.stream(device))
         launch()
-        for other in others:
-            tensor.let_wait(device, other, own)
+        for library in call.behind:
+            tensor.let_wait(device, library.stream(device), stream)
 
     return write
 

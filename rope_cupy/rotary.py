@@ -138,9 +138,9 @@ def apply_rotary_qk(
 
     On a GPU the arithmetic is float32, or float64 when q or the table is 64-bit, with one rounding,
     to q's dtype; on the CPU it is float64 throughout. The kernel runs on the current stream of the
-    library that owns the output (q's), and the host does not wait for it. Where other arrays are
-    CuPy's or PyTorch's, the current streams of both libraries wait for each other; keep inputs of
-    any other library until the kernel has run.
+    library that owns the output (q's), and the host does not wait for it. It waits for the
+    current streams of the libraries of all other arrays; keep these arrays, as they are, until it
+    has run.
 
     >>> import numpy as np
     >>> q, k = np.ones((1, 6, 8, 64), np.float32), np.ones((1, 6, 2, 64), np.float32)

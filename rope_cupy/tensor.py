@@ -21,8 +21,6 @@ if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
 
 
-# cudaErrorStreamCaptureImplicit: the default stream cannot be used, for another is captured.
-CAPTURE_IMPLICIT = 906
 LEGACY = 1  # the default stream's own handle, for which libraries also say 0
 MAX_TYPES = 256  # that are known; a program may make any number of them
 
@@ -451,36 +449,18 @@ def placed(array: NDArray[Any], like: Any) -> Any:
     return there
 
 
-def other_streams(
-    outputs: tuple[Array, ...], inputs: tuple[Array, ...]
-) -> tuple[Callable[[int], int], ...]:
-    """Return what finds the streams of other libraries than that of the first output.
-
-    Inputs of other producers are ready on that of the first output: `describe` has seen to it.
-    """
-    if outputs[0].spec.device == "cpu":
-        return ()
-    libraries = [array.library for array in outputs]
-    libraries += [array.library for array in inputs if array.library is not _OTHER]
-    own = libraries[0]
-    return tuple(library.streams() for library in dict.fromkeys(libraries) if library is not own)
-
-
 def let_wait(device: int, stream: int, earlier: int) -> None:
     """Let what comes onto a stream wait for what is on another one; the host does not.
 
     Not across the border of a stream capture, as DLPack has it: what is captured is ordered by
-    whoever replays it. Two streams of one capture do wait, in its graph.
+    whoever replays it.
     """
     runtime = cupy().cuda.runtime
+    if (stream or LEGACY) == (earlier or LEGACY):
+        return
+    if runtime.streamIsCapturing(stream) or runtime.streamIsCapturing(earlier):
+        return
     with cupy().cuda.Device(device):
-        try:
-            if runtime.streamIsCapturing(stream) != runtime.streamIsCapturing(earlier):
-                return
-        except runtime.CUDARuntimeError as error:
-            if error.status != CAPTURE_IMPLICIT:
-                raise
-            return
         event = runtime.eventCreateWithFlags(runtime.eventDisableTiming)
         try:
             runtime.eventRecord(event, earlier)

@@ -61,7 +61,7 @@ HELD_BY = {
         test_gpu.test_the_launch_is_in_its_turn_on_the_current_stream_and_nothing_waits
         test_gpu.test_the_stream_is_that_of_the_library_that_owns_the_output""",
     "Where an array is another": """
-        test_streams.test_the_streams_of_two_libraries_wait_for_each_other_at_every_call
+        test_streams.test_a_launch_waits_for_all_that_it_reads_and_is_waited_for_by_outputs
         test_streams.test_a_torch_table_made_on_a_side_stream_is_waited_for_by_cupy_arrays""",
     "On a GPU nothing": """
         test_gpu.test_nothing_is_allocated_but_the_result""",
