@@ -25,7 +25,8 @@ except Exception as error:
     pytest.skip(f"NVRTC cannot be loaded ({error})", allow_module_level=True)
 
 OPTIONS = (*jit.compile_options(), "-ftz=true")  # CuPy adds the last
-ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
+SHARED = ["sm_75", "sm_100", "sm_120"]  # each kernel is compiled for one of these
+ARCHITECTURES = ["sm_80", "sm_90", *SHARED]  # and for the first two
 INDEX = "int", "long long"
 BATCH = 32  # kernels in one compilation
 ON_THE_CPU = {"cupy": "numpy", "torch-cuda": "torch", "dlpack-cuda": "dlpack"}
@@ -85,12 +86,14 @@ def fused_calls():
 def test_every_kernel_of_the_matrix_compiles_and_keeps_all_in_registers(kernels, architecture):
     code = (jit.sources() / "rotary.cu").read_text()
     options = (*OPTIONS, f"-arch={architecture}", "--ptxas-options=-v")
+    if architecture in SHARED:  # of which each has a third, for the time that compiling takes
+        kernels = kernels[SHARED.index(architecture) :: len(SHARED)]
     batches = [kernels[i : i + BATCH] for i in range(0, len(kernels), BATCH)]
     # In threads: NVRTC compiles without Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         logs = "".join(pool.map(compiled, repeat(code), batches, repeat(options)))
     lines = [line for line in logs.splitlines() if "bytes stack frame" in line]
-    assert len(lines) == len(kernels) > 700
+    assert len(lines) == len(kernels) > 600
     for line in lines:
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line
     assert "warning" not in logs
