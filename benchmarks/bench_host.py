@@ -53,7 +53,7 @@ NAMES = (RAW_KERNEL, *(name for name in peers.PROVIDERS if name not in peers.YAR
 
 EMPTY_KERNEL = """
 #include "rotary.cu"
-using OurArguments = Arguments<float, float, NoNorm, Outputs, 2>;
+using OurArguments = Arguments<float, float, OneAngle<1, 0>, NoNorm, Outputs, 2>;
 extern "C" __global__ void empty_kernel(const __grid_constant__ OurArguments args) {}
 """
 ARGUMENTS = ctypes.create_string_buffer(4096)  # as much as a kernel of any driver may take
