@@ -93,7 +93,7 @@ class Case(NamedTuple):
     def mrope_section(self) -> tuple[int, int, int]:
         """The pairs that turn by each of three axes, as in Qwen2-VL and Qwen3-VL."""
         pairs = self.shape.rotary_dim // 2
-        others = pairs * 3 // 8
+        others = pairs * (5 if self.variant == "mixed axes" else 6) // 16
         return pairs - 2 * others, others, others
 
     @property

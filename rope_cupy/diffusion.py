@@ -262,7 +262,7 @@ def ltx_video(
 
     >>> import numpy as np
     >>> ltx_video((2, 4, 6), like=np.zeros(1))
-    RotaryTable(shape=(1, 48, 32, 32), rotary_dim=64, dtype='float32', device='cpu')
+    RotaryTable(shape=(1, 48, 32, 32), axes='bsh', rotary_dim=64, dtype='float32', device='cpu')
     """
     num_heads = count("num_heads", num_heads, at_least=1)
     width = num_heads * _head_dim(head_dim, 2, at_least=6)
@@ -352,7 +352,7 @@ def lumina2(
     >>> lumina2((4, 6), 8, like=np.zeros(1))
     RotaryTable(shape=(32, 48), rotary_dim=96, dtype='float32', device='cpu')
     >>> lumina2((4, 6), [8, 5], like=np.zeros(1))
-    RotaryTable(shape=(2, 32, 48), rotary_dim=96, dtype='float32', device='cpu')
+    RotaryTable(shape=(2, 32, 48), axes='bs', rotary_dim=96, dtype='float32', device='cpu')
     """
     several = isinstance(text_length, list | tuple)
     if several and not text_length:
