@@ -47,6 +47,8 @@ _STORAGE = {
     "float8_e4m3fn": "u1",
     "float8_e5m2": "u1",
 }
+COPIED = 2  # the number of the tensor that is copied
+RADIANS = 2 * np.pi / 2**64  # of a unit of 2^-64 turns
 
 
 class Angles(NamedTuple):
@@ -56,10 +58,6 @@ class Angles(NamedTuple):
     sin_a: Doubles
     cos_b: Doubles
     sin_b: Doubles
-
-
-COPIED = 2  # the number of the tensor that is copied
-RADIANS = 2 * np.pi / 2**64  # of a unit of 2^-64 turns
 
 
 def rotate(problem: RotaryProblem, pointers: Pointers) -> None:

@@ -33,7 +33,7 @@ def verdict(form: str, arrays: Sequence[NDArray[Any]], axes: str) -> str:
     elif form in ("_full_width", "_elementwise"):
         said = _of_full_width(form, *(array.astype(np.float64) for array in arrays))
     else:
-        said = _of_pairs(form, *_cos_and_sin(form, arrays))
+        said = _of_pairs(*_cos_and_sin(form, arrays))
     return said if ":" in said else f"{said}, of every {OF_AXES[axes]}"
 
 
@@ -47,7 +47,7 @@ def _cos_and_sin(form: str, arrays: Sequence[NDArray[Any]]) -> tuple[Values, Val
     return first.astype(np.float64), last.astype(np.float64)
 
 
-def _of_pairs(form: str, cos: Values, sin: Values) -> str:
+def _of_pairs(cos: Values, sin: Values) -> str:
     in_halves, in_turn = _repeat_in_halves(cos, sin), _repeat_in_turn(cos, sin)
     if _is_swapped(cos, sin):
         return f"{SWAPPED}: use RotaryTable(cos, sin)"
