@@ -549,7 +549,7 @@ def test_a_nested_tensor_is_refused_by_name(layout):
     nested = torch.nested.nested_tensor([x, x], layout=layout)
     with pytest.raises(TypeError, match="x must be a strided tensor, got layout nested"):
         apply_rotary(nested, table)
-    with pytest.raises(TypeError, match="cos must be a strided tensor, got layout nested"):
+    with pytest.raises(TypeError, match="table must be a strided tensor, got layout nested"):
         apply_rotary(x, (nested, nested))
     with pytest.raises(TypeError, match="positions must be a strided tensor, got layout nested"):
         apply_rotary(x, table, positions=nested)
