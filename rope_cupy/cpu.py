@@ -167,12 +167,13 @@ def _normalised(problem: RotaryProblem, pointers: Pointers, i: int, x: Array) ->
 
 
 def _rounded(numbers: Array, dtype: str) -> Doubles:
+    """Return what is left of numbers in a dtype."""
     return _widen(_narrow(numbers.astype(np.float64), dtype), dtype)
 
 
 def _eager_dtype(problem: RotaryProblem) -> type[np.floating[Any]]:
     """Return what PyTorch's operations compute in."""
-    return np.float64 if "float64" in (problem.dtype, problem.table_dtype) else np.float32
+    return np.float64 if problem.is_double else np.float32
 
 
 def _write_slots(
@@ -382,8 +383,7 @@ def _rotated_eagerly(
     def product(x: Array, y: Array) -> Array:
         if problem.dtype != problem.table_dtype:
             return x * y
-        words = _narrow((x * y).astype(np.float64), problem.dtype)
-        return _widen(words, problem.dtype).astype(real)
+        return _rounded(x * y, problem.dtype).astype(real)
 
     return product(a, cos_a) - product(b, sin_a), product(b, cos_b) + product(a, sin_b)
 

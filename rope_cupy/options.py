@@ -181,7 +181,7 @@ def checked_parts(norm: Any, packed: Any, cache: Any) -> tuple[Any, ...]:
 
 def check_round_norm(round_norm: object) -> None:
     """Refuse what does not say where what is normalised is rounded."""
-    if not (isinstance(round_norm, bool) or isinstance(round_norm, str)):
+    if not isinstance(round_norm, bool | str):
         raise TypeError(
             f"round_norm must be True, False or {BEFORE_WEIGHT!r}, got {described(round_norm)}"
         )

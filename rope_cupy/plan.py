@@ -167,14 +167,9 @@ def _norm_kind(problem: RotaryProblem) -> str | None:
     return HEAD_NORM if one else problem.norm.norm.kind
 
 
-def _is_double(problem: RotaryProblem) -> bool:
-    """Return whether the kernel computes in double."""
-    return "float64" in (problem.dtype, problem.table_dtype)
-
-
 def _most_threads(problem: RotaryProblem) -> int:
     """Return how many threads a block that has a whole token may have."""
-    return MOST_THREADS // (2 if _is_double(problem) else 1)
+    return MOST_THREADS // (2 if problem.is_double else 1)
 
 
 def _rows_of_whole_tokens(problem: RotaryProblem, pairs: int, num_lanes: int) -> int:
@@ -286,7 +281,7 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, pass_run: int) -> 
     one_access = problem.interleaved or pass_run or _has_dear_angles(problem) or mixed
     one_access = one_access or (problem.cache is not None and problem.cache.dtype in FLOATS_8)
     pairs = widest // 2 if one_access else widest
-    if problem.table_form != ONE_ANGLE and _is_double(problem):
+    if problem.table_form != ONE_ANGLE and problem.is_double:
         pairs = min(pairs, 2)
     ends = problem.section_ends if problem.position_kind == SECTIONS else ()
     return math.gcd(max(1, pairs), problem.rotary_dim // 2, *ends)  # all pairs are of one section
@@ -592,7 +587,7 @@ def _pack_norm(problem: RotaryProblem, widths: Widths, rows: int) -> bytes | Non
     counts = [problem.head_dim * (t.num_heads if of_token else 1) for t in tensors]
     numbers = [*(1 / count if count else 0.0 for count in counts)]
     numbers += [norm.norm.eps, norm.norm.weight_offset]
-    number = "d" if _is_double(problem) else "f4x"
+    number = "d" if problem.is_double else "f4x"
     return struct.pack("<8q" + len(numbers) * number, *words, *numbers)
 
 

@@ -129,6 +129,11 @@ class RotaryProblem(NamedTuple):
     cache: CacheProblem | None
 
     @property
+    def is_double(self) -> bool:
+        """Whether it is computed in float64, and not in float32, on a GPU."""
+        return "float64" in (self.dtype, self.table_dtype)
+
+    @property
     def num_rows(self) -> int:
         return sum(map(self.num_rows_of, self.tensors))
 
