@@ -221,8 +221,12 @@ class _Torch(Library):
         if self.num_modes() > 0 or self.forward_ad._current_level >= 0:
             return None
         try:
+            # PyTorch's guards end the process when they are asked of a nested tensor's strides.
+            if any([array.is_nested for array in arrays]):
+                return None
             return tuple(map(self.address_of, arrays))
-        except (TypeError, RuntimeError):  # for another library's, and for functorch's tensors
+        # For another library's, and for functorch's tensors.
+        except (AttributeError, TypeError, RuntimeError):
             return None
 
     @cached_property

@@ -555,6 +555,27 @@ def test_a_nested_tensor_is_refused_by_name(layout):
         apply_rotary(x, table, positions=nested)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_may_lie_where_a_known_one_did():
+    """PyTorch's guards, asked whether it is that one, would end the process."""
+    table, x = parts("cpu"), torch.randn(16, 4, 2 * PAIRS)
+    positions = torch.arange(16)
+    for _ in range(3):  # the third has been seen before
+        apply_rotary(x, table, positions=positions, out=x)
+
+    def nested(like):
+        sizes = torch.tensor([[like.numel() // 2], [like.numel() // 2]])
+        at = torch.tensor([0, like.numel() // 2])
+        return torch._nested_view_from_buffer(like.flatten(), sizes, torch.ones_like(sizes), at)
+
+    odd = nested(x)
+    assert odd.data_ptr() == x.data_ptr()
+    with pytest.raises(TypeError, match="x must be a strided tensor, got layout nested"):
+        apply_rotary(odd, table, positions=positions, out=odd)
+    with pytest.raises(TypeError, match="positions must be a strided tensor, got layout nested"):
+        apply_rotary(x, table, positions=nested(positions), out=x)
+
+
 TRANSFORMS = {
     "grad": torch.func.grad,
     "jacrev": torch.func.jacrev,
