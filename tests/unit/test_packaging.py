@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     reason="building a package needs pip and setuptools 77",
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUILT_FROM = ["rope_cupy", "kernels", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
 EXTRAS = {"cuda12", "cuda13", "test", "bench", "dev"}
 

@@ -26,7 +26,7 @@ from rope_cupy import (
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PAIRS = 32
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(params=DEVICES)
@@ -165,14 +165,17 @@ def test_inductor_gives_the_same_forward_and_backward(function, device):
 
 def environment():
     """That of a process which imports this checkout."""
-    paths = str(HERE.parent), os.environ.get("PYTHONPATH")
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    folders = TESTS.parent, TESTS, TESTS / "api", TESTS / "models"
+    paths = *map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def in_a_process(code):
     """Run what uses inductor, which needs setuptools' distutils where others have Python's."""
     command = [sys.executable, "-W", "ignore", "-c", f"import test_compile as tests; {code}"]
-    done = subprocess.run(command, cwd=HERE, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=TESTS / "pytorch", env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

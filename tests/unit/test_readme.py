@@ -12,7 +12,7 @@ from reference import check, rotate
 
 import rope_cupy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^##+ (.*)\n((?:(?!##+ ).*\n)*)", README, re.M))
 ON_GPU = pytest.mark.gpu

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SECTION = README.split("\n## What it promises\n")[1].split("\n## ")[0]
 PROMISES = [" ".join(item.split()) for item in re.split(r"^- ", SECTION, flags=re.M)[1:]]
 

@@ -18,7 +18,7 @@ from test_plan import FIELDS
 
 from rope_cupy import jit
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MACHINE = ["date", "gpu", "driver", "python", "numpy", "cupy", "torch", "rope_cupy"]
 
 

@@ -10,7 +10,7 @@ import host_cuda
 import pytest
 from conftest import packages_that_tests_use, why_no_gpu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def output_of(*arguments, **settings):
@@ -26,7 +26,7 @@ def output_of(*arguments, **settings):
 @pytest.mark.skipif(why_no_gpu() is None, reason="there is a GPU here")
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "two processes"])
 def test_without_a_gpu_the_summary_says_how_many_tests_are_skipped_and_why(workers):
-    said = output_of("-k", "graph", "tests/test_gpu.py", *workers)
+    said = output_of("-k", "graph", "tests/api/test_gpu.py", *workers)
     skipped = int(re.search(r"(\d+) skipped", said)[1])
     assert skipped > 0
     assert f"gpu: {skipped} tests skipped, no GPU here ({why_no_gpu()})" in said
@@ -41,7 +41,7 @@ def test_without_a_gpu_the_summary_says_how_many_tests_are_skipped_and_why(worke
     ids=["no compiler", "a compiler that fails"],
 )
 def test_without_a_compiler_the_summary_says_how_many_tests_are_skipped_and_why(settings, why):
-    said = output_of("-k", "apart", "tests/test_host_cuda.py", **settings)
+    said = output_of("-k", "apart", "tests/kernels/test_host_cuda.py", **settings)
     skipped = int(re.search(r"(\d+) skipped", said)[1])
     assert skipped > 0
     told = rf"^host_cuda: {skipped} tests skipped, no kernels on the CPU here \({why}\)$"
@@ -54,7 +54,7 @@ def test_a_plugin_that_warns_of_itself_does_not_end_the_run(plugin, tmp_path):
     code = "import pytest, warnings\ndef pytest_configure(config):\n    warnings.warn({})\n"
     (tmp_path / f"{stand_in}.py").write_text(code.format("pytest.PytestWarning('of itself')"))
     said = output_of(
-        *("-p", stand_in, "-n", "2", "tests/test_jit.py", "-k", "threads"),
+        *("-p", stand_in, "-n", "2", "tests/unit/test_jit.py", "-k", "threads"),
         PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     )
     assert re.search(r"^\d+ passed in ", said, re.M), said
@@ -99,7 +99,7 @@ def collected_without(hidden, *arguments):
 
 def importers(package):
     """The files with tests that import a package at once, themselves or through others of ours."""
-    paths = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     imports = {
         path: {*re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.M)}
         for path in paths

@@ -15,7 +15,7 @@ from shapes import SHAPES
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "benchmarks/rotary.ipynb"
 
 MACHINE = {

@@ -22,7 +22,7 @@ from shapes import GROUPS, SHAPES, Shape
 
 import rope_cupy
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 COLUMNS = (
     "date,gpu,driver,python,numpy,cupy,torch,rope_cupy,shape,batch,tokens,q_heads,k_heads,head_dim,"
     "rotary_dim,rotary_offset,pairing,dtype,variant,table,measure,provider,version,status,reason,"

@@ -19,7 +19,7 @@ import pytest
 from rope_cupy import __main__ as program
 from rope_cupy import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXTRA = "cuda13" if environment.driver() >= 13000 else "cuda12"
 INSTALL = f"pip install 'rope-cupy[{EXTRA}]'"
 MOVE_CACHE = "export CUPY_CACHE_DIR=/a/folder/that/can/be/written"
