@@ -4,45 +4,43 @@
     python benchmarks/bench_blocks.py --blocks qwen-image --quick
 
 A block has the sizes of its model, random weights and random inputs. Blocks of all kinds are called
-in turn, without gradients: the time is the median of 50 calls of each, between CUDA events, which
-is the GPU's time where the host is ahead of it. Before they are timed, the outputs of the attention
-and of the block are compared with diffusers' own and with those of a float32 block with the same
-weights: rope_cupy's must be no farther from these than diffusers' own, but for 5%.
+in turn, without gradients. `milliseconds` is the median of 50 calls of each, between CUDA events,
+which is what a user waits for: the GPU's time where the host is ahead of it. `gpu_milliseconds` is
+the time of the GPU alone, by replays of a CUDA graph, and `host_milliseconds` that of the host.
+Before they are timed, the outputs of the attention and of the block are compared with diffusers'
+own and with those of a float32 block with the same weights: rope_cupy's must be no farther from
+these than diffusers' own, but for 5%.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import functools
-import gc
 import math
-import random
-import statistics
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
-
-import timing
+import peers
+import runner
 import torch
 import torch.nn.functional as F  # noqa: N812
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_qwenimage, transformer_wan
-from outcome import Result, UnsupportedError, WrongError, result_of
-from report import MACHINE, destination, say, several, version
+from peers import need
+from result import Result, WrongError
+from runner import Entry, Parser
+from timing import Clock, Events, HostLoop, OnTheCPU, Replays
 
 from rope_cupy import RotaryTable, apply_qk_norm_rotary
 
-COLUMNS = (*MACHINE, "block", "batch", "tokens", "text", "dtype", "call", "version")
-COLUMNS += ("status", "reason", "milliseconds", "speedup")
+COLUMNS = ("block", "batch", "tokens", "text", "dtype", "call", "version", "status", "reason")
+COLUMNS += ("milliseconds", "speedup", "gpu_milliseconds", "host_milliseconds")
 COLUMNS += ("block_error", "block_difference", "attention_error", "attention_difference")
 DIFFUSERS, OURS = "diffusers", "rope_cupy"
 COMPILED = ", compiled"
-RUNS, QUICK_RUNS, CPU_RUNS, WARM_UP = 50, 30, 3, 5
+RUNS, QUICK_RUNS, CPU_RUNS = 50, 30, 3
+HOST_CALLS, HOST_REPEATS = 5, 9  # few, so that the GPU's queue of launches never fills
 
 # Norms relative to that of the float32 output: of the difference between rope_cupy's output and
 # diffusers', and of rope_cupy's error, which must not be larger than MARGIN times diffusers' error.
@@ -78,7 +76,7 @@ class QwenImageProcessor:
 
 
 class WanProcessor:
-    """Self-attention whose q and k are normalised over all heads and turned, in place, at once."""
+    """Self-attention whose q and k are normalised over all heads and rotated, in place, at once."""
 
     _attention_backend = None  # transformer.set_attention_backend sets it
 
@@ -115,7 +113,7 @@ class Size(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A block of diffusers, its inputs, and other processors of the attention that turns."""
+    """A block of diffusers, its inputs, and other processors of the attention that rotates."""
 
     module: torch.nn.Module
     attention: str  # the name of that module
@@ -300,127 +298,77 @@ def calls_of(block: Block) -> dict[str, Callable[[], Call]]:
 
 def measured(
     block: Block, device: str, runs: int, with_compiled: bool
-) -> dict[str, tuple[Result, dict[str, Agreement]]]:
+) -> tuple[dict[str, Result], dict[str, dict[str, Agreement]]]:
     """Check the outputs of every call, then time those that are right."""
     torch.compiler.reset()
-    exact = exact_outputs(block)
-    theirs = Call(block).outputs()
-    done: dict[str, tuple[Result, dict[str, Agreement]]] = {}
-    timed: dict[str, Call] = {}
-    for name, make in calls_of(block).items():
-        if name.endswith(COMPILED) and not with_compiled:
-            continue
-        try:
-            if name.endswith(COMPILED) and device == "cpu":
-                raise UnsupportedError("runs on a GPU only")
-            call = make()
-            done[name] = Result("ok"), checked(call.outputs(), theirs, exact)
-            timed[name] = call
-        except Exception as failure:
-            done[name] = result_of(failure), {}
-    del exact, theirs
-    times = times_of([*timed.values()], device, runs)
-    for name, time in zip(timed, times, strict=True):
-        result, agreements = done[name]
-        done[name] = result._replace(microseconds=time), agreements
-    return done
+    exact, theirs = exact_outputs(block), Call(block).outputs()
+    agreements: dict[str, dict[str, Agreement]] = {}
 
+    def entry(name: str, make: Callable[[], Call]) -> Entry:
+        def ways() -> list[list[Call]]:
+            need(device != "cpu" or not name.endswith(COMPILED), "runs on a GPU only")
+            return [[make()]]
 
-def times_of(calls: list[Call], device: str, runs: int) -> list[float]:
-    """Return the median time of each call, in microseconds; all are made in turn."""
-    if device == "cpu":
-        return [timing.cpu_time([call], runs) for call in calls]
-    for call in calls * WARM_UP:
-        call()
-    torch.cuda.synchronize()
-    order = [i for _ in range(runs) for i in random.sample(range(len(calls)), len(calls))]
-    times: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
-    for i in order:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        calls[i]()
-        end.record()
-        times[i].append((start, end))
-    torch.cuda.synchronize()
-    return [
-        1e3 * statistics.median(start.elapsed_time(end) for start, end in pairs) for pairs in times
-    ]
+        def check(call: Call) -> float:
+            agreements[name] = checked(call.outputs(), theirs, exact)
+            return agreements[name]["block"].error
+
+        return Entry(ways, check)
+
+    entries = {
+        name: entry(name, make)
+        for name, make in calls_of(block).items()
+        if with_compiled or not name.endswith(COMPILED)
+    }
+    clock: Clock = OnTheCPU(runs)
+    beside: dict[str, Clock] = {}
+    if device != "cpu":
+        clock, beside["gpu"] = Events(runs), Replays(min_calls=1)
+        beside["host"] = HostLoop(HOST_CALLS, HOST_REPEATS, 0, on_gpu=True)
+    return runner.measured(entries, clock, **beside), agreements
 
 
 @torch.no_grad()
-def main() -> None:
-    """Run what the command line asks for, write the CSV and print a table."""
-    options = _parsed()
-    path, common = destination("blocks", options)
-    on_cpu = options.device == "cpu"
+def _rows(name: str, options: argparse.Namespace) -> list[runner.Row]:
+    on_cpu, kind = options.device == "cpu", KINDS[name]
+    size = kind.small if on_cpu else kind.size
+    torch.manual_seed(0)
+    block = kind.make(size, options.device, getattr(torch, options.dtype))
     runs = CPU_RUNS if on_cpu else QUICK_RUNS if options.quick else RUNS
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for name in options.blocks:
-            say(name)
-            kind = KINDS[name]
-            size = kind.small if on_cpu else kind.size
-            torch.manual_seed(0)
-            block = kind.make(size, options.device, getattr(torch, options.dtype))
-            rows = [*_rows(measured(block, options.device, runs, not options.quick))]
-            what = {"block": name, "batch": size.batch, "tokens": size.tokens, "text": size.text}
-            writer.writerows(common | what | {"dtype": options.dtype} | row for row in rows)
-            file.flush()
-            _print_table(name, size, rows)
-            del block
-            gc.collect()
-    print(f"\nwritten to {path}")
-
-
-def _rows(results: dict[str, tuple[Result, dict[str, Agreement]]]) -> Iterator[dict[str, str]]:
-    eager = results[DIFFUSERS][0].microseconds
-    for call, (result, agreements) in results.items():
+    results, agreements = measured(block, options.device, runs, not options.quick)
+    about = {"block": name, "batch": size.batch, "tokens": size.tokens, "text": size.text}
+    eager = results[DIFFUSERS].microseconds
+    rows = []
+    for call, result in results.items():
         time = result.microseconds
-        yield {
-            "call": call,
-            "version": version("diffusers"),
-            "status": result.status,
-            "reason": result.reason,
-            "milliseconds": "" if time is None else f"{time / 1e3:.4g}",
-            "speedup": f"{eager / time:.3f}" if eager and time else "",
-            **{
-                f"{name}_{what}": f"{value:.3g}"
-                for name, each in agreements.items()
-                for what, value in each._asdict().items()
-            },
-        }
+        row = about | {"dtype": options.dtype, "call": call, "version": peers.version(DIFFUSERS)}
+        row |= {"status": result.status, "reason": result.reason}
+        row["milliseconds"] = "" if time is None else f"{time / 1e3:.4g}"
+        row["speedup"] = f"{eager / time:.3f}" if eager and time else ""
+        for clock, microseconds in result.beside.items():
+            row[f"{clock}_milliseconds"] = f"{microseconds / 1e3:.4g}"
+        for part, each in agreements.get(call, {}).items():
+            row |= {f"{part}_{what}": f"{value:.3g}" for what, value in each._asdict().items()}
+        rows.append(row)
+    return rows
 
 
-def _print_table(name: str, size: Size, rows: list[dict[str, str]]) -> None:
-    print(f"\n{name}, {size.tokens:,} tokens and {size.text:,} of text: milliseconds of a block")
-    for row in rows:
-        what = f"{row['status']}: {row['reason']}"
-        if row["milliseconds"]:
-            what = f"{row['milliseconds']:>8} {row['speedup']:>7} times as fast as diffusers"
-            what += f", error {row['block_error']}"
-            if "attention_error" in row:
-                what += f" (attention {row['attention_error']})"
-        print(f"{row['call']:26}{what}")
+def main() -> None:
+    """Run what the command line asks for."""
+    options = _parsed()
+    groups = []
+    for name in options.blocks:
+        size = KINDS[name].small if options.device == "cpu" else KINDS[name].size
+        title = f"{name}, {size.tokens:,} tokens and {size.text:,} of text: a block"
+        groups.append((title, functools.partial(_rows, name, options)))
+    runner.run("blocks", options, COLUMNS, groups)
 
 
 def _parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--blocks",
-        type=several(tuple(KINDS)),
-        default=list(KINDS),
-        metavar="A,B",
-        help=", ".join(KINDS),
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help=f"nothing compiled, {QUICK_RUNS} calls of each"
-    )
+    parser = Parser(__doc__)  # on the CPU, blocks are small
+    parser.names("--blocks", KINDS)
+    parser.flags(quick=f"nothing compiled, {QUICK_RUNS} calls of each")
     parser.add_argument("--dtype", choices=list(DIFFERENCE), default="bfloat16")
-    parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="on the CPU, blocks are small"
-    )
-    parser.add_argument("--csv", type=Path, metavar="PATH", help="instead of benchmarks/results/")
     return parser.parse_args()
 
 

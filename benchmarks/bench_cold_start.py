@@ -13,7 +13,7 @@ cached, as that of an installed package is.
 from __future__ import annotations
 
 import argparse
-import csv
+import functools
 import os
 import statistics
 import subprocess
@@ -23,11 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import runner
 import torch
-from report import MACHINE, destination, say
+from runner import Parser, digits, say
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = (*MACHINE, "step", "milliseconds", "runs")
+COLUMNS = ("step", "milliseconds", "runs")
 
 # Each prints seconds.
 IMPORTS = """
@@ -71,24 +72,25 @@ class Step(NamedTuple):
     name: str
     milliseconds: list[float]
 
+    def row(self) -> runner.Row:
+        """Return the step's row of the CSV, and of the printed table."""
+        times = self.milliseconds
+        row = {"step": self.name, "runs": len(times)}
+        if not times:
+            return row | {"status": "not measured", "reason": "needs a GPU"}
+        figures = {"milliseconds": statistics.median, "least": min, "most": max}
+        return row | {name: digits(of(times)) for name, of in figures.items()}
+
 
 def main() -> None:
-    """Run everything that the machine can, write the CSV and print a table."""
+    """Run everything that the machine can."""
     options = _parsed()
-    path, common = destination("cold-start", options)
-    print(f"{'milliseconds':30}{'median':>9}{'least':>9}{'most':>9}")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for name, times in steps(options.device, options.runs):
-            median = f"{statistics.median(times):.5g}" if times else ""
-            row = {"step": name, "milliseconds": median, "runs": len(times)}
-            writer.writerow(common | row)
-            file.flush()
-            figures = (statistics.median(times), min(times), max(times)) if times else ()
-            said = "".join(f"{figure:9.2f}" for figure in figures) or "  not measured: needs a GPU"
-            print(f"{name:30}{said}", flush=True)
-    print(f"\nwritten to {path}")
+    measure = functools.partial(_rows, options.device, options.runs)
+    runner.run("cold-start", options, COLUMNS, [("new processes", measure)])
+
+
+def _rows(device: str, runs: int) -> list[runner.Row]:
+    return [step.row() for step in steps(device, runs)]
 
 
 def steps(device: str, runs: int) -> Iterator[Step]:
@@ -138,10 +140,7 @@ def seconds_of(code: str, bytecode: str, kernels: str = "") -> list[float]:
 
 
 def _parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cuda", "cpu"], default=device)
-    parser.add_argument("--csv", type=Path, metavar="PATH", help="instead of benchmarks/results/")
+    parser = Parser(__doc__, "cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--runs", type=int, default=9, help="processes of each median")
     return parser.parse_args()
 

@@ -1,55 +1,64 @@
-"""Time what one call costs the host, whatever the GPU does: of rope_cupy and of its peers.
+"""Time what one call costs the host, whatever the GPU does: calls as models make them, and peers.
 
     python benchmarks/bench_host.py
-    python benchmarks/bench_host.py --providers RawKernel,rope_cupy --profile
+    python benchmarks/bench_host.py --ways eager --providers RawKernel,rope_cupy --profile
 
 q and k have 16 tokens, 32 and 8 heads, head_dim 128 and, but for CuPy's, bfloat16. Every result is
 compared with the float64 reference before it is timed. A time is the median over repeats of 500
 calls in a row that wait for nothing, under torch.inference_mode; all are repeated in turn.
 RawKernel is the yardstick: CuPy's launch, on a stream, of an empty kernel whose one argument is the
-struct that rope_cupy's kernels take. Of a peer the first call that it can do is timed: in place,
-positions; in place; new arrays, positions; new arrays. "slicing alone" is what "addresses never
-seen" spends on making q and k. With --device cpu a time is that of the whole rotation.
+struct that rope_cupy's kernels take. `multiple` is a time over its time, or over the first row's
+where there is none. Of a peer the first call that it can do is timed: in place, positions; in
+place; new arrays, positions; new arrays.
+
+Ways to make the calls of rope_cupy: "eager"; "threads", from 4 at once, the time of one call of one
+of them; "compiled", as an operator in a graph of torch.compile of its own, with dynamic=False;
+"dynamic", the same with numbers of tokens that may change. `above_one_addition` is how much more a
+graph takes than one of a single addition, as a multiple. "slicing alone" is what the calls with
+addresses or numbers of tokens never seen spend on making q and k.
+
+With --device cpu a time is that of the whole rotation, and graphs are not compiled to kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
-import csv
 import ctypes
 import functools
 import itertools
+import math
 import pstats
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
-
 import numpy as np
-import providers as peers
-import timing
+import peers
+import runner
 import torch
-from inputs import Exact, inputs_of
-from outcome import AbsentError, Result, UnsupportedError, result_of
-from providers import Call, Case, Inputs, Pair
-from report import MACHINE, destination, say, several
+from peers import imported, need
+from result import Result, UnsupportedError, WrongError
+from runner import TIMED, Entry, Parser
 from shapes import Shape
+from tasks import HOST_CALL, Call, Exact, Inputs, Pair, Task, complex_numbers, full_width, inputs_of
+from timing import HostLoop, Threads
 
-import rope_cupy
+from rope_cupy import RotaryTable, apply_qk_norm_rotary, apply_rotary_kv_cache, apply_rotary_qk
 
-COLUMNS = (*MACHINE, "call", "provider", "version", "status", "reason", "microseconds")
+COLUMNS = ("call", "provider", *TIMED, "multiple", "above_one_addition")
 SHAPE = Shape("16-tokens-32/8", 1, 16, 32, 8, 128, 128, 0, False)
 WARM_UP = 50
 CALLS, REPEATS = 500, 9
-CPU_CALLS = 20
+CPU_CALLS = 2  # a time on the CPU says nothing but that the call runs
 PROFILED = 10  # times CALLS
-
-RAW_KERNEL, OURS = "RawKernel", "rope_cupy"
-NAMES = (RAW_KERNEL, *(name for name in peers.PROVIDERS if name not in peers.YARDSTICKS))
+NUM_THREADS = 4
+WAYS = ("eager", "threads", "compiled", "dynamic")
+RAW_KERNEL, OURS, TORCH, COMPILE = "RawKernel", "rope_cupy", "torch", "torch.compile"
+PEERS = [*peers.names_for("rotation"), *peers.names_for(HOST_CALL)]
+NAMES = (RAW_KERNEL, TORCH, *(name for name in PEERS if name not in peers.YARDSTICKS))
+ONE_ADDITION = "one addition"
 
 EMPTY_KERNEL = """
 #include "rotary.cu"
@@ -58,25 +67,299 @@ extern "C" __global__ void empty_kernel(const __grid_constant__ OurArguments arg
 """
 ARGUMENTS = ctypes.create_string_buffer(4096)  # as much as a kernel of any driver may take
 
+Arrays = tuple[Any, ...]
 
-class Task(NamedTuple):
-    """A call to time."""
+
+def view(inputs: Inputs) -> Any:
+    return RotaryTable(inputs.table.cos, inputs.table.sin)
+
+
+def halves(inputs: Inputs) -> Any:
+    return inputs.table.cos, inputs.table.sin
+
+
+def computed(inputs: Inputs) -> Any:
+    """Return a table that rope_cupy has computed: no one else can change its arrays."""
+    positions = np.arange(len(inputs.table.cos)) + inputs.table.first
+    angles = np.outer(positions, inputs.table.inv_freq.cpu().numpy())
+    return RotaryTable.from_angles(angles, like=inputs.table.cos)
+
+
+class Case(NamedTuple):
+    """A call of rope_cupy: a function of a table, q, k and other arrays.
+
+    others: returns the other arrays of a set of inputs.
+    change: what inputs are changed beforehand.
+    slices: q and k are taken anew for every call, of other "addresses" or "lengths".
+    table: makes the table, where the function does not make it of the other arrays. Within a graph
+        it is made of cosines and sines, so cases that differ in this alone are not compiled.
+    ways: those in which it is called.
+    """
+
+    task: Task
+    function: Callable[..., Any]
+    others: Callable[[Inputs], Arrays] = lambda inputs: ()
+    change: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    slices: str = ""
+    table: Callable[[Inputs], Any] | None = view
+    ways: tuple[str, ...] = WAYS
+
+
+def in_place(table: Any, q: Any, k: Any) -> Any:
+    return apply_rotary_qk(q, k, table, out=(q, k))
+
+
+def in_place_positions(table: Any, q: Any, k: Any, positions: Any) -> Any:
+    return apply_rotary_qk(q, k, table, positions=positions, out=(q, k))
+
+
+def new_arrays(table: Any, q: Any, k: Any) -> Any:
+    return apply_rotary_qk(q, k, table)
+
+
+def new_arrays_positions(table: Any, q: Any, k: Any, positions: Any) -> Any:
+    return apply_rotary_qk(q, k, table, positions=positions)
+
+
+def norm_in_place(table: Any, q: Any, k: Any, q_weight: Any, k_weight: Any) -> Any:
+    return apply_qk_norm_rotary(q, k, q_weight, k_weight, table, out=(q, k))
+
+
+def norm_new_arrays(table: Any, q: Any, k: Any, q_weight: Any, k_weight: Any) -> Any:
+    return apply_qk_norm_rotary(q, k, q_weight, k_weight, table)
+
+
+def kv_write(table: Any, q: Any, k: Any, v: Any, positions: Any, *cache: Any) -> Any:
+    *caches, slots = cache
+    options = {"positions": positions, "slot_mapping": slots, "out": q}
+    return apply_rotary_kv_cache(q, k, v, *caches, table, **options)
+
+
+def full_width_of_halves(_: Any, q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    return apply_rotary_qk(q, k, RotaryTable.from_full_width(cos, sin), out=(q, k))
+
+
+def full_width_of_neighbours(_: Any, q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    table = RotaryTable.from_full_width(cos, sin)
+    return apply_rotary_qk(q, k, table, interleaved=True, out=(q, k))
+
+
+def of_complex_numbers(_: Any, q: Any, k: Any, freqs: Any) -> Any:
+    return apply_rotary_qk(q, k, RotaryTable.from_complex(freqs), interleaved=True, out=(q, k))
+
+
+def tuple_of_halves(_: Any, q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    half = cos.shape[-1] // 2
+    return apply_rotary_qk(q, k, (cos[..., :half], sin[..., :half]), out=(q, k))
+
+
+def norm_by_torch(table: Any, q: Any, k: Any, q_weight: Any, k_weight: Any) -> Pair:
+    return peers.pytorch.norm_rotated((q_weight, k_weight), q, k, *table, None, False, 0)
+
+
+def positions_of(inputs: Inputs) -> Arrays:
+    return (inputs.positions,)
+
+
+def weights_of(inputs: Inputs) -> Arrays:
+    return inputs.weights or ()
+
+
+def cache_of(inputs: Inputs) -> Arrays:
+    return inputs.v, inputs.positions, *inputs.stored.flat(), inputs.stored.slots
+
+
+def form_of_transformers(inputs: Inputs) -> Arrays:
+    """Return cosines and sines (1, s, d), halves repeated, in the dtype of q."""
+    tables = inputs.table.form(full_width, inputs.q.dtype)
+    return tuple(part[None, : inputs.q.shape[1]].clone() for part in tables)
+
+
+def form_of_diffusers(inputs: Inputs) -> Arrays:
+    """Return cosines and sines (s, d), each repeated, in float32."""
+    tables = inputs.table.form(full_width, torch.float32)
+    return tuple(part[: inputs.q.shape[1]].clone() for part in tables)
+
+
+def complex_of(inputs: Inputs) -> Arrays:
+    return (inputs.table.form(complex_numbers)[: inputs.q.shape[1]].clone(),)
+
+
+def one_weight(inputs: Inputs) -> Inputs:
+    weight, _ = weights_of(inputs)
+    return inputs._replace(weights=(weight, weight))
+
+
+def parameters(inputs: Inputs, requires_grad: bool = False) -> Inputs:
+    q_weight, k_weight = (
+        torch.nn.Parameter(weight, requires_grad) for weight in weights_of(inputs)
+    )
+    return inputs._replace(weights=(q_weight, k_weight))
+
+
+PLAIN = Task(SHAPE)
+POSITIONS = PLAIN._replace(variant="positions")
+NEIGHBOURS = Task(SHAPE._replace(interleaved=True))
+NORM, CACHE = PLAIN._replace(name="norm head"), POSITIONS._replace(name="cache")
+with_grad = functools.partial(parameters, requires_grad=True)
+with_positions = POSITIONS, in_place_positions, positions_of
+norm = NORM, norm_in_place, weights_of
+EAGER = ("eager", "threads")
+CASES = {
+    "in place, positions": Case(*with_positions),
+    "in place": Case(PLAIN, in_place),
+    "new arrays, positions": Case(POSITIONS, new_arrays_positions, positions_of),
+    "new arrays": Case(PLAIN, new_arrays),
+    "norm in place, plain weights": Case(*norm),
+    "norm in place, one weight for q and k": Case(*norm, one_weight),
+    "norm in place, nn.Parameter weights": Case(*norm, parameters),
+    "norm in place, nn.Parameter weights that require gradients": Case(*norm, with_grad),
+    "norm, new arrays, nn.Parameter weights": Case(NORM, norm_new_arrays, weights_of, parameters),
+    "KV write, out=q": Case(CACHE, kv_write, cache_of),
+    "addresses never seen": Case(*with_positions, slices="addresses"),
+    # With dynamic=False every number of tokens is a graph of its own.
+    "a number of tokens never seen": Case(
+        PLAIN, in_place, slices="lengths", ways=(*EAGER, "dynamic")
+    ),
+    "a table of full width made, halves repeated": Case(
+        PLAIN, full_width_of_halves, form_of_transformers, table=None
+    ),
+    "a table of full width made, each repeated": Case(
+        NEIGHBOURS, full_width_of_neighbours, form_of_diffusers, table=None
+    ),
+    "a table of complex numbers made": Case(NEIGHBOURS, of_complex_numbers, complex_of, table=None),
+    "a tuple of this step's halves": Case(PLAIN, tuple_of_halves, form_of_transformers, table=None),
+    "a tuple for the table": Case(*with_positions, table=halves, ways=EAGER),
+    "a computed table": Case(*with_positions, table=computed, ways=EAGER),
+}
+BY_TORCH = {
+    "norm, new arrays, nn.Parameter weights": Case(NORM, norm_by_torch, weights_of, parameters)
+}
+COMPILED = {"compiled": ", compiled", "dynamic": ", compiled, dynamic lengths"}
+
+
+class Row(NamedTuple):
+    """A call to time: made from inputs of a task, whose exact result it must give."""
 
     call: str
     provider: str
-    make: Callable[[Case, Inputs], Call]
-    variant: str = "positions"  # of the case that the provider is asked for
-    given: str = "positions"  # and of the one whose inputs it is given
-    dtype: str = "bfloat16"
-    rotates: bool = True
+    make: Callable[[Inputs], Call]
+    task: Task = POSITIONS
+    change: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    threads: int = 1
+    is_checked: bool = True
 
     def __str__(self) -> str:
         return f"{self.provider}, {self.call}"
 
 
-def raw_kernel(case: Case, inputs: Inputs) -> Call:
+def slicing(inputs: Inputs, slices: str) -> Callable[[], Pair]:
+    """Return what takes q and k from long buffers: a token further on, or longer, in every call."""
+    number = CALLS if inputs.q.is_cuda else CPU_CALLS
+    num_calls, tokens = 2 + WARM_UP + number * REPEATS, SHAPE.tokens
+    repeats = 2 + -(-num_calls // tokens)
+    with torch.inference_mode(False):  # q and k of the other calls are plain tensors too
+        long_q, long_k = (x.repeat(1, repeats, 1, 1) for x in inputs[:2])
+    starts = iter(range(num_calls))
+
+    def addresses() -> Pair:
+        start = next(starts)
+        return long_q[:, start : start + tokens], long_k[:, start : start + tokens]
+
+    def lengths() -> Pair:
+        end = tokens + 1 + next(starts)
+        return long_q[:, :end], long_k[:, :end]
+
+    return {"addresses": addresses, "lengths": lengths}[slices]
+
+
+def call_of(case: Case, way: str, inputs: Inputs) -> Call:
+    """Return a call of a case, eager or of a graph."""
+    function, others = case.function, case.others(inputs)
+    table = case.table(inputs) if case.table else None
+    take = slicing(inputs, case.slices) if case.slices else None
+    if way in COMPILED:
+        table = halves(inputs) if case.table else None
+        backend = "inductor" if inputs.q.is_cuda else "aot_eager"
+        # Graphs of one code object are all looked through in every call.
+        function = FunctionType(function.__code__.replace(), function.__globals__)
+        dynamic = None if way == "dynamic" else False
+        function = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+        if way == "dynamic":
+            take = _first_marked(take)
+            _mark_tokens(inputs.q, inputs.k, *others)
+    if take is None:
+        return functools.partial(function, table, inputs.q, inputs.k, *others)
+
+    def call() -> Any:
+        return function(table, *take(), *others)
+
+    return call
+
+
+def _first_marked(take: Callable[[], Pair] | None) -> Callable[[], Pair] | None:
+    """Return the same slices, of which the first, which is compiled for, may have other lengths."""
+    if take is None:
+        return None
+    first = take()
+    _mark_tokens(*first)
+    slices = itertools.chain([first], iter(take, None))
+    return functools.partial(next, slices)
+
+
+def _mark_tokens(*arrays: torch.Tensor) -> None:
+    for x in arrays:
+        for axis, size in enumerate(x.shape):
+            if size in (SHAPE.tokens, SHAPE.tokens + 1):
+                torch._dynamo.mark_dynamic(x, axis)
+
+
+def rows_of_ours(ways: list[str]) -> Iterator[Row]:
+    """Yield every call of rope_cupy, in every way, and those measured beside them."""
+    for name, case in CASES.items():
+        for way in filter(ways.__contains__, case.ways):
+            call = name + COMPILED.get(way, f", {NUM_THREADS} threads" if way == "threads" else "")
+            make = functools.partial(call_of, case, way)
+            num_threads = NUM_THREADS if way == "threads" else 1
+            yield Row(call, OURS, make, case.task, case.change, num_threads)
+    if "eager" in ways:
+        for task, name in ((POSITIONS, "in place, positions"), (PLAIN, "in place")):
+            task = task._replace(dtype="float16")
+            yield Row(f"CuPy arrays, {name}", OURS, cupy_arrays, task)
+
+
+def rows_of_torch(ways: list[str]) -> Iterator[Row]:
+    """Yield what PyTorch's own parts take."""
+    if "eager" in ways:
+        yield Row("two empty_like", TORCH, two_empty_like, is_checked=False)
+        for slices in ("addresses", "lengths"):
+            make = functools.partial(slicing, slices=slices)
+            yield Row(f"slicing alone, {slices}", TORCH, make, is_checked=False)
+    for way in filter(COMPILED.__contains__, ways):
+        one = functools.partial(one_addition, way=way)
+        yield Row(ONE_ADDITION + COMPILED[way], COMPILE, one, is_checked=False)
+        for name, case in BY_TORCH.items():
+            make = functools.partial(call_of, case, way)
+            yield Row(name + COMPILED[way], COMPILE, make, case.task, case.change)
+
+
+def two_empty_like(inputs: Inputs) -> Call:
+    return lambda: (torch.empty_like(inputs.q), torch.empty_like(inputs.k))
+
+
+def one_addition(inputs: Inputs, way: str) -> Call:
+    """Return a graph of one addition, as those of rope_cupy are made."""
+    case = Case(PLAIN, lambda table, q, k, x: x + 1, lambda inputs: (inputs.positions,), table=None)
+    call = call_of(case, way, inputs)
+    if not torch.equal(call(), inputs.positions + 1):
+        raise WrongError("not one more", math.nan)
+    return call
+
+
+def raw_kernel(inputs: Inputs) -> Call:
     """Launch an empty kernel."""
-    cupy = _cupy(case)
+    need(inputs.q.is_cuda, "runs on a GPU only")
+    cupy = imported("cupy")
     from rope_cupy import jit
 
     kernel = cupy.RawKernel(EMPTY_KERNEL, "empty_kernel", jit.compile_options())
@@ -85,207 +368,149 @@ def raw_kernel(case: Case, inputs: Inputs) -> Call:
     return functools.partial(kernel, (1,), (32,), arguments, stream=stream)
 
 
-def by_provider(name: str) -> Callable[[Case, Inputs], Call]:
-    """Return what makes a provider's call, and refuses one in place that makes new arrays."""
-
-    def make(case: Case, inputs: Inputs) -> Call:
-        call = peers.PROVIDERS[name](case, inputs)
-        if case.variant != "new" and call()[0].data_ptr() != inputs.q.data_ptr():
-            raise UnsupportedError("makes new arrays only")
-        return call
-
-    return make
-
-
-def slicing(case: Case, inputs: Inputs) -> Call:
-    """Take q and k from a long buffer of each, a token further on in every call."""
-    tokens = SHAPE.tokens
-    num_calls = 1 + WARM_UP + CALLS * REPEATS
-    repeats = 1 + -(-num_calls // tokens)
-    with torch.inference_mode(False):  # q and k of the other calls are plain tensors too
-        long_q, long_k = (x.repeat(1, repeats, 1, 1) for x in (inputs.q, inputs.k))
-    starts = iter(range(num_calls))
-
-    def call() -> Pair:
-        start = next(starts)
-        return long_q[:, start : start + tokens], long_k[:, start : start + tokens]
-
-    return call
-
-
-def addresses_never_seen(case: Case, inputs: Inputs) -> Call:
-    """Rotate slices at addresses where none have been rotated."""
-    slices = slicing(case, inputs)
-    table = rope_cupy.RotaryTable(inputs.table.cos, inputs.table.sin)
-
-    def call() -> Pair:
-        q, k = slices()
-        return rope_cupy.apply_rotary_qk(q, k, table, positions=inputs.positions, out=(q, k))
-
-    return call
-
-
-def tuple_for_the_table(case: Case, inputs: Inputs) -> Call:
-    """Rotate in place by cosines and sines that are in no RotaryTable."""
-    q, k, table = inputs.q, inputs.k, (inputs.table.cos, inputs.table.sin)
-    rotate = rope_cupy.apply_rotary_qk
-    return functools.partial(rotate, q, k, table, positions=inputs.positions, out=(q, k))
-
-
-def computed_table(case: Case, inputs: Inputs) -> Call:
-    """Rotate in place by a table that rope_cupy has computed: no one else can change its arrays."""
-    q, k, table = inputs.q, inputs.k, inputs.table
-    positions = np.arange(len(table.cos)) + table.first
-    angles = np.outer(positions, table.inv_freq.cpu().numpy())
-    computed = rope_cupy.RotaryTable.from_angles(angles, like=table.cos)
-    rotate = rope_cupy.apply_rotary_qk
-    return functools.partial(rotate, q, k, computed, positions=inputs.positions, out=(q, k))
-
-
-def cupy_arrays(case: Case, inputs: Inputs) -> Call:
+def cupy_arrays(inputs: Inputs) -> Call:
     """Rotate CuPy's views of q and k in place."""
-    view = _cupy(case).asarray
-    q, k, positions = view(inputs.q), view(inputs.k), view(inputs.positions)
-    table = rope_cupy.RotaryTable(view(inputs.table.cos), view(inputs.table.sin))
+    need(inputs.q.is_cuda, "runs on a GPU only")
+    asarray = imported("cupy").asarray
+    q, k, cos, sin = map(asarray, (*inputs[:2], inputs.table.cos, inputs.table.sin))
+    options = {name: asarray(x) for name, x in inputs.options.items()}
+    table, out = RotaryTable(cos, sin), (q, k)
 
     def call() -> Pair:
-        rope_cupy.apply_rotary_qk(q, k, table, positions=positions, out=(q, k))
+        apply_rotary_qk(q, k, table, out=out, **options)
         return inputs.q, inputs.k
 
     return call
 
 
-def calls_of_all(provider: str) -> list[Task]:
-    """Return the calls that every provider is asked for, those that users would rather make first.
-
-    >>> print(*calls_of_all("Liger"), sep="; ")
-    Liger, in place, positions; Liger, in place; Liger, new arrays, positions; Liger, new arrays
-    """
-    make = by_provider(provider)
-    return [
-        Task("in place, positions", provider, make),
-        Task("in place", provider, make, "in place", "in place"),
-        Task("new arrays, positions", provider, make, "new"),
-        Task("new arrays", provider, make, "new", "new"),
+def row_of_peer(provider: str, device: str) -> Row:
+    """Return the first call that a peer can do, of those that users would rather make first."""
+    rows = [
+        Row("in place, positions", provider, by_provider(provider, POSITIONS)),
+        Row("in place", provider, by_provider(provider, PLAIN), PLAIN),
+        Row("new arrays, positions", provider, by_provider(provider, NEW)),
+        Row("new arrays", provider, by_provider(provider, NEW), PLAIN),
     ]
+    for row in rows:
+        try:
+            with torch.inference_mode():
+                row.make(inputs_for(row, device))
+        except UnsupportedError:
+            continue
+        except Exception:  # is met again where it is measured
+            return row
+        return row
+    return rows[-1]
 
 
-CALLS_OF_OURS = [
-    *calls_of_all(OURS),
-    Task("addresses never seen", OURS, addresses_never_seen),
-    Task("slicing alone", "torch", slicing, rotates=False),
-    Task("a tuple for the table", OURS, tuple_for_the_table),
-    Task("a computed table", OURS, computed_table),
-    Task("CuPy arrays, in place, positions", OURS, cupy_arrays, dtype="float16"),
-]
+NEW = PLAIN._replace(variant="new")
 
 
-def measured(providers: list[str], device: str) -> list[tuple[Task, Result]]:
-    """Measure every call of ours, and of a peer the first that it can do, all in turn."""
-    every = [*itertools.chain.from_iterable(ready_calls(name, device) for name in providers)]
-    calls = {task: call for task, _, call in every if call}
+def by_provider(name: str, task: Task) -> Callable[[Inputs], Call]:
+    """Return what makes a provider's call, and refuses one in place that makes new arrays."""
+    if HOST_CALL in peers.PEERS[name].kinds:
+        task = task._replace(name=HOST_CALL)
+
+    def make(inputs: Inputs) -> Call:
+        call = peers.call_of(name, task._replace(device=inputs.q.device.type), inputs)
+        is_new = task.variant != "new" and call()[0].data_ptr() != inputs.q.data_ptr()
+        need(not is_new, "makes new arrays only")
+        return call
+
+    return make
+
+
+def inputs_for(row: Row, device: str) -> Inputs:
+    """Return inputs of a row: q, k and v apart, as of projections, and a long table."""
+    task = row.task._replace(device=device, variant="positions")
+    inputs = row.change(inputs_of(task, 1)[0])
+    if row.task.variant != "positions":
+        inputs = inputs._replace(positions=None, options={})
+    q, k, v = (x.clone() for x in inputs[:3])
+    return inputs._replace(q=q, k=k, v=v)
+
+
+def entry_of(row: Row, device: str) -> Entry:
+    """Return what makes a row's call, and what checks it."""
+    sets = [inputs_for(row, device) for _ in range(row.threads)]
+    exact = [Exact(row.task._replace(device=device), inputs) for inputs in sets]
+
+    def ways() -> list[list[Call]]:
+        runner.say(str(row))
+        calls = [row.make(inputs) for inputs in sets]
+        return [calls if row.threads == 1 else [Threads(calls)]]
+
+    def check(call: Any) -> float:
+        calls = call.calls if row.threads > 1 else [call]
+        return max(each.error_of(call) for each, call in zip(exact, calls, strict=True))
+
+    return Entry(ways, check if row.is_checked else None)
+
+
+def measured(rows: list[Row], device: str) -> dict[Row, Result]:
+    """Check every call, and time those that are right, all in turn."""
+    on_gpu = device == "cuda"
+    clock = HostLoop(CALLS if on_gpu else CPU_CALLS, REPEATS, WARM_UP if on_gpu else 0, on_gpu)
+    torch.compiler.reset()
+    entries = {row: entry_of(row, device) for row in rows}
     with torch.inference_mode():
-        if device == "cpu":
-            times = [timing.cpu_time([call], CPU_CALLS) for call in calls.values()]
+        return runner.measured(entries, clock)
+
+
+def asked(providers: list[str], ways: list[str], device: str) -> list[Row]:
+    """Return the rows of these providers."""
+    rows: list[Row] = []
+    for name in providers:
+        if name == RAW_KERNEL:
+            rows.append(Row("empty", RAW_KERNEL, raw_kernel, is_checked=False))
+        elif name == OURS:
+            rows += rows_of_ours(ways)
+        elif name == TORCH:
+            rows += rows_of_torch(ways)
         else:
-            times = timing.host_times([*calls.values()], CALLS, REPEATS)
-    microseconds = dict(zip(calls, times, strict=True))
-    return [
-        (task, result._replace(microseconds=microseconds.get(task))) for task, result, _ in every
-    ]
+            rows.append(row_of_peer(name, device))
+    return rows
 
 
-def ready_calls(provider: str, device: str) -> Iterator[tuple[Task, Result, Call | None]]:
-    """Check calls, and return those that are right, to be timed."""
-    if provider == RAW_KERNEL:
-        task = Task("empty", provider, raw_kernel, rotates=False)
-        yield task, *checked(task, device)
-    elif provider == OURS:
-        yield from ((task, *checked(task, device)) for task in CALLS_OF_OURS)
-    else:
-        for task in calls_of_all(provider):
-            result, call = checked(task, device)
-            if result.status != "unsupported":
-                break
-        yield task, result, call
-
-
-def checked(task: Task, device: str) -> tuple[Result, Call | None]:
-    """Check a call's result, and make it some more times."""
-    say(str(task))
-    case, inputs = _asked(task, device)
-    try:
-        with torch.inference_mode():
-            call = task.make(case, inputs)
-            error = Exact(case, inputs).error_of(call) if task.rotates else None
-            for _ in range(WARM_UP if device == "cuda" else 0):
-                call()
-        return Result("ok", error=error), call
-    except Exception as failure:
-        return result_of(failure), None
+def table_of(results: dict[Row, Result]) -> list[runner.Row]:
+    """Return the rows of the CSV, with the multiples of an empty launch, or of the first row."""
+    times = {(row.provider, row.call): each.microseconds for row, each in results.items()}
+    unit = times.get((RAW_KERNEL, "empty")) or next(iter(filter(None, times.values())), None)
+    versions = {RAW_KERNEL: peers.version("limit"), TORCH: torch.__version__}
+    table = []
+    for row, result in results.items():
+        columns = runner.row_of(row.provider, result) | {"call": row.call}
+        columns["version"] = versions.get(row.provider) or columns["version"]
+        time = result.microseconds
+        if time and unit:
+            columns["multiple"] = f"{time / unit:.3f}"
+            ways = [way for way in COMPILED.values() if row.call.endswith(way)]
+            addition = times.get((COMPILE, ONE_ADDITION + ways[0])) if ways else None
+            if addition:
+                columns["above_one_addition"] = f"{(time - addition) / unit:.3f}"
+        table.append(columns)
+    return table
 
 
 def main() -> None:
-    """Run what the command line asks for, write the CSV and print a table."""
+    """Run what the command line asks for."""
     options = _parsed()
-    path, common = destination("host", options)
-    versions = {RAW_KERNEL: common["cupy"], "torch": common["torch"]}
-    done = measured(options.providers, options.device)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for task, result in done:
-            time = result.microseconds
-            row = {
-                "call": task.call,
-                "provider": task.provider,
-                "version": versions.get(task.provider) or peers.version(task.provider),
-                "status": result.status,
-                "reason": result.reason,
-                "microseconds": "" if time is None else f"{time:.5g}",
-            }
-            writer.writerow(common | row)
-    _print_table(done)
+
+    def rows() -> list[runner.Row]:
+        asked_for = asked(options.providers, options.ways, options.device)
+        return table_of(measured(asked_for, options.device))
+
+    runner.run("host", options, COLUMNS, [("microseconds of the host", rows)])
     if options.profile:
         _print_profile(options.device)
-    print(f"\nwritten to {path}")
-
-
-def _asked(task: Task, device: str) -> tuple[Case, Inputs]:
-    """Return a task's case and its inputs."""
-    case = Case(SHAPE, task.dtype, task.variant, device=device)
-    return case, inputs_of(case._replace(variant=task.given))[0]
-
-
-def _cupy(case: Case) -> Any:
-    if case.device == "cpu":
-        raise UnsupportedError("runs on a GPU only")
-    try:
-        import cupy
-    except ImportError as error:
-        raise AbsentError(str(error)) from error
-    return cupy
-
-
-def _print_table(done: list[tuple[Task, Result]]) -> None:
-    """Print a line for each call, the fastest first, then those that were not timed."""
-    times = {task: result.microseconds for task, result in done if result.microseconds}
-    yardstick = next((times[task] for task in times if task.provider == RAW_KERNEL), None)
-    print(f"{'microseconds of the host':50}{'time':>9}{f'of {RAW_KERNEL}':>15}")
-    for task, time in sorted(times.items(), key=lambda item: item[1]):
-        ratio = f"{time / yardstick:.2f}" if yardstick else ""
-        print(f"{task!s:50}{time:9.2f}{ratio:>15}".rstrip())
-    for task, result in done:
-        if task not in times:
-            print(f"{task!s:50}{result.status:>9}: {result.reason}")
 
 
 def _print_profile(device: str) -> None:
     """Print where the time of rope_cupy's call in place, with positions, goes by cProfile."""
-    task = CALLS_OF_OURS[0]
+    row = next(rows_of_ours(["eager"]))
     profiler = cProfile.Profile()
     with torch.inference_mode():
-        call = task.make(*_asked(task, device))
+        call = row.make(inputs_for(row, device))
         for _ in range(WARM_UP):
             call()
         for _ in range(PROFILED):
@@ -295,7 +520,7 @@ def _print_profile(device: str) -> None:
             for _ in range(CALLS):
                 call()
             profiler.disable()
-    print(f"\n{task}, by cProfile, which adds to every call of a function:")
+    print(f"\n{row}, by cProfile, which adds to every call of a function:")
     print("microseconds  calls  function")
     functions = pstats.Stats(profiler).stats.items()
     for (file, line, name), (_, calls, time, *_) in sorted(functions, key=lambda item: -item[1][2]):
@@ -306,17 +531,10 @@ def _print_profile(device: str) -> None:
 
 
 def _parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--providers",
-        type=several(NAMES),
-        default=list(NAMES),
-        metavar="A,B",
-        help=", ".join(NAMES),
-    )
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--csv", type=Path, metavar="PATH", help="instead of benchmarks/results/")
-    parser.add_argument("--profile", action="store_true", help="and say where our time goes")
+    parser = Parser(__doc__)
+    parser.names("--providers", NAMES)
+    parser.names("--ways", WAYS)
+    parser.flags(profile="and say where our time goes")
     return parser.parse_args()
 
 

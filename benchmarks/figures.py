@@ -25,6 +25,7 @@ from shapes import GROUPS
 
 RUN = ["date", "gpu", "driver", "python", "numpy", "cupy", "torch", "rope_cupy"]
 AMOUNTS = ["microseconds", "megabytes", "gigabytes_a_second", "limit_share", "error"]
+AMOUNTS += ["multiple", "above_one_addition"]
 MEASURED = ["version", "status", "reason", *AMOUNTS]
 COUNTS = ["batch", "tokens", "q_heads", "k_heads", "head_dim", "rotary_dim", "rotary_offset"]
 

@@ -43,9 +43,9 @@ def _shape(
 
 def _equal_traffic(head_dim: int, rotary_dim: int = 0) -> Shape:
     """Return a shape of 32 and 8 heads whose rotation in place moves TRAFFIC bytes of q and k."""
-    turning = rotary_dim or head_dim
+    rotated = rotary_dim or head_dim
     part = f"-rotary-{rotary_dim}" if rotary_dim else ""
-    tokens = round(TRAFFIC / (2 * 2 * (32 + 8) * turning))
+    tokens = round(TRAFFIC / (2 * 2 * (32 + 8) * rotated))
     return _shape(f"head-dim-{head_dim}{part}", tokens, 32, 8, head_dim, rotary_dim)
 
 

@@ -3,14 +3,17 @@
 import sys
 
 import bench_fused
-import fused
+import peers
 import pytest
 import torch
-from bench_fused import Goal, goals, limit_share
-from fused import CACHE, LIMIT, OPS, OURS, QKV, ROTATION, TOLERANCE, Task
-from outcome import Result
-from providers import Case
+from bench_fused import NAMES, OURS, ROTATION, Goal, goals
+from peers import PEERS, Peer
+from peers.pytorch import store
+from peers.rope_cupy import alone, fused
+from result import Result
+from runner import limit_share, measured_task
 from shapes import SHAPES, Shape, chosen
+from tasks import BLOCK, FUSED_OPS, TOLERANCE, Task
 from test_bench_host import MACHINE, rows_of
 
 import rope_cupy
@@ -26,7 +29,11 @@ ON_A_GPU |= {"vLLM", "flash-attn", "quack"}
 
 def task(op, shape="halves"):
     shape = TINY.get(shape) or SHAPES[shape]
-    return Task(op, Case(shape, "bfloat16", OPS[op].variant, device="cpu"))
+    return Task(shape, variant=FUSED_OPS[op].variant, device="cpu", name=op)
+
+
+def names_of(op):
+    return peers.names_for(FUSED_OPS[op].kind)
 
 
 def test_the_script_writes_a_row_for_each_provider_of_each_operation(tmp_path):
@@ -38,7 +45,7 @@ def test_the_script_writes_a_row_for_each_provider_of_each_operation(tmp_path):
     assert tasks == [(op, shape) for op in ("norm head", "cache") for shape in decoding]
     for op, shape in tasks:
         of_task = [row for row in rows if (row["op"], row["shape"]) == (op, shape)]
-        planned = [name for name in fused.PROVIDERS[op] if name != "torch.compile"]
+        planned = [name for name in names_of(op) if name != "torch.compile"]
         assert [row["provider"] for row in of_task] == planned
         for row in of_task:
             assert (row["status"] == "ok") == (row["provider"] not in ON_A_GPU)
@@ -51,21 +58,21 @@ def test_the_script_writes_a_row_for_each_provider_of_each_operation(tmp_path):
     assert megabytes == pytest.approx(counted / 1e6, rel=1e-3)
     assert float(ours["gigabytes_a_second"]) == pytest.approx(megabytes / time * 1e3, rel=1e-3)
     assert 0 < float(ours["error"]) < TOLERANCE["bfloat16"]
-    assert "norm head, llama-3-8b-decode-64: microseconds" in printed
+    assert "norm head, llama-3-8b-decode-64  microseconds" in printed
     wanted = [line for line in printed.splitlines() if line.startswith("time of torch")]
     assert len(wanted) == 2 and all(">= 1.167" in line for line in wanted)
     assert str(path) in printed
 
 
 @pytest.mark.parametrize("shape", TINY)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", FUSED_OPS)
 def test_every_provider_is_right_or_says_why_not(op, shape):
-    results = bench_fused.measured(task(op, shape), list(fused.PROVIDERS[op]), quick=True)
-    assert list(results) == list(fused.PROVIDERS[op])
+    results = measured_task(task(op, shape), names_of(op), quick=True)
+    assert list(results) == names_of(op)
     for name, result in results.items():
         assert result.status in ("ok", "absent", "unsupported"), (name, result)
         assert (result.status == "ok") == (result.microseconds is not None)
-        assert (result.error is None) == (result.status != "ok" or name in fused.YARDSTICKS)
+        assert (result.error is None) == (result.status != "ok" or name in peers.YARDSTICKS)
         if name not in ON_A_GPU and name != "transformers":
             assert result.status == "ok", (name, result)
 
@@ -75,7 +82,7 @@ def of_ours(change):
 
     def provider(task, inputs):
         def call():
-            results = fused.rope_cupy(task, inputs)()
+            results = fused(task, inputs)()
             change(inputs)
             return results
 
@@ -86,17 +93,17 @@ def of_ours(change):
 
 def unweighted(task, inputs):
     ones = tuple(torch.ones_like(weight) for weight in inputs.weights)
-    return fused.rope_cupy(task, inputs._replace(weights=ones))
+    return fused(task, inputs._replace(weights=ones))
 
 
 def weights_exchanged(task, inputs):
-    return fused.rope_cupy(task, inputs._replace(weights=inputs.weights[::-1]))
+    return fused(task, inputs._replace(weights=inputs.weights[::-1]))
 
 
 def norm_of_heads_together(task, inputs):
-    q, k = inputs.qkv.q, inputs.qkv.k
+    q, k = inputs.q, inputs.k
     weights = (weight.repeat(x.shape[2]) for weight, x in zip(inputs.weights, (q, k), strict=True))
-    table = inputs.qkv.table
+    table = inputs.table
     how = {"interleaved": task.shape.interleaved, "norm": "heads", "out": (q, k)}
     call = rope_cupy.apply_qk_norm_rotary
     return lambda: call(q, k, *weights, (table.cos, table.sin), **how)
@@ -104,43 +111,42 @@ def norm_of_heads_together(task, inputs):
 
 def next_slots(task, inputs):
     cache = inputs.cache
-    moved = (cache.slots + 1) % (cache.k.shape[0] * fused.BLOCK)
-    return fused.rope_cupy(task, inputs._replace(cache=cache._replace(slots=moved)))
+    moved = (cache.slots + 1) % (cache.k.shape[0] * BLOCK)
+    return fused(task, inputs._replace(cache=cache._replace(slots=moved)))
 
 
 def scaled(task, inputs):
     double = inputs.cache._replace(scale=2 * inputs.cache.scale)
-    return fused.rope_cupy(task, inputs._replace(cache=double))
+    return fused(task, inputs._replace(cache=double))
 
 
 def unrotated_k(inputs):
-    cache, qkv = inputs.cache, inputs.qkv
-    fused.stored_by_torch(qkv.k, qkv.v, cache)
+    store(inputs.k, inputs.v, inputs.cache)
 
 
 def one_slot_more(inputs):
     cache = inputs.cache
-    free = set(range(cache.k.shape[0] * fused.BLOCK)) - set(cache.slots.flatten().tolist())
+    free = set(range(cache.k.shape[0] * BLOCK)) - set(cache.slots.flatten().tolist())
     slot = min(free)
-    cache.v[slot // fused.BLOCK, slot % fused.BLOCK, 0, 0] = 1
+    cache.v[slot // BLOCK, slot % BLOCK, 0, 0] = 1
 
 
 WRONG = {
-    "the rotation alone": ("norm head", fused.rotation),
+    "the rotation alone": ("norm head", alone),
     "unweighted": ("norm head", unweighted),
     "unweighted, of all heads": ("norm heads", unweighted),
     "weights exchanged": ("norm head", weights_exchanged),
     "a norm of all heads": ("norm head", norm_of_heads_together),
     "unweighted and packed": ("qkv norm", unweighted),
-    "nothing packed": ("qkv", lambda task, inputs: lambda: inputs.qkv[:2]),
-    "v changed": ("qkv", of_ours(lambda inputs: inputs.qkv.v.mul_(1.1))),
+    "nothing packed": ("qkv", lambda task, inputs: lambda: inputs[:2]),
+    "v changed": ("qkv", of_ours(lambda inputs: inputs.v.mul_(1.1))),
     "other slots": ("cache", next_slots),
     "other slots in blocks": ("cache paged HND", next_slots),
     "v forgotten": ("cache", of_ours(lambda inputs: inputs.cache.v.zero_())),
     "k as it was": ("cache", of_ours(unrotated_k)),
     "one slot more": ("cache paged HND", of_ours(one_slot_more)),
     "another scale": ("cache float8", scaled),
-    "another dtype": ("eager", lambda task, inputs: lambda: [x.float() for x in inputs.qkv[:2]]),
+    "another dtype": ("eager", lambda task, inputs: lambda: [x.float() for x in inputs[:2]]),
 }
 
 
@@ -152,8 +158,9 @@ def test_a_wrong_result_is_named_wrong_and_not_timed(monkeypatch, op, provider):
         call = provider(task, inputs)
         return lambda: calls.append(op) or call()
 
-    monkeypatch.setitem(fused.PROVIDERS[op], "peer", counted)
-    results = bench_fused.measured(task(op), ["peer", OURS], quick=True)
+    kinds = {FUSED_OPS[op].kind: counted}
+    monkeypatch.setitem(PEERS, "peer", Peer((), kinds, gpu_only=False))
+    results = measured_task(task(op), ["peer", OURS], quick=True)
     assert (results["peer"].status, results["peer"].microseconds) == ("wrong", None)
     assert results["peer"].reason and len(calls) == 1
     assert results[OURS].status == "ok"
@@ -223,14 +230,12 @@ def test_a_goal_is_held_at_its_bound(measured, at_least, held):
 
 
 def test_every_operation_has_a_plan_of_known_shapes_and_is_compared_with_the_limit():
-    assert list(bench_fused.PLAN) == list(OPS)
+    assert list(bench_fused.PLAN) == list(FUSED_OPS)
     for op, names in bench_fused.PLAN.items():
         assert any(shape.tokens <= bench_fused.FEW_TOKENS for shape in chosen(names)), op
-        assert {LIMIT, OURS} < fused.PROVIDERS[op].keys()
-        assert (ROTATION in fused.PROVIDERS[op]) == (fused.PROVIDERS[op] is not CACHE)
+        assert {"limit", OURS} < {*names_of(op)} <= {*NAMES}
+        assert (ROTATION in names_of(op)) == (FUSED_OPS[op].kind != "cache")
     assert set(bench_fused.COMPILED) <= SHAPES.keys()
-    assert fused.PROVIDERS["qkv"] is QKV
-    assert {*fused.PACKAGES} < {*fused.NAMES}
 
 
 def test_what_sglang_compiles_is_built_once_and_a_failure_is_left_to_the_call(monkeypatch):
@@ -240,12 +245,13 @@ def test_what_sglang_compiles_is_built_once_and_a_failure_is_left_to_the_call(mo
         built.append(kernel)
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(fused, "_sglang", build)
-    tasks = [task(op, "qwen3-8b-prefill") for op in OPS] + [task("norm head", "slice")]
-    fused.build_ahead(tasks, ["SGLang", "two launches"])
+    monkeypatch.setattr(peers.sglang, "kernel", build)
+    tasks = [task(op, "qwen3-8b-prefill") for op in FUSED_OPS] + [task("norm head", "slice")]
+    peers.build_ahead(tasks, ["SGLang", "two launches"])
     assert sorted(built) == [
         ("diffusion/qknorm_rope.cuh", "QKNormRopeKernel<128, 128, true, PDL, bf16_t>"),
         ("elementwise/kvcache.cuh", "StoreKVCacheKernel<2048, PDL>"),
+        ("elementwise/rope.cuh", "FusedRopeKernel<true, 128, PDL, bf16_t>"),
         ("elementwise/rope.cuh", "FusedRopeKernel<true, 128, PDL, bf16_t>::run_fused"),
     ]
 

@@ -1,7 +1,6 @@
 """benchmarks/bench_host.py and benchmarks/bench_cold_start.py, on the CPU."""
 
 import csv
-import doctest
 import os
 import subprocess
 import sys
@@ -9,14 +8,18 @@ from pathlib import Path
 
 import bench_cold_start
 import bench_host
-import providers
+import peers
 import pytest
 import torch
+from bench_host import CASES, COMPILED, NAMES, NUM_THREADS, OURS
 from nvrtc import ptx
-from outcome import AbsentError
-from test_plan import FIELDS
+from peers import PEERS, Peer
+from result import AbsentError
+from tasks import TOLERANCE
+from test_plan import problem, spec
 
 from rope_cupy import jit
+from rope_cupy.plan import launch_plan
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MACHINE = ["date", "gpu", "driver", "python", "numpy", "cupy", "torch", "rope_cupy"]
@@ -33,32 +36,65 @@ def rows_of(script, path, *options):
     return rows, done.stdout
 
 
-def test_the_host_times_of_all_providers_without_a_gpu(tmp_path):
+CUPY = ["CuPy arrays, in place, positions", "CuPy arrays, in place"]
+BEHIND = {"eager": "", "threads": f", {NUM_THREADS} threads"} | COMPILED
+
+
+def test_every_call_is_right_and_timed_once_in_every_way_without_a_gpu(tmp_path):
     rows, printed = rows_of("bench_host.py", tmp_path / "new" / "host.csv")
     columns = ["call", "provider", "version", "status", "reason", "microseconds"]
-    assert list(rows[0]) == MACHINE + columns
+    assert list(rows[0]) == MACHINE + columns + ["multiple", "above_one_addition"]
     results = {(row["provider"], row["call"]): row for row in rows}
     assert len(results) == len(rows)
-    ours = [call for provider, call in results if provider == "rope_cupy"]
-    assert ours == [
-        *("in place, positions", "in place", "new arrays, positions", "new arrays"),
-        *("addresses never seen", "a tuple for the table", "a computed table"),
-        "CuPy arrays, in place, positions",
-    ]
-    for call in ours[:-1]:
-        assert results["rope_cupy", call]["status"] == "ok"
+    ours = [name + BEHIND[way] for name, case in CASES.items() for way in case.ways]
+    assert [call for provider, call in results if provider == OURS] == [*ours, *CUPY]
     for row in rows:
         assert (row["status"] == "ok") == (row["reason"] == "") == (row["microseconds"] != "")
+        assert (row["status"] == "ok") == (row["multiple"] != "")
+        is_compiled = row["call"].endswith(tuple(COMPILED.values()))
+        assert is_compiled == (row["above_one_addition"] != ""), row
         assert row["status"] != "ok" or 0.1 < float(row["microseconds"]) < 1e6
+    for call in ours:
+        assert results[OURS, call]["status"] == "ok", results[OURS, call]
+    first, *_ = (row for row in rows if row["status"] == "ok")
+    assert (first["call"], first["multiple"]) == ("two empty_like", "1.000")
+    ratio = float(results[OURS, "in place"]["microseconds"]) / float(first["microseconds"])
+    assert float(results[OURS, "in place"]["multiple"]) == pytest.approx(ratio, rel=1e-3)
+    one = results["torch.compile", "one addition, compiled"]
+    more = float(results[OURS, "in place, compiled"]["multiple"]) - float(one["multiple"])
+    above = float(results[OURS, "in place, compiled"]["above_one_addition"])
+    assert above == pytest.approx(more, abs=2e-3) and one["above_one_addition"] == "0.000"
+    of_torch = [call for provider, call in results if provider in ("torch", "torch.compile")]
+    norm = "norm, new arrays, nn.Parameter weights"
+    assert of_torch == [
+        *("two empty_like", "slicing alone, addresses", "slicing alone, lengths"),
+        *(name + behind for behind in COMPILED.values() for name in ("one addition", norm)),
+        "new arrays",
+    ]
     assert results["torch eager", "new arrays, positions"]["status"] == "ok"
-    assert results["torch", "slicing alone"]["version"] == torch.__version__
-    without_a_gpu = [("RawKernel", "empty"), ("rope_cupy", ours[-1])]
-    assert {results[key]["reason"] for key in without_a_gpu} == {"runs on a GPU only"}
-    # Of every peer there is one call.
-    peers = {row["provider"] for row in rows} - {"rope_cupy"}
-    assert peers == {*bench_host.NAMES, "torch"} - {"rope_cupy"}
-    assert len(rows) == len(ours) + len(peers)
+    assert results["torch", "two empty_like"]["version"] == torch.__version__
+    for key in [("RawKernel", "empty"), ("SGLang torch op", "new arrays"), (OURS, CUPY[0])]:
+        assert results[key]["reason"] == "runs on a GPU only"
+    assert {row["provider"] for row in rows} == {*NAMES}
+    assert len(rows) == len(ours) + len(CUPY) + len(of_torch) + len(NAMES) - 3
     assert "rope_cupy, in place, positions    " in printed
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_call_that_is_wrong_is_not_timed(monkeypatch, name):
+    """Every case is compared with what it is to give: here, with the rotation of other numbers."""
+    case = CASES[name]
+
+    def wrong(*arguments):
+        result = case.function(*arguments)
+        (result if isinstance(result, torch.Tensor) else result[1]).mul_(1.1)
+        return result
+
+    monkeypatch.setitem(bench_host.CASES, name, case._replace(function=wrong))
+    (row,) = (row for row in bench_host.rows_of_ours(["eager"]) if row.call == name)
+    (result,) = bench_host.measured([row], "cpu").values()
+    assert (result.status, result.microseconds) == ("wrong", None)
+    assert result.error > TOLERANCE["bfloat16"]
 
 
 def test_the_profile_names_the_functions_of_a_call(monkeypatch, capsys):
@@ -73,53 +109,80 @@ def test_the_profile_names_the_functions_of_a_call(monkeypatch, capsys):
     assert line.split()[1] == "1"
 
 
+def measured(monkeypatch, provider):
+    """The call of a peer that is measured, and its result."""
+    monkeypatch.setitem(PEERS, "peer", Peer((), {"rotation": provider}, gpu_only=False))
+    rows = bench_host.asked(["peer"], ["eager"], "cpu")
+    ((row, result),) = bench_host.measured(rows, "cpu").items()
+    return row.call, result
+
+
 def test_what_is_wrong_or_absent_is_not_timed_and_nothing_else_is_tried(monkeypatch):
-    def unmoved(case, inputs):
+    def unmoved(task, inputs):
         return lambda: (inputs.q, inputs.k)
 
-    def missing(case, inputs):
+    def missing(task, inputs):
         raise AbsentError("it is not installed")
 
-    def broken(case, inputs):
+    def broken(task, inputs):
         raise RuntimeError("no memory\nat all")
 
     expected = {unmoved: "wrong", missing: "absent", broken: "failed"}
     for provider, status in expected.items():
-        monkeypatch.setitem(providers.PROVIDERS, "peer", provider)
-        ((task, result),) = bench_host.measured(["peer"], "cpu")
-        assert (task.call, result.status) == ("in place, positions", status)
+        call, result = measured(monkeypatch, provider)
+        assert (call, result.status) == ("in place, positions", status)
         assert result.microseconds is None
     assert result.reason == "RuntimeError: no memory"
 
 
 def test_a_peer_is_timed_by_the_first_call_that_it_can_do(monkeypatch):
-    def new_arrays_without_positions(case, inputs):
-        providers._no_positions(inputs)
-        return providers.torch_eager(case, inputs)
+    def new_arrays_without_positions(task, inputs):
+        peers.need_no_positions(inputs)
+        return peers.pytorch.eager(task, inputs)
 
-    monkeypatch.setitem(providers.PROVIDERS, "peer", new_arrays_without_positions)
-    ((task, result),) = bench_host.measured(["peer"], "cpu")
-    assert (task.call, result.status) == ("new arrays", "ok")
+    call, result = measured(monkeypatch, new_arrays_without_positions)
+    assert (call, result.status) == ("new arrays", "ok")
 
 
-def test_no_two_calls_rotate_the_same_addresses(monkeypatch):
+@pytest.mark.parametrize("slices", ["addresses", "lengths"])
+def test_no_two_calls_rotate_the_same_addresses_or_as_many_tokens(monkeypatch, slices):
     monkeypatch.setattr(bench_host, "WARM_UP", 3)
-    monkeypatch.setattr(bench_host, "CALLS", 5)
-    task = next(task for task in bench_host.CALLS_OF_OURS if task.call == "addresses never seen")
-    call = task.make(*bench_host._asked(task, "cpu"))
-    num_calls = 1 + 3 + 5 * bench_host.REPEATS
+    monkeypatch.setattr(bench_host, "CPU_CALLS", 5)
+    (case,) = (case for case in CASES.values() if case.slices == slices)
+    row = bench_host.Row("", OURS, None, case.task)
+    call = bench_host.call_of(case, "eager", bench_host.inputs_for(row, "cpu"))
+    num_calls = 2 + 3 + 5 * bench_host.REPEATS
     pairs = [call() for _ in range(num_calls)]
-    assert {(q.shape, k.shape) for q, k in pairs} == {((1, 16, 32, 128), (1, 16, 8, 128))}
-    for arrays in zip(*pairs, strict=True):
-        assert len({array.data_ptr() for array in arrays}) == num_calls
+    for arrays, heads in zip(zip(*pairs, strict=True), (32, 8), strict=True):
+        assert {(len(x), *x.shape[2:]) for x in arrays} == {(1, heads, 128)}
+        tokens, addresses = (
+            {of(x) for x in arrays} for of in (lambda x: x.shape[1], torch.Tensor.data_ptr)
+        )
+        sizes = {"addresses": (1, num_calls), "lengths": (num_calls, 1)}
+        assert (len(tokens), len(addresses)) == sizes[slices]
+        assert (16 in tokens) == (slices == "addresses")
     with pytest.raises(StopIteration):
         call()
+
+
+def test_threads_share_no_arrays_and_the_result_of_each_is_checked():
+    seen = []
+
+    def make(inputs):
+        seen.append(inputs)
+        rotate = bench_host.call_of(CASES["in place"], "eager", inputs)
+        return rotate if len(seen) < NUM_THREADS else lambda: inputs[:2]
+
+    row = bench_host.Row("", OURS, make, bench_host.PLAIN, threads=NUM_THREADS)
+    (result,) = bench_host.measured([row], "cpu").values()
+    assert result.status == "wrong"
+    assert len({x.data_ptr() for inputs in seen for x in inputs[:3]}) == 3 * NUM_THREADS
 
 
 def test_the_yardstick_takes_the_argument_of_our_kernels():
     options = (*jit.compile_options(), "-arch=sm_90")
     code = ptx(bench_host.EMPTY_KERNEL, "empty_kernel", options)
-    size = 8 * (7 + len(FIELDS) + 2)  # seven pointers, integers, a pointer and an integer
+    size = launch_plan(problem([spec((1, 16, 32, 128))], 128)).packer.size
     assert f"empty_kernel_param_0[{size}]" in code
     assert size <= len(bench_host.ARGUMENTS)
 
@@ -146,7 +209,7 @@ def test_an_import_that_brings_torch_or_cupy_ends_the_run(tmp_path):
 def test_the_processes_cache_bytecode(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     bench_cold_start.seconds_of(bench_cold_start.IMPORTS, str(tmp_path))
-    assert list(tmp_path.glob("**/rope_cupy/calls.*.pyc"))
+    assert list(tmp_path.glob("**/rope_cupy/call.*.pyc"))
 
 
 def test_the_steps_of_a_gpu_have_caches_of_their_own(monkeypatch):
@@ -183,7 +246,3 @@ sys.modules["cupy"] = types.SimpleNamespace(
     code = bench_cold_start.FIRST_CALL.replace("y.get()", "y")
     (seconds,) = bench_cold_start.seconds_of(stand_in + code, str(tmp_path))
     assert 0 < seconds < 60
-
-
-def test_the_examples_of_docstrings_are_right():
-    assert doctest.testmod(bench_host) == (0, 1)

@@ -10,15 +10,17 @@ import sys
 from pathlib import Path
 
 import bench_rotary
-import outcome
-import providers as peers
+import peers
 import pytest
+import result
 import shapes
-from inputs import TOLERANCE
+import tasks
 from nvrtc import compiled, ptx
-from outcome import AbsentError
-from providers import Case
+from peers import PEERS, Peer
+from result import AbsentError
+from runner import Entry, measured
 from shapes import GROUPS, SHAPES, Shape
+from tasks import TOLERANCE, Task
 
 import rope_cupy
 
@@ -42,7 +44,7 @@ def measure(monkeypatch, tmp_path):
     def rows(*options, **more_providers):
         path = tmp_path / "rotary.csv"
         for name, provider in more_providers.items():
-            monkeypatch.setitem(peers.PROVIDERS, name, provider)
+            monkeypatch.setitem(PEERS, name, Peer((), {"rotation": provider}, gpu_only=False))
         command = ["bench_rotary.py", "--device", "cpu", "--quick", "--csv", str(path), *options]
         monkeypatch.setattr(sys, "argv", command)
         bench_rotary.main()
@@ -54,10 +56,10 @@ def measure(monkeypatch, tmp_path):
     gc.unfreeze()
 
 
-def rotated(case, inputs, **options):
+def rotated(task, inputs, **options):
     table = inputs.table.cos, options.pop("sin", inputs.table.sin)
-    options = {"interleaved": case.shape.interleaved, **options}
-    options = {"rotary_offset": case.shape.rotary_offset, **options}
+    options = {"interleaved": task.shape.interleaved, **options}
+    options = {"rotary_offset": task.shape.rotary_offset, **options}
     return rope_cupy.apply_rotary_qk(inputs.q, inputs.k, table, **options)
 
 
@@ -99,16 +101,16 @@ def test_the_script_writes_a_row_for_each_provider(tmp_path):
 def test_every_provider_is_right_or_says_why_not(measure):
     options = ["--shapes", ",".join(TINY), "--variants", "all", "--dtypes", "bfloat16,float32"]
     rows = measure(*options)
-    rest = len(peers.PROVIDERS) - 1
+    rest = len(peers.names_for("rotation")) - 1
     assert (
-        len(rows) == 3 * len(peers.VARIANTS) * 2 * rest + 2
+        len(rows) == 3 * len(tasks.VARIANTS) * 2 * rest + 2
     )  # "limit, same places": a slice, in place, two dtypes
     for row in rows:
         name, whole = row["provider"], row["shape"] != "slice"
         assert row["status"] in ("ok", "absent", "unsupported"), row
         assert (row["status"] == "ok") == (row["reason"] == ""), row
         assert (row["status"] == "ok") == (row["microseconds"] != ""), row
-        by_axes = row["variant"] in peers.BY_AXES
+        by_axes = row["variant"] in tasks.BY_AXES
         packed_batches = row["variant"] == "sequences" and row["batch"] != "1"
         cannot = {
             "rope_cupy": packed_batches,
@@ -127,34 +129,34 @@ def test_every_provider_is_right_or_says_why_not(measure):
             assert float(row["error"]) < TOLERANCE[row["dtype"]], row
 
 
-@pytest.mark.parametrize("form", peers.TABLES)
+@pytest.mark.parametrize("form", tasks.TABLES)
 def test_rope_cupy_is_right_with_every_form_of_table(measure, form):
     rows = measure("--shapes", ",".join(TINY), "--providers", "rope_cupy", "--tables", form)
     assert [(row["table"], row["status"]) for row in rows] == [(form, "ok")] * 3
 
 
-def zeroed_rest(case, inputs):
+def zeroed_rest(task, inputs):
     for x in (inputs.q, inputs.k):
-        x[..., case.shape.rotary_offset + case.shape.rotary_dim :] = 0
-    return rotated(case, inputs)
+        x[..., task.shape.rotary_offset + task.shape.rotary_dim :] = 0
+    return rotated(task, inputs)
 
 
-def last_token_left(case, inputs):
-    q, k = (x.clone() for x in rotated(case, inputs))
+def last_token_left(task, inputs):
+    q, k = (x.clone() for x in rotated(task, inputs))
     k[:, -1] = inputs.k[:, -1]
     return q, k
 
 
 WRONG = {
-    "not at all": lambda case, inputs: (inputs.q, inputs.k),
-    "q alone": lambda case, inputs: (rotated(case, inputs)[0], inputs.k),
-    "k alone": lambda case, inputs: (inputs.q, rotated(case, inputs)[1]),
-    "back": lambda case, inputs: rotated(case, inputs, sin=-inputs.table.sin),
-    "other pairs": lambda case, inputs: rotated(case, inputs, interleaved=False),
-    "another slice": lambda case, inputs: rotated(case, inputs, rotary_offset=0),
-    "two percent too long": lambda case, inputs: [1.02 * x for x in rotated(case, inputs)],
-    "into nothing": lambda case, inputs: [x * float("nan") for x in rotated(case, inputs)],
-    "another shape": lambda case, inputs: [x[..., :-1] for x in rotated(case, inputs)],
+    "not at all": lambda task, inputs: (inputs.q, inputs.k),
+    "q alone": lambda task, inputs: (rotated(task, inputs)[0], inputs.k),
+    "k alone": lambda task, inputs: (inputs.q, rotated(task, inputs)[1]),
+    "back": lambda task, inputs: rotated(task, inputs, sin=-inputs.table.sin),
+    "other pairs": lambda task, inputs: rotated(task, inputs, interleaved=False),
+    "another slice": lambda task, inputs: rotated(task, inputs, rotary_offset=0),
+    "two percent too long": lambda task, inputs: [1.02 * x for x in rotated(task, inputs)],
+    "into nothing": lambda task, inputs: [x * float("nan") for x in rotated(task, inputs)],
+    "another shape": lambda task, inputs: [x[..., :-1] for x in rotated(task, inputs)],
     "all but the last token": last_token_left,
     "what lies behind the slice as well": zeroed_rest,
 }
@@ -164,8 +166,8 @@ WRONG = {
 def test_a_wrong_result_is_named_wrong_and_not_timed(measure, capsys, rotate):
     calls = []
 
-    def wrong(case, inputs):
-        return lambda: calls.append(case) or rotate(case, inputs)
+    def wrong(task, inputs):
+        return lambda: calls.append(task) or rotate(task, inputs)
 
     options = "--shapes", "slice", "--providers", "wrong,limit,rope_cupy"
     row, limit, right = measure(*options, wrong=wrong)
@@ -173,14 +175,14 @@ def test_a_wrong_result_is_named_wrong_and_not_timed(measure, capsys, rotate):
     assert row["reason"] and not float(row["error"]) <= TOLERANCE["bfloat16"]
     assert len(calls) == 1
     assert (limit["status"], right["status"]) == ("ok", "ok")
-    assert "wrong" in capsys.readouterr().out.splitlines()[1]
+    assert re.search(r"^wrong .*wrong: ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_who_is_absent_or_fails_is_named_and_the_others_are_measured(measure):
-    def absent(case, inputs):
+    def absent(task, inputs):
         raise AbsentError("absent is not installed")
 
-    def failing(case, inputs):
+    def failing(task, inputs):
         raise RuntimeError("no memory\nand a long story")
 
     options = "--shapes", "halves", "--providers", "absent,failing,rope_cupy"
@@ -196,14 +198,14 @@ def test_who_is_absent_or_fails_is_named_and_the_others_are_measured(measure):
 def test_a_package_that_is_not_installed_is_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.models.llama.modeling_llama", None)
     with pytest.raises(AbsentError):
-        peers.PROVIDERS["transformers"](Case(TINY["halves"], "bfloat16", device="cpu"), None)
+        peers.call_of("transformers", Task(TINY["halves"], device="cpu"), None)
 
 
 def test_what_is_done_is_kept_when_the_run_is_interrupted(measure):
-    def interrupted(case, inputs):
-        if case.shape.name == "neighbours":
+    def interrupted(task, inputs):
+        if task.shape.name == "neighbours":
             raise KeyboardInterrupt
-        return lambda: rotated(case, inputs)
+        return lambda: rotated(task, inputs)
 
     options = "--shapes", "halves,neighbours,slice", "--providers", "interrupted"
     rows = measure(*options, interrupted=interrupted)
@@ -251,8 +253,8 @@ def test_an_unknown_name_ends_the_run_with_the_names_there_are(measure, capsys, 
 )
 def test_bytes_are_those_of_a_hand_computed_example(interleaved, options, heads, table):
     shape = Shape("", 2, 3, 4, 2, 16, 8, 4, interleaved)
-    case = Case(shape, **{"dtype": "bfloat16", **options})
-    assert (case.heads_bytes, case.table_bytes) == (heads, table)
+    task = Task(shape, **options)
+    assert (task.heads_bytes, task.table_bytes) == (heads, table)
 
 
 def test_shapes_can_be_rotated_and_have_names_of_their_own():
@@ -267,7 +269,7 @@ def test_shapes_can_be_rotated_and_have_names_of_their_own():
 
 def test_shapes_of_every_head_dim_move_200_megabytes():
     for shape in GROUPS["head-dims"]:
-        assert Case(shape, "bfloat16").heads_bytes == pytest.approx(200e6, rel=1e-3), shape
+        assert Task(shape).heads_bytes == pytest.approx(200e6, rel=1e-3), shape
 
 
 def test_shapes_are_chosen_by_name_and_by_group_each_once():
@@ -277,7 +279,7 @@ def test_shapes_are_chosen_by_name_and_by_group_each_once():
         shapes.chosen("qwen")
 
 
-@pytest.mark.parametrize("module", [shapes, outcome], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [shapes, result], ids=lambda module: module.__name__)
 def test_examples_are_true(module):
     failed, tried = doctest.testmod(module)
     assert tried and not failed
@@ -299,3 +301,29 @@ def test_the_limit_kernels_compile_and_move_each_word_by_one_access():
             "ld.global.v4",
             "st.global.v4",
         ]
+
+
+class Numbers:
+    """A clock whose times are what the calls return; some cannot be prepared."""
+
+    def prepare(self, calls):
+        return calls[0]() / 1
+
+    def times(self, prepared):
+        return [*prepared]
+
+
+def test_the_fastest_way_counts_and_a_clock_beside_that_fails_leaves_the_time():
+    class Failing(Numbers):
+        def prepare(self, calls):
+            raise RuntimeError("no graph")
+
+    entries = {
+        "fast": Entry(lambda: [[lambda: 3], [lambda: 2], [lambda: 4]]),
+        "failing": Entry(lambda: [[lambda: 1], [lambda: "one"]]),
+    }
+    results = measured(entries, Numbers(), cpu=Numbers(), gpu=Failing())
+    fast, failing = results["fast"], results["failing"]
+    assert (fast.status, fast.microseconds, fast.beside) == ("ok", 2, {"cpu": 2})
+    assert fast.reason == "gpu: RuntimeError: no graph"
+    assert (failing.status, failing.microseconds, failing.beside) == ("failed", None, {})

@@ -1,4 +1,4 @@
-"""What comes of a provider: a time, or the reason why there is none."""
+"""The result of a provider: its times, or the reason why there are none."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 
 class AbsentError(Exception):
-    """The provider is not there, and why."""
+    """The provider is not installed."""
 
 
 class UnsupportedError(Exception):
-    """The provider cannot do this case, and why."""
+    """The provider cannot do this task."""
 
 
 class WrongError(Exception):
-    """A result that is not the rotation, and its relative error."""
+    """A result is not the exact one but for a few roundings."""
 
     def __init__(self, reason: str, error: float) -> None:
         super().__init__(reason)
@@ -24,13 +24,15 @@ class WrongError(Exception):
 class Result(NamedTuple):
     """status: "ok", "absent", "unsupported", "wrong" or "failed"; the reason for all but "ok".
 
-    What is not known is None: microseconds of a call, and its relative error.
+    What is not known is None: microseconds of a call, and its relative error. `beside` holds the
+    microseconds that other clocks gave.
     """
 
     status: str
     reason: str = ""
     microseconds: float | None = None
     error: float | None = None
+    beside: dict[str, float] = {}  # noqa: RUF012
 
 
 STATUS = {AbsentError: "absent", UnsupportedError: "unsupported", WrongError: "wrong"}
