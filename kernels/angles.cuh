@@ -1,22 +1,23 @@
 // Angles: the cosines and sines of neighbouring pairs, read from a table or made of frequencies.
 //
-//   OneAngle<kStep, kSinOffset>  both elements of a pair are rotated by one angle. The pair owns kStep
-//                                elements, and its cosine is the first; its sine is kSinOffset
-//                                behind or, if that is 0, the first of another array
+//   OneAngle<kStep, kSinOffset>  both elements of a pair are rotated by one angle. The pair owns
+//                                kStep elements, of which its cosine is the first. Its sine lies
+//                                kSinOffset elements behind it or, if that is 0, in another array
 //   ByElement                    each element has an angle of its own, which lies where the element
 //                                itself does: cosines in one array, sines in another
 //   Matrices<kStep>              a pair is multiplied by [[m00, m01], [m10, m11]]: four neighbours
-//                                where kStep is 4; where it is 1, numbers that lie apart
+//                                where kStep is 4, numbers that lie apart where it is 1
 //
-// A frequency is what a pair turns by from one position to the next, in turns, without the whole
-// ones. Times a position, modulo 2^64, it is what is left of all turns till there, and integers
-// lose nothing of it: the product is off by position * 2^-65 turns, which is what the frequency is.
+// A frequency is the angle between two neighbouring positions, in full turns, without its whole
+// turns. The product of frequency and position, modulo 2^64, is the angle without its whole turns.
+// Integers lose nothing: the product is off by position * 2^-65 turns, which is the error of the
+// frequency.
 #pragma once
 
 #include "runs.cuh"
 
-// The cosines and sines of kPairs neighbouring pairs: of each pair's first element and, where it has
-// an angle of its own, of the second one.
+// The cosines and sines of kPairs neighbouring pairs: of each pair's first element and, where it
+// has an angle of its own, of the second one.
 template <typename Real, int kPairs, int kAngles = 1>
 struct Angles {
   Real cos[kAngles * kPairs];
@@ -187,7 +188,7 @@ __device__ __forceinline__ void cos_sin(unsigned long long part, float& cos, flo
   sin = bit_cast<float>(sin_bits ^ (quarter & 1u << 31));
 }
 
-// What `position_of(i)` gives is where pair i is.
+// `position_of(i)` is the position of pair i.
 template <typename Real, int kPairs, typename PositionOf>
 __device__ __forceinline__ Angles<Real, kPairs> angles_at(const Vec<frequency, kPairs>& frequencies,
                                                           Real scale,

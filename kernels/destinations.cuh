@@ -2,12 +2,13 @@
 //
 //   Outputs                out[batch, token, head]
 //   Slots<Index, Element, Scale>
-//                          of q the same; of k and v, the second and third tensor, the place in a
-//                          cache that slots[batch, token] names, an Index: cache[slot / block_size,
-//                          slot % block_size, head], of Elements. A slot that the cache does not
-//                          hold is that of a token which is left out.
+//                          q is written to out; k and v, the second and the third tensor, to
+//                          cache[slot / block_size, slot % block_size, head], of Elements, with
+//                          slot = slots[batch, token], an Index. A token whose slot the cache
+//                          does not hold is left out.
 //
-// What is written to 8 bits is divided by a scale before, which may lie in memory as a Scale.
+// Numbers are divided by a scale before they are rounded to 8 bits. It may lie in memory as a
+// Scale.
 #pragma once
 
 #include "norm.cuh"
@@ -40,18 +41,25 @@ struct Slots {
   template <typename T>
   using ElementOf = Element;
   static constexpr bool kScatters = true;
+
+  template <typename Real>
+  static __device__ __forceinline__ float scale_of(const Arguments<Real>& args, int cache) {
+    const auto* address = args.scales[cache];
+    return address == nullptr ? args.scale[cache].value : narrow<float>(widen<Real>(*address));
+  }
 };
 
-// The numbers over a scale, each rounded once, and then to Element, but for scales whose reciprocal is
-// no float. P. Markstein, "Computation of elementary functions on the IBM RISC System/6000
-// processor" (1990), theorem 8.4. Quotients that are too large for any Element need not be right.
+// The numbers divided by a scale, each rounded once and then to Element, unless the reciprocal of
+// the scale is no float. P. Markstein, "Computation of elementary functions on the IBM RISC
+// System/6000 processor" (1990), theorem 8.4. Quotients that are too large for any Element need not
+// be right.
 template <typename Element, int kSize, typename Real>
 __device__ __forceinline__ Vec<Element, kSize> scaled(const Numbers<Real, kSize>& numbers,
                                                       float scale, float reciprocal) {
   const auto over_scale = [&](int i) {
     const float number = narrow<float>(numbers.values[i]);
     const float quotient = clamped(multiply(number, reciprocal), 0x1p20f);
-    // What is taken away, not what is added: +0 and -0 make +0, and -0 is to stay.
+    // The excess is subtracted, for an addition would make +0 of +0 and -0, and -0 must stay.
     const float excess = multiply_add(quotient, scale, negate(number));
     return multiply_add(excess, negate(reciprocal), quotient);
   };

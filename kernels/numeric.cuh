@@ -13,7 +13,7 @@ struct bfloat16 {
   unsigned short bits;
 };
 
-// Of caches, which are written and never read here.
+// The elements of caches, which are written here and never read.
 struct float8_e4m3fn {
   unsigned char bits;
 };
@@ -22,7 +22,7 @@ struct float8_e5m2 {
   unsigned char bits;
 };
 
-// Of a table that holds no cosines and sines: see angles.cuh.
+// The element of a table that holds no cosines and sines: see angles.cuh.
 struct frequency {
   unsigned long long turns;  // from one position to the next, in units of 2^-64, modulo 1
 };

@@ -1,16 +1,16 @@
-// Pairs: how the two elements of a head that belong together are rotated.
+// Pairs: how the two elements of a pair are rotated.
 #pragma once
 
 #include "angles.cuh"
 
-// The number as it is in another type.
+// The number, rounded to another type.
 template <typename To, typename Real>
 __device__ __forceinline__ Real rounded(Real value) {
   return widen<Real>(narrow<To>(value));
 }
 
-// The numbers in another type: twice rounded on the way from double to 16 bits, as PyTorch does it,
-// or once.
+// The numbers in another type. kTwice: from double to 16 bits they are rounded twice, as by
+// PyTorch.
 template <bool kTwice, typename T, typename Real, int kSize>
 __device__ __forceinline__ Vec<T, kSize> narrow_by(const Numbers<Real, kSize>& numbers) {
   if constexpr (kTwice && sizeof(T) == 2) {
@@ -24,9 +24,9 @@ __device__ __forceinline__ Vec<T, kSize> narrow_by(const Numbers<Real, kSize>& n
 // element has an angle of its own, (a, b) becomes (a cos_a - b sin_a, b cos_b + a sin_b), and the
 // conjugate is the transpose of that.
 //
-// Product is the type to which every product is rounded, as is then their sum, or void: then all is
-// as exact as one rounding. kComplex: one product of the two is rounded, as those of complex numbers
-// are which PyTorch multiplies on a GPU.
+// Product is the type to which every product is rounded, and then their sum. With void, the result
+// is as exact as if it were rounded once. kComplex: one of the two products is rounded, as PyTorch
+// does it on a GPU with complex numbers.
 template <bool kInterleaved, bool kConjugate, typename Product, bool kComplex, typename Real,
           int kPairs, int kAngles>
 __device__ __forceinline__ Numbers<Real, 2 * kPairs> rotate(

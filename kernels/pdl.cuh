@@ -1,12 +1,12 @@
 // Programmatic dependent launch, from compute capability 9.0 on: a grid may start while the one
-// before it in the stream ends. Where a launch does not ask for it, both verbs do nothing.
+// before it in the stream ends. Where a launch does not ask for this, both functions do nothing.
 #pragma once
 
-// Whether an address is odd, which that of no element is. The compiler does not know this: where it
-// is asked before the wait, addresses are computed before it, while earlier grids still run. Left
-// alone they are computed behind it.
+// A compiler barrier: it is never true, for no element has an odd address, but the compiler does
+// not know this. A test of it before the wait makes a thread compute the addresses before it, while
+// earlier grids still run. Without the test the compiler moves this arithmetic behind the wait.
 template <typename... Elements>
-__device__ __forceinline__ bool any_is_odd(const Elements*... addresses) {
+__device__ __forceinline__ bool address_barrier(const Elements*... addresses) {
   return ((reinterpret_cast<unsigned long long>(addresses) | ...) & 1) != 0;
 }
 

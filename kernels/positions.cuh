@@ -1,26 +1,28 @@
-// Positions: which row of the table a token has, or which three.
+// Positions: which row of the table a token has or, with three axes, which three rows.
 //
 //   int, long long      positions[batch, token]
-//   Counted             token, plus the first one's number: of frequencies, which have no rows
-//   Offset<Index>       token + seqlen_offsets[batch]
+//   TokenIndex          token + position_offset: with frequencies, which have no rows
+//   Offset<Index>       token + position_offset + seqlen_offsets[batch]
 //   Packed<Index, Begin>
-//                       the token's place in the sequence that holds it, and what is added to those
-//                       of that sequence: sequence i has the tokens cu_seqlens[i], a Begin, up to,
-//                       and without, cu_seqlens[i + 1], and adds seqlen_offsets[i], if there are any
-//   Sections<Index>     positions[axis, batch, token] of three axes, such as time, height and
-//                       width: pairs below section_ends[0] turn by the first axis, those below
-//                       section_ends[1] by the second, all others by the third
-//   Mixed<Index>        the same, but for the pairs: of every three neighbours, the second turns by
-//                       the second axis below section_ends[0], the third by the third below
-//                       section_ends[1], and all others by the first
+//                       the place of the token in its sequence + position_offset +
+//                       seqlen_offsets[i], if there are any: sequence i has the tokens
+//                       cu_seqlens[i], a Begin, up to and without cu_seqlens[i + 1]
+//   SectionedMrope<Index>
+//                       positions[axis, batch, token] of three axes, such as time, height and
+//                       width: the first axis has the pairs below section_ends[0], the second one
+//                       the other pairs below section_ends[1], and the third one all others
+//   InterleavedMrope<Index>
+//                       the same, but for the pairs: of every three neighbours, the second pair
+//                       belongs to the second axis below section_ends[0], the third pair to the
+//                       third axis below section_ends[1], and all others to the first axis
 //
-// Index and Begin are int or long long. Whatever a position is, it is compared with the table before its row
-// is read.
+// Index and Begin are int or long long. Every position is compared with the size of the table
+// before a row is read.
 #pragma once
 
 #include "numeric.cuh"
 
-struct Counted;
+struct TokenIndex;
 
 template <typename Index>
 struct Offset;
@@ -29,10 +31,10 @@ template <typename Index, typename Begin>
 struct Packed;
 
 template <typename Index>
-struct Sections;
+struct SectionedMrope;
 
 template <typename Index>
-struct Mixed;
+struct InterleavedMrope;
 
 // What positions need besides the address of the first of them.
 struct PositionArguments {
@@ -41,13 +43,13 @@ struct PositionArguments {
   long long num_sequences;
   long long cu_stride;  // from one of cu_seqlens to the next
   const void* cu_seqlens;
-  long long first;  // is added to a token's number
+  long long position_offset;  // is added to the index of a token
 };
 
 constexpr long long kNowhere = -1;  // of a token in no sequence
 
-// The sum, or kNowhere if it has more than 64 bits: it is kept in two words, the second one of which
-// counts what is carried.
+// The sum, or kNowhere if it has more than 64 bits. It is added up in two words, the second of
+// which counts the carries.
 template <typename... Numbers>
 __device__ __forceinline__ long long sum_of(Numbers... numbers) {
   unsigned long long low = 0;
@@ -60,8 +62,8 @@ __device__ __forceinline__ long long sum_of(Numbers... numbers) {
   return high == 0 ? static_cast<long long>(low) : kNowhere;
 }
 
-// What all kinds have: of how many axes positions are, whether tokens are counted, and whether a
-// token's row is searched for.
+// What all kinds have: the number of axes, whether a position is made of the index of its token,
+// and whether the sequence of a token is searched for.
 template <typename Index_, int kAxes_, bool kCountsTokens_, bool kSearches_>
 struct Traits {
   using Index = Index_;
@@ -82,11 +84,11 @@ template <>
 struct PositionsOf<void> : Traits<void, 0, false, false> {};
 
 template <>
-struct PositionsOf<Counted> : Traits<char, 1, true, false> {
-  // The host has seen that the last token's number fits 64 bits.
+struct PositionsOf<TokenIndex> : Traits<char, 1, true, false> {
+  // The host has checked that the position of the last token fits 64 bits.
   static __device__ __forceinline__ long long read(const PositionArguments& args, const Index*, int,
                                                    int token) {
-    return token + args.first;
+    return token + args.position_offset;
   }
 };
 
@@ -94,7 +96,7 @@ template <typename Index>
 struct PositionsOf<Offset<Index>> : Traits<Index, 1, true, false> {
   static __device__ __forceinline__ long long read(const PositionArguments& args,
                                                    const Index* address, int, int token) {
-    return sum_of(token, args.first, *address);
+    return sum_of(token, args.position_offset, *address);
   }
 };
 
@@ -116,14 +118,14 @@ struct PositionsOf<Packed<Index, Begin>> : Traits<Index, 1, true, true> {
     }
     const long long begin = begins[sequence * args.cu_stride];
     if (token < begin || sequence == end) return kNowhere;
-    // ~begin is -begin - 1, and no number is without one.
+    // ~begin is -begin - 1, which exists for every number.
     const long long offset = offsets == nullptr ? 0 : offsets[sequence * args.axis];
-    return sum_of(token + 1LL, ~begin, args.first, offset);
+    return sum_of(token + 1LL, ~begin, args.position_offset, offset);
   }
 };
 
 template <typename Index>
-struct PositionsOf<Sections<Index>> : Traits<Index, 3, false, false> {
+struct PositionsOf<SectionedMrope<Index>> : Traits<Index, 3, false, false> {
   static __device__ __forceinline__ long long read(const PositionArguments& args,
                                                    const Index* address, int axis, int) {
     return address[axis * args.axis];
@@ -135,16 +137,16 @@ struct PositionsOf<Sections<Index>> : Traits<Index, 3, false, false> {
 };
 
 template <typename Index>
-struct PositionsOf<Mixed<Index>> : PositionsOf<Sections<Index>> {
+struct PositionsOf<InterleavedMrope<Index>> : PositionsOf<SectionedMrope<Index>> {
   static __device__ __forceinline__ int axis_of(const PositionArguments& args, int pair) {
     const int axis = pair % 3;
     return axis > 0 && pair < args.section_ends[axis - 1] ? axis : 0;
   }
 };
 
-// Whether neighbouring pairs may turn by different axes.
+// Whether neighbouring pairs may belong to different axes.
 template <typename Position>
-constexpr bool kIsMixed = false;
+constexpr bool kIsInterleavedMrope = false;
 
 template <typename Index>
-constexpr bool kIsMixed<Mixed<Index>> = true;
+constexpr bool kIsInterleavedMrope<InterleavedMrope<Index>> = true;

@@ -1,11 +1,12 @@
-// Runs: which two elements of a head are rotated together, and where those of neighbouring pairs lie.
+// Runs: which two elements of a head are rotated together, and where those of neighbouring pairs
+// lie.
 //
 //   interleaved   pair i is (slice[2 i], slice[2 i + 1])
 //   half          pair i is (slice[i], slice[i + num_pairs])
 //
 // kPairs neighbouring pairs are a run of 2 kPairs elements: interleaved, as they lie in memory; in
-// the half pairing, the first elements of all pairs and then the second ones. Its address is that of
-// the first pair's first element.
+// the half pairing, the first elements of all pairs and then the second ones. Its address is that
+// of the first pair's first element.
 #pragma once
 
 #include "vec.cuh"

@@ -1,8 +1,7 @@
-// Views: where rows lie in an array. A row is one head of one token, numbered over an outer, a middle
-// and an inner axis.
+// Views: where rows lie in an array. A row is one head of one token, numbered over an outer, a
+// middle and an inner axis.
 //
-// Every field of the argument block is 8 bytes wide, so the host packs it as an array of 64-bit
-// integers.
+// Every field of the argument block is 8 bytes wide, so that nothing lies between two fields.
 #pragma once
 
 #include "vec.cuh"

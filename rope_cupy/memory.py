@@ -45,7 +45,7 @@ def array_spec(
     pointer: int,
     writable: bool,
 ) -> ArraySpec:
-    used = tuple(stride if size > 1 else 0 for size, stride in zip(shape, strides, strict=True))
+    used = tuple([stride if size > 1 else 0 for size, stride in zip(shape, strides, strict=True)])
     return ArraySpec(shape, used, dtype, device, alignment(pointer), writable)
 
 

@@ -1,16 +1,16 @@
 """The launch plan: what each thread does, how blocks and rows are numbered, what is packed."""
 
 import math
-import re
 import struct
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from rope_cupy import arguments
+from rope_cupy.arguments import divisor
 from rope_cupy.memory import array_spec
-from rope_cupy.options import Options, check_options
-from rope_cupy.plan import BLOCK_BYTES, divisor, launch_plan
+from rope_cupy.options import Cache, Norm, Options, check_options
+from rope_cupy.plan import BLOCK_BYTES, launch_plan
 from rope_cupy.problem import (
     ANY_POSITION,
     MAX_ROWS,
@@ -18,66 +18,9 @@ from rope_cupy.problem import (
     TableSpec,
     rotary_problem,
 )
+from rope_cupy.template import RotaryKernel
 
-# The integers of the argument block, in the order of kernels/rotary.cu (test_kernels.py compares).
-VIEW = ("outer", "middle", "inner", "element", "width")
-DIVISOR = ("value", "multiplier", "shift")
-TENSOR = [
-    *("blocks", "num_sets"),
-    *(f"{axis}.{part}" for axis in ("inner", "middle") for part in DIVISOR),
-    *(*(f"x.{part}" for part in VIEW), "x_step"),
-    *(*(f"out.{part}" for part in VIEW), "out_step"),
-]
-
-
-def fields_of(num_tensors):
-    """The names of the integers that every kernel has."""
-    return [
-        *(f"period.{part}" for part in DIVISOR),
-        *("num_lanes", "num_pairs"),
-        *(f"{array}.{part}" for array in ("cos", "position") for part in VIEW),
-        *("num_positions", "cos_row"),
-        *(f"tensors[{i}].{field}" for i in range(num_tensors) for field in TENSOR),
-        *(f"sin.{part}" for part in VIEW),
-        *("sin_row", "keep", "rotary_offset", "num_pair_lanes"),
-        *(f"token.{part}" for part in VIEW),
-        *(f"position_arguments.{name}" for name in ("axis", "section_ends[0]", "section_ends[1]")),
-        *(f"position_arguments.{name}" for name in ("num_sequences", "cu_stride")),
-    ]
-
-
-FIELDS = fields_of(2)
-NORM_FIELDS = [
-    *(f"layout[{i}].{part}" for i in range(2) for part in ("head", "step", "element", "width")),
-    *("share[0]", "share[1]", "eps", "offset"),
-]
-CACHE_FIELDS = [
-    *(f"slot.{part}" for part in VIEW),
-    "num_slots",
-    *(f"block_size.{part}" for part in DIVISOR),
-    *("block[0]", "block[1]", "place[0]", "place[1]", "scale[0]", "scale[1]"),
-]
-
-
-class Template(NamedTuple):
-    """The template arguments of the kernel, as they are written."""
-
-    dtype: str
-    table: str
-    position: str
-    norm: str
-    destination: str
-    tensors: str
-    interleaved: str
-    conjugate: str
-    eager: str
-    rows: str
-    pairs: str
-    form: str
-    pass_run: str
-    in_place: str
-    past_l1: str
-    common: str
+VIEW, DIVISOR = arguments.View._fields, arguments.Divisor._fields
 
 
 def spec(shape, dtype="bfloat16", strides=None, address=0):
@@ -107,13 +50,13 @@ def problem(xs, rotary_dim, outs=None, table=None, **given):
     } | options
     part = spec((4096, rotary_dim // 2), "float32")
     return rotary_problem(
-        ("q", "k")[: len(xs)],
+        ("q", "k", "v")[: len(xs)],
         tuple(xs),
         tuple(outs or xs),
         outs is None,
         table or TableSpec(part, part, 1, 0),
         rows,
-        check_options(*Options(**chosen)),
+        check_options(*Options(**chosen)[:-3])._replace(**options),
     )
 
 
@@ -132,20 +75,28 @@ def frequencies(rotary_dim, address=0):
     return TableSpec(part, scale, 1, 0)
 
 
-def template(kernel):
-    assert kernel.startswith("rotary_kernel<")
-    arguments = kernel[len("rotary_kernel<") : -1]
-    return Template(*re.split(r", (?![^<]*>)", arguments))  # those of templates stay together
-
-
 def template_of(*args, **options):
-    return template(launch_plan(problem(*args, **options)).kernel)
+    return launch_plan(problem(*args, **options)).template
 
 
 def fields(plan):
-    """The integers of a plan's argument block by name."""
-    assert len(plan.arguments) == 8 * len(FIELDS)
-    return dict(zip(FIELDS, struct.unpack(f"<{len(FIELDS)}q", plan.arguments), strict=True))
+    """What a plan's argument block holds whatever is patched, by the names of the fields."""
+    block = plan.argument_block(Pointers((0,) * 3, (0,) * 3, 0, 0))
+    return {
+        field.name: struct.unpack_from(f"<{field.type.format}", block, field.offset)[0]
+        for field in plan.packer.fields
+        if not field.is_patched
+    }
+
+
+def patched(plan, pointers):
+    """What a plan's argument block holds of addresses, by the names of what is patched."""
+    block = plan.argument_block(pointers)
+    found = [field for field in plan.packer.fields if field.is_patched]
+    return {
+        name: struct.unpack_from(f"<{field.type.format}", block, field.offset)[0]
+        for name, field in zip(plan.packer.names, found, strict=True)
+    }
 
 
 # What one thread does.
@@ -170,17 +121,17 @@ def test_a_thread_rotates_what_one_access_of_every_half_or_run_holds(
     dtype, interleaved, head_dim, rotary_dim, pairs
 ):
     x = spec((1, 5, 4, head_dim), dtype)
-    assert template_of([x], rotary_dim, interleaved=interleaved).pairs == str(pairs)
+    assert template_of([x], rotary_dim, interleaved=interleaved).pairs == (pairs)
 
 
 def test_a_thread_beside_lanes_that_copy_has_one_access():
     x = spec((1, 5, 4, 128))
-    assert template_of([x], 64).pairs == "8"
-    assert template_of([x], 64, outs=[x]).pairs == "4"
-    assert template_of([x], 128, outs=[x]).pairs == "8"  # nothing to copy
+    assert template_of([x], 64).pairs == 8
+    assert template_of([x], 64, outs=[x]).pairs == 4
+    assert template_of([x], 128, outs=[x]).pairs == 8  # nothing to copy
 
 
-@pytest.mark.parametrize(("dtype", "pairs"), [("float16", "8"), ("float32", "4")])
+@pytest.mark.parametrize(("dtype", "pairs"), [("float16", 8), ("float32", 4)])
 def test_a_thread_has_one_access_where_the_angles_of_a_pair_take_16_bytes(dtype, pairs):
     x = spec((1, 5, 4, 128))
     assert template_of([x], 128, table=matrices(128, dtype)).pairs == pairs
@@ -190,7 +141,7 @@ def test_a_thread_has_one_access_where_the_angles_of_a_pair_take_16_bytes(dtype,
 def test_an_access_is_as_wide_as_the_address_allows(address, width):
     plan = launch_plan(problem([spec((1, 5, 4, 128), address=address)], 128))
     assert fields(plan)["tensors[0].x.width"] == width
-    assert template(plan.kernel).pairs == str(width)
+    assert plan.template.pairs == (width)
 
 
 def test_the_width_is_chosen_for_each_tensor():
@@ -199,35 +150,57 @@ def test_the_width_is_chosen_for_each_tensor():
     packed = fields(plan)
     assert (packed["tensors[0].x.width"], packed["tensors[0].out.width"]) == (8, 8)
     assert (packed["tensors[1].x.width"], packed["tensors[1].out.width"]) == (1, 1)
-    assert (template(plan.kernel).pairs, template(plan.kernel).common) == ("8", "false")
-    assert template_of([k], 128, outs=[spec((1, 5, 2, 128))]).pairs == "8"  # as of its output
+    assert (plan.template.pairs, plan.template.common) == (8, False)
+    assert template_of([k], 128, outs=[spec((1, 5, 2, 128))]).pairs == 8  # as of its output
 
 
 def test_elements_that_do_not_touch_move_one_by_one():
     x = spec((1, 5, 4, 128), strides=(5120, 1024, 256, 2))
     plan = launch_plan(problem([x], 128))
     assert fields(plan)["tensors[0].x.width"] == 1
-    assert (template(plan.kernel).pairs, template(plan.kernel).common) == ("1", "false")
+    assert (plan.template.pairs, plan.template.common) == (1, False)
 
 
 def test_a_table_off_its_alignment_does_not_narrow_the_tensors():
     part = spec((4096, 64), "float32", address=4)
     plan = launch_plan(problem([spec((1, 5, 4, 128))], 128, table=TableSpec(part, part, 1, 0)))
     assert (fields(plan)["tensors[0].x.width"], fields(plan)["cos.width"]) == (8, 1)
-    assert template(plan.kernel).pairs == "8"
+    assert plan.template.pairs == 8
 
 
 def test_every_template_argument_is_in_its_place():
     x, positions = spec((1, 5, 4, 192), "float16"), spec((5,), "int32")
     options = {"positions": positions, "interleaved": True, "rotary_offset": 128}
     chosen = template_of([x], 64, outs=[x], table=matrices(64, "float64"), **options)
-    assert chosen == Template(
-        *("float16", "double", "int", "NoNorm", "Outputs", "2", "true", "false", "false"),
-        *("4", "2", "Matrices<4>", "8", "false", "false", "true"),
+    assert chosen == RotaryKernel(
+        t="float16",
+        table="double",
+        position="int",
+        norm="NoNorm",
+        destination="Outputs",
+        tensors=2,
+        interleaved=True,
+        conjugate=False,
+        eager=False,
+        rows=4,
+        pairs=2,
+        form="Matrices<4>",
+        copy_width=8,
+        in_place=False,
+        past_l1=False,
+        common=True,
     )
-    assert template_of([x], 64, conjugate=True, positions=positions) == Template(
-        *("float16", "float", "int", "NoNorm", "Outputs", "2", "false", "true", "false"),
-        *("1", "8", "OneAngle<1, 0>", "0", "true", "true", "true"),
+    other = template_of([x], 64, conjugate=True, positions=positions)
+    assert other == chosen._replace(
+        table="float",
+        interleaved=False,
+        conjugate=True,
+        rows=1,
+        pairs=8,
+        form="OneAngle<1, 0>",
+        copy_width=0,
+        in_place=True,
+        past_l1=True,
     )
     by_element = spec((4096, 64), "float32")
     for form, name in (("by element", "ByElement"), ("matrices", "Matrices<1>")):
@@ -265,26 +238,26 @@ def test_a_thread_takes_several_heads_where_it_reads_little_of_each(
     shapes = [(2, 37, h, head_dim) if layout == BSHD else (2, h, 37, head_dim) for h in heads]
     table = matrices(head_dim) if by_matrices else None
     options = {"layout": layout, "interleaved": interleaved, "table": table}
-    assert template_of([spec(shape) for shape in shapes], head_dim, **options).rows == str(rows)
+    assert template_of([spec(shape) for shape in shapes], head_dim, **options).rows == (rows)
 
 
 @pytest.mark.parametrize("shape", [(2, 37, 8, 128), (1, 37, 8, 128), (2, 1, 8, 128), (37, 8, 128)])
 def test_heads_are_innermost_whatever_axes_have_one_index_or_are_not_there(shape):
     positions = spec((shape[-3],), "int32")
     chosen = template_of([spec(shape)], 128, interleaved=True, positions=positions)
-    assert (chosen.rows, chosen.past_l1) == ("2", "true")
+    assert (chosen.rows, chosen.past_l1) == (2, True)
 
 
 def test_lanes_that_copy_count_among_those_that_fill_warps():
     x = spec((2, 5, 4, 192))  # 8 lanes that rotate, 16 that copy
-    assert template_of([x], 64, interleaved=True).rows == "2"
-    assert template_of([x], 64, outs=[x], interleaved=True).rows == "1"
+    assert template_of([x], 64, interleaved=True).rows == 2
+    assert template_of([x], 64, outs=[x], interleaved=True).rows == 1
 
 
 def test_a_thread_takes_four_heads_by_complex_numbers_of_16_bytes():
     part = spec((4096, 64), "float64", strides=(128, 2))
     table = TableSpec(part, part, 2, 1)
-    assert template_of([spec((2, 5, 4, 128))], 128, table=table).rows == "4"
+    assert template_of([spec((2, 5, 4, 128))], 128, table=table).rows == 4
 
 
 def test_the_heads_of_k_are_innermost_where_q_has_one():
@@ -300,10 +273,10 @@ def test_the_heads_of_k_are_innermost_where_q_has_one():
 def test_a_thread_takes_one_head_where_heads_have_angles_of_their_own(of_heads):
     x, parts = spec((2, 5, 4, 128)), {name: spec((2, 5, 1, 64), "float32") for name in "cs"}
     table = TableSpec(parts["c"], parts["s"], 1, 0)
-    assert template_of([x], 128, table=table, interleaved=True).rows == "2"
+    assert template_of([x], 128, table=table, interleaved=True).rows == 2
     parts[of_heads[0]] = spec((2, 5, 4, 64), "float32")
     table = TableSpec(parts["c"], parts["s"], 1, 0)
-    assert template_of([x], 128, table=table, interleaved=True).rows == "1"
+    assert template_of([x], 128, table=table, interleaved=True).rows == 1
 
 
 @pytest.mark.parametrize(
@@ -323,10 +296,10 @@ def test_out_of_place_the_rest_of_the_head_is_copied_by_lanes_of_its_own(
 ):
     x = spec((2, 5, 4, head_dim))
     plan = launch_plan(problem([x], rotary_dim, outs=[x], rotary_offset=offset))
-    assert template(plan.kernel).pass_run == str(run)
+    assert plan.template.copy_width == run
     assert fields(plan)["num_lanes"] == lanes
     in_place = launch_plan(problem([x], rotary_dim, rotary_offset=offset))
-    assert template(in_place.kernel).pass_run == "0"
+    assert in_place.template.copy_width == 0
     assert fields(in_place)["num_lanes"] == fields(in_place)["num_pair_lanes"]
 
 
@@ -348,14 +321,14 @@ def test_a_block_moves_4_kb(dtype, head_dim, interleaved, block):
     x = spec((2, 37, 4, head_dim), dtype)
     plan = launch_plan(problem([x], head_dim, interleaved=interleaved))
     thread_bytes = BLOCK_BYTES // math.prod(block)
-    rows, pairs = int(template(plan.kernel).rows), int(template(plan.kernel).pairs)
+    rows, pairs = plan.template.rows, plan.template.pairs
     assert rows * 2 * pairs * {"bfloat16": 2, "float32": 4, "float64": 8}[dtype] == thread_bytes
     assert plan.block == block
 
 
 def test_a_block_has_128_threads_where_fewer_would_move_4_kb():
     plan = launch_plan(problem([spec((2, 37, 4, 128))], 128, table=matrices(128)))
-    assert (template(plan.kernel).rows, plan.block) == ("4", (16, 8))
+    assert (plan.template.rows, plan.block) == (4, (16, 8))
 
 
 @pytest.mark.parametrize("address", [0, 4])  # 16 and 4 bytes an access, 128 and 256 threads
@@ -401,7 +374,7 @@ def rows_of(plan, i):
     packed = {name.removeprefix(f"tensors[{i}]."): n for name, n in fields(plan).items()}
     which, sets = sets_of_blocks(plan)
     sets = sets[which == i].ravel()
-    rest, at = np.uint64(sets[sets < packed["num_sets"]]), {}
+    rest, at = np.uint64(sets[sets < packed["num_row_groups"]]), {}
     for axis in ("inner", "middle"):
         quotient = divide(rest, [packed[f"{axis}.{part}"] for part in DIVISOR])
         at[axis], rest = rest - quotient * np.uint64(packed[f"{axis}.value"]), quotient
@@ -410,7 +383,7 @@ def rows_of(plan, i):
         sum(np.int64(index) * packed[f"{view}.{axis}"] for axis, index in at.items())
         for view in ("x", "out", "cos")
     )
-    rows = np.arange(int(template(plan.kernel).rows))[:, None]
+    rows = np.arange(plan.template.rows)[:, None]
     places = (x + rows * packed["x_step"], out + rows * packed["out_step"], cos + 0 * rows)
     return np.stack([place.ravel() for place in places], axis=1)
 
@@ -449,7 +422,7 @@ def test_the_blocks_cover_every_row_once_where_a_set_has_four(heads):
     xs = [spec((2, 677, h, 64)) for h in heads]
     posed = problem(xs, 64, table=matrices(64))
     plan = launch_plan(posed)
-    assert template(plan.kernel).rows == str(math.gcd(4, *heads))
+    assert plan.template.rows == (math.gcd(4, *heads))
     for i, tensor in enumerate(posed.tensors):
         assert np.array_equal(in_order(rows_of(plan, i)), in_order(rows_wanted(posed, tensor)))
 
@@ -458,9 +431,9 @@ def test_the_rows_of_a_set_lie_as_far_apart_as_there_are_sets():
     x = spec((2, 37, 8, 64), strides=(37 * 8 * 80, 8 * 80, 80, 1))
     plan = launch_plan(problem([x], 64, outs=[spec((2, 37, 8, 64))], table=matrices(64)))
     packed = fields(plan)
-    assert template(plan.kernel).rows == "4"
+    assert plan.template.rows == 4
     assert packed["tensors[0].inner.value"] == 8 // 4
-    assert packed["tensors[0].num_sets"] == 2 * 37 * 8 // 4
+    assert packed["tensors[0].num_row_groups"] == 2 * 37 * 8 // 4
     assert (packed["tensors[0].x_step"], packed["tensors[0].out_step"]) == (2 * 80, 2 * 64)
 
 
@@ -484,11 +457,11 @@ def test_the_lanes_cover_every_element_of_a_head_once(head_dim, rotary_dim, offs
     x = spec((1, 3, 2, head_dim))
     outs = None if write == "in place" else [x]
     plan = launch_plan(problem([x], rotary_dim, outs, rotary_offset=offset))
-    packed, chosen = fields(plan), template(plan.kernel)
+    packed, chosen = fields(plan), plan.template
     num_lanes, num_pair_lanes = packed["num_lanes"], packed["num_pair_lanes"]
     assert (plan.grid[1] - 1) * plan.block[0] < num_lanes <= plan.grid[1] * plan.block[0]
     assert plan.grid[1] < 2**16
-    num_pairs, pairs, run = packed["num_pairs"], int(chosen.pairs), int(chosen.pass_run)
+    num_pairs, pairs, run = packed["num_pairs"], chosen.pairs, chosen.copy_width
     first = (np.arange(num_pair_lanes)[:, None] * pairs + np.arange(pairs)).ravel()
     copied = np.arange(num_lanes - num_pair_lanes) * run - packed["rotary_offset"]
     copied[copied >= 0] += 2 * num_pairs
@@ -530,7 +503,7 @@ def test_few_blocks_are_one_period_of_which_none_is_empty(tokens, heads):
 
 def test_sets_of_two_rows_take_half_as_many_blocks():
     plan = launch_plan(problem([spec((2, 4000, 32, 128))], 128, interleaved=True))
-    assert (template(plan.kernel).rows, plan.block) == ("2", (16, 8))
+    assert (plan.template.rows, plan.block) == (2, (16, 8))
     assert plan.grid[0] == 2 * 4000 * 32 // (2 * 8)
 
 
@@ -552,7 +525,9 @@ def test_the_largest_launch_fits_the_grid_and_counts_in_32_bits(heads, head_dim)
     periods = plan.grid[0] // packed["period.value"]
     for i, h in enumerate(heads):
         groups = periods * packed[f"tensors[{i}].blocks"]
-        assert tokens * h == packed[f"tensors[{i}].num_sets"] <= groups * plan.block[1] < 2**32
+        assert (
+            tokens * h == packed[f"tensors[{i}].num_row_groups"] <= groups * plan.block[1] < 2**32
+        )
 
 
 # Tiles of tokens, which all heads pass before the next.
@@ -572,8 +547,8 @@ def head_major(tokens=8192, heads=(5, 2), batch=2, gap=0, **options):
 @pytest.fixture
 def small_l2(monkeypatch):
     """Tables of more than 1 MiB count as large, of which half are 2048 tokens with 64 elements."""
-    monkeypatch.setattr("rope_cupy.plan.L2_BYTES", 2**20)
-    monkeypatch.setattr("rope_cupy.plan.TILE_BYTES", 2**19)
+    monkeypatch.setattr("rope_cupy.row_order.L2_BYTES", 2**20)
+    monkeypatch.setattr("rope_cupy.row_order.TILE_BYTES", 2**19)
     launch_plan.cache_clear()
     yield
     launch_plan.cache_clear()
@@ -715,7 +690,7 @@ def test_every_integer_of_a_launch_by_a_table_of_heads():
     )
     plan = launch_plan(posed)
     blocks = 6  # of 5 rows of 45 lanes
-    tensor = {"inner": by(3), "middle": by(5), "num_sets": 2 * 5 * 3, "blocks": blocks}
+    tensor = {"inner": by(3), "middle": by(5), "num_row_groups": 2 * 5 * 3, "blocks": blocks}
     tensors = [
         {"x": view(5000, 700, 200, 2, 1), "out": view(1350, 270, 90, 1, 2), "x_step": 600},
         {"x": view(1350, 90, 450, 1, 2), "out": view(1350, 270, 90, 1, 1), "x_step": 1350},
@@ -730,12 +705,12 @@ def test_every_integer_of_a_launch_by_a_table_of_heads():
         **{"period": by(2 * blocks)},
         **{"cos": view(800, 160, 40, 1, 4), "sin": view(900, 150, 50, 3, 1)},
         **{"position": view(0, 0, 0, 0, 0), "num_positions": 1},
-        **{"cos_row": 0, "sin_row": 0, "keep": 1, "rotary_offset": 6},
+        **{"cos_row": 0, "sin_row": 0, "keep_out_of_range": 1, "rotary_offset": 6},
         **{"num_pairs": 12, "num_pair_lanes": 12, "num_lanes": 12 + 66 // 2},
     }
     assert fields(plan) == flat(expected)
     assert (plan.grid, plan.block) == ((2 * blocks, 1), (45, 5))
-    assert template(plan.kernel).common == "false"
+    assert plan.template.common is False
 
 
 def test_every_integer_of_a_launch_by_positions():
@@ -748,7 +723,7 @@ def test_every_integer_of_a_launch_by_positions():
     tensor = {
         **{"x": view(1920, 640, 128, 1, 8), "out": view(1920, 640, 128, 1, 8)},
         **{"inner": by(5), "middle": by(3), "x_step": 1920, "out_step": 1920},
-        **{"num_sets": 30, "blocks": 2},
+        **{"num_row_groups": 30, "blocks": 2},
     }
     expected = {
         **{"token": view(0, 0, 1, 0, 0)} | NO_POSITIONS,
@@ -756,21 +731,21 @@ def test_every_integer_of_a_launch_by_positions():
         **{f"tensors[{i}].{name}": value for i in (0, 1) for name, value in tensor.items()},
         **{"period": by(2), "cos": view(0, 0, 0, 1, 4), "sin": view(0, 0, 0, 1, 4)},
         **{"position": view(11, 0, 2, 0, 0), "num_positions": 40},
-        **{"cos_row": 200, "sin_row": 300, "keep": 0, "rotary_offset": 0},
+        **{"cos_row": 200, "sin_row": 300, "keep_out_of_range": 0, "rotary_offset": 0},
         **{"num_pairs": 64, "num_pair_lanes": 8, "num_lanes": 8},
     }
     assert fields(plan) == flat(expected)
     assert (plan.grid, plan.block) == ((2, 1), (8, 16))
-    chosen = template(plan.kernel)
-    assert (chosen.position, chosen.common) == ("long long", "false")  # rows of sin lie elsewhere
+    chosen = plan.template
+    assert (chosen.position, chosen.common) == ("long long", False)  # rows of sin lie elsewhere
 
 
 def test_the_integers_of_positions_on_three_axes():
     x, positions = spec((2, 5, 3, 128)), spec((3, 2, 5), "int32", strides=(40, 7, 1))
     options = {"positions": positions, "mrope_section": (24, 20, 20)}
     plan = launch_plan(problem([x], 128, **options))
-    packed, chosen = fields(plan), template(plan.kernel)
-    assert (chosen.position, chosen.pairs) == ("Sections<int>", "4")
+    packed, chosen = fields(plan), plan.template
+    assert (chosen.position, chosen.pairs) == ("SectionedMrope<int>", 4)
     assert [packed[f"position_arguments.{name}"] for name in POSITION_ARGUMENTS] == [
         40,
         24,
@@ -781,8 +756,8 @@ def test_the_integers_of_positions_on_three_axes():
     assert (packed["position.outer"], packed["position.middle"]) == (7, 1)
 
     plan = launch_plan(problem([x], 128, **options, mrope_interleaved=True))
-    packed, chosen = fields(plan), template(plan.kernel)
-    assert chosen.position == "Mixed<int>"
+    packed, chosen = fields(plan), plan.template
+    assert chosen.position == "InterleavedMrope<int>"
     assert [packed[f"position_arguments.{name}"] for name in POSITION_ARGUMENTS] == [
         40,
         60,
@@ -797,9 +772,9 @@ def test_the_integers_of_positions_on_three_axes():
 )
 def test_the_pairs_of_a_thread_are_of_one_section(section, pairs):
     x, positions = spec((1, 5, 3, 128)), spec((3, 5), "int64")
-    assert template_of([x], 128, positions=positions, mrope_section=section).pairs == str(pairs)
+    assert template_of([x], 128, positions=positions, mrope_section=section).pairs == (pairs)
     mixed = {"mrope_section": (24, 20, 20), "mrope_interleaved": True}
-    assert template_of([x], 128, positions=positions, **mixed).pairs == "4"
+    assert template_of([x], 128, positions=positions, **mixed).pairs == 4
 
 
 def test_the_integers_of_packed_sequences():
@@ -807,7 +782,7 @@ def test_the_integers_of_packed_sequences():
     cu_seqlens, offsets = spec((5,), "int32", strides=(3,)), spec((4,), "int64", strides=(-2,))
     plan = launch_plan(problem([x], 128, seqlen_offsets=offsets, cu_seqlens=cu_seqlens))
     packed = fields(plan)
-    assert template(plan.kernel).position == "Packed<long long, int>"
+    assert plan.template.position == "Packed<long long, int>"
     assert [packed[f"position_arguments.{name}"] for name in POSITION_ARGUMENTS] == [-2, 0, 0, 4, 3]
     assert (packed["token.outer"], packed["token.middle"], packed["token.inner"]) == (0, 1, 0)
     assert packed["position.middle"] == 0
@@ -816,7 +791,7 @@ def test_the_integers_of_packed_sequences():
 def test_the_integers_of_an_offset_for_every_batch():
     plan = launch_plan(problem([spec((4, 9, 3, 128))], 128, seqlen_offsets=spec((4,), "int32")))
     packed = fields(plan)
-    assert template(plan.kernel).position == "Offset<int>"
+    assert plan.template.position == "Offset<int>"
     assert [packed[f"position.{axis}"] for axis in ("outer", "middle", "inner")] == [1, 0, 0]
     assert [packed[f"token.{axis}"] for axis in ("outer", "middle", "inner")] == [0, 1, 0]
 
@@ -827,10 +802,10 @@ def test_the_integers_of_frequencies(interleaved, num_pairs):
     x = spec((2, 5, 8, 128))
     options = {"table": frequencies(2 * num_pairs), "interleaved": interleaved}
     plan = launch_plan(problem([x], 2 * num_pairs, **options))
-    packed, chosen = fields(plan), template(plan.kernel)
-    assert (chosen.table, chosen.position) == ("frequency", "Counted")
+    packed, chosen = fields(plan), plan.template
+    assert (chosen.table, chosen.position) == ("frequency", "TokenIndex")
     if num_pairs == 64:
-        assert (chosen.rows, chosen.pairs, chosen.common) == ("4", "4", "true")
+        assert (chosen.rows, chosen.pairs, chosen.common) == (4, 4, True)
     assert [packed[f"cos.{part}"] for part in VIEW] == [0, 0, 0, 1, 2]
     assert (packed["num_positions"], packed["cos_row"]) == (2**63 - 1, 0)
     assert [packed[f"token.{axis}"] for axis in ("outer", "middle", "inner")] == [0, 1, 0]
@@ -844,18 +819,50 @@ def test_the_pointers_lead_to_the_slice_in_bytes():
     q, k = spec((1, 5, 4, 90), strides=(4000, 800, 200, 2)), spec((1, 5, 2, 90))
     outs = [spec((1, 5, 4, 90)), spec((1, 5, 2, 90), strides=(4000, 800, 400, 3))]
     plan = launch_plan(problem([q, k], 24, outs, rotary_offset=6))
-    assert plan.to_slice == ((6 * 2 * 2, 6 * 2), (6 * 2, 6 * 3 * 2))
-    block = plan.argument_block(Pointers((1000, 2000), (3000, 4000), 5000, 6000, 7000))
-    assert struct.unpack("<7Q", block[:56]) == (1024, 2012, 3012, 4036, 5000, 6000, 7000)
-    assert block[56:-16] == plan.arguments
-    pointers = Pointers((1000, 2000), (3000, 4000), 5000, 6000, 7000, 8000, first=-9)
-    assert struct.unpack("<Qq", plan.argument_block(pointers)[-16:]) == (8000, -9)
+    assert patched(plan, Pointers((1000, 2000), (3000, 4000), 5000, 6000, 7000)) == {
+        **{"x0": 1000 + 6 * 2 * 2, "x1": 2000 + 6 * 2, "out0": 3000 + 6 * 2},
+        **{"out1": 4000 + 6 * 3 * 2, "cos": 5000, "sin": 6000, "positions": 7000},
+        **{"cu_seqlens": 0, "position_offset": 0},
+    }
+    pointers = Pointers((1000, 2000), (3000, 4000), 5000, 6000, 7000, 8000, position_offset=-9)
+    found = patched(plan, pointers)
+    assert (found["cu_seqlens"], found["position_offset"]) == (8000, -9)
 
 
 def test_a_launch_of_one_tensor_repeats_its_pointers():
     plan = launch_plan(problem([spec((1, 5, 4, 128), "float32")], 64, rotary_offset=64))
-    block = plan.argument_block(Pointers((1000,), (2000,), 5000, 6000, 0))
-    assert struct.unpack("<7Q", block[:56]) == (1256, 1256, 2256, 2256, 5000, 6000, 0)
+    found = patched(plan, Pointers((1000,), (2000,), 5000, 6000, 0))
+    assert [found[name] for name in ("x0", "x1", "out0", "out1")] == [1256, 1256, 2256, 2256]
+
+
+def test_weights_slots_and_scales_are_patched_where_there_are_any():
+    q, kv = spec((5, 4, 128), "float32"), spec((5, 2, 128), "float32")
+    caches = [spec((9, 2, 128), "float8_e5m2")] * 2
+    arrays = {"slot_mapping": spec((5,), "int64"), "q_weight": spec((128,), strides=(3,))}
+    norm, cache = Norm("head", 1e-6, 1.0, True), Cache("NHD", None, 0.5, 2.0)
+    options = arrays | {"norm": norm, "cache": cache, "rotary_offset": 64}
+    plan = launch_plan(problem([q, kv, kv], 64, [q, *caches], **options))
+    pointers = Pointers((1000,) * 3, (2000,) * 3, 1, 2, q_weight=3000, slots=4000, v_scale=5000)
+    found = patched(plan, pointers)
+    assert found == {
+        **{"x0": 1256, "x1": 1256, "x2": 1256, "out0": 2256, "out1": 2064, "out2": 2064},
+        **{"cos": 1, "sin": 2, "positions": 0, "cu_seqlens": 0, "position_offset": 0},
+        **{"q_weight": 3000 + 64 * 3 * 2, "k_weight": 0, "slots": 4000, "k_scale": 0},
+        **{"v_scale": 5000},
+    }
+    packed = fields(plan)
+    real = ("inverse_count[0]", "eps", "weight_offset", "scale[0]", "scale[1]")
+    assert [packed[name] for name in real] == [1 / 128, np.float32(1e-6), 1.0, 0.5, 2.0]
+    assert (packed["layout[0].element"], packed["num_slots"]) == (3, 9)
+
+
+def test_a_block_is_packed_into_any_buffer_and_nothing_else_is_touched():
+    plan = launch_plan(problem([spec((1, 5, 4, 128))], 128))
+    packer, buffer = plan.packer, bytearray(b"\xa5" * 1024)
+    packer.pack_into(buffer, 8, range(1, 1 + len(packer.names)))
+    block = plan.argument_block(Pointers((1, 2), (3, 4), 5, 6, 7, 8, position_offset=9))
+    assert packer.names[-1] == "position_offset"
+    assert buffer == b"\xa5" * 8 + block + b"\xa5" * (1024 - 8 - packer.size)
 
 
 def test_one_plan_serves_every_address_of_the_same_alignment():
@@ -874,7 +881,7 @@ def test_one_plan_serves_every_address_of_the_same_alignment():
 def test_what_the_common_path_takes_for_granted_holds_there(change):
     x, part = spec((2, 5, 4, 128)), spec((5, 64), "float32")
     outs, table = [x], TableSpec(part, part, 1, 0)
-    assert template_of([x], 128, outs, table=table).common == "true"
+    assert template_of([x], 128, outs, table=table).common is True
     if change == "out strides":
         outs = [spec((2, 5, 4, 128), strides=(128 * 40, 128 * 8, 128, 1))]
     elif change == "sin strides":
@@ -887,7 +894,7 @@ def test_what_the_common_path_takes_for_granted_holds_there(change):
         table = TableSpec(part, part, 1, 0)
     else:
         table = TableSpec(part, spec((5, 64), "float32", address=8), 1, 0)
-    assert template_of([x], 128, outs, table=table).common == "false"
+    assert template_of([x], 128, outs, table=table).common is False
 
 
 @pytest.mark.parametrize(
@@ -903,8 +910,8 @@ def test_every_access_is_whole_on_the_common_path(xs, outs, interleaved):
         xs, outs = ([spec((2, 5, 4, 128), address=a) for a in y] if y else None for y in (xs, outs))
         return template_of(xs, 64, outs, interleaved=interleaved).common
 
-    assert common([0] * len(xs), outs and [0] * len(outs)) == "true"
-    assert common(xs, outs) == "false"
+    assert common([0] * len(xs), outs and [0] * len(outs)) is True
+    assert common(xs, outs) is False
 
 
 @pytest.mark.parametrize(("step", "stride", "address"), [(1, 2, 0), (4, 4, 4)])
@@ -916,12 +923,12 @@ def test_angles_of_single_pairs_are_beside_each_other_and_whole_on_the_common_pa
         table = TableSpec(part, part, step, step // 2)
         return template_of([spec((2, 5, 4, 128), address=2)], 128, table=table)[-1]
 
-    assert common(step, 0) == "true"
-    assert common(stride, address) == "false"
+    assert common(step, 0) is True
+    assert common(stride, address) is False
 
 
 def test_2_31_positions_leave_the_common_path():
-    for size, common in ((2**31 - 1, "true"), (2**31, "false")):
+    for size, common in ((2**31 - 1, True), (2**31, False)):
         part = spec((size, 64), "float32")
         options = {"table": TableSpec(part, part, 1, 0), "positions": spec((5,), "int64")}
         assert template_of([spec((2, 5, 4, 128))], 128, **options).common == common
@@ -944,19 +951,19 @@ def test_strides_beyond_32_bits_leave_the_common_path(what):
         table = TableSpec(part, part, 1, 0)
         return template_of(xs, 128, table=table, positions=positions).common
 
-    assert common(2**31 - 128) == "true"
-    assert common(2**31) == "false"
+    assert common(2**31 - 128) is True
+    assert common(2**31) is False
 
 
 @pytest.mark.parametrize(
     ("layout", "write", "by_positions", "address", "past_l1"),
     [
-        (BSHD, "in place", False, 0, "false"),
-        (BSHD, "in place", True, 0, "true"),
-        (BSHD, "new", False, 0, "false"),
-        (BSHD, "new", True, 0, "false"),
-        (BHSD, "in place", True, 0, "false"),  # heads are not innermost
-        (BSHD, "in place", True, 2, "true"),  # narrow, and whole even so
+        (BSHD, "in place", False, 0, False),
+        (BSHD, "in place", True, 0, True),
+        (BSHD, "new", False, 0, False),
+        (BSHD, "new", True, 0, False),
+        (BHSD, "in place", True, 0, False),  # heads are not innermost
+        (BSHD, "in place", True, 2, True),  # narrow, and whole even so
     ],
 )
 def test_in_place_and_with_positions_the_tensors_pass_l1_by(
@@ -966,12 +973,12 @@ def test_in_place_and_with_positions_the_tensors_pass_l1_by(
     positions = spec((x.shape[1 if layout == BSHD else 2],), "int32") if by_positions else None
     outs = None if write == "in place" else [x]
     chosen = template_of([x], 128, outs, positions=positions, layout=layout)
-    assert (chosen.common, chosen.past_l1) == ("true", past_l1)
-    assert chosen.in_place == ("true" if write == "in place" else "false")
+    assert (chosen.common, chosen.past_l1) == (True, past_l1)
+    assert chosen.in_place == (write == "in place")
 
 
 def test_nothing_passes_l1_by_off_the_common_path():
     part, positions = spec((4096, 64), "float32", address=4), spec((5,), "int32")
     table = TableSpec(part, part, 1, 0)
     chosen = template_of([spec((2, 5, 4, 128))], 128, table=table, positions=positions)
-    assert (chosen.common, chosen.past_l1) == ("false", "false")
+    assert (chosen.common, chosen.past_l1) == (False, False)

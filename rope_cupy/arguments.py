@@ -1,0 +1,299 @@
+"""The kernel's one argument: the struct `Arguments` of kernels/rotary.cu, and its packing. Pure.
+
+A record of this module is a struct of the kernels, with the same fields in the same order, and its
+values are what a plan packs. There is no other description of the block: the tests compare this one
+with the offsets that the compiler gives to the fields.
+
+Every field takes 8 bytes and is aligned to them, so nothing lies between two fields, and a struct
+within another begins where the last field ended. A float is the one field that is smaller than its
+place, whose second half is padding.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from .problem import Pointers
+
+FIELD_BYTES = 8  # the size and the alignment of a field
+
+
+class CType(NamedTuple):
+    """A type of the kernels, and the format by which `struct` packs it into 8 bytes."""
+
+    name: str
+    format: str
+
+
+INTEGER, ADDRESS = CType("long long", "q"), CType("const void*", "Q")
+
+
+class Patched(NamedTuple):
+    """A field that every call fills: an address, or an integer."""
+
+    name: str
+    offset: int = 0  # bytes that are added to an address which is not null
+    type: CType = ADDRESS
+
+
+class Single(float):
+    """A float in the place of an integer."""
+
+
+class Double(float):
+    """A double in the place of an integer."""
+
+
+C_TYPES = {int: INTEGER, Single: CType("Word<float>", "f4x"), Double: CType("Word<double>", "d")}
+
+
+class Divisor(NamedTuple):
+    """What divides numbers below 2^31: n // value == (2 n * multiplier >> 32) >> shift."""
+
+    value: int
+    multiplier: int
+    shift: int
+
+
+class View(NamedTuple):
+    """The strides of an array over three axes of rows and over elements, and its access width."""
+
+    outer: int
+    middle: int
+    inner: int
+    element: int
+    width: int
+
+
+class Tensor(NamedTuple):
+    """Where the rows of x and out lie, and which blocks have them."""
+
+    blocks: int
+    num_row_groups: int
+    inner: Divisor
+    middle: Divisor
+    x: View
+    x_step: int
+    out: View
+    out_step: int
+
+
+class PositionArguments(NamedTuple):
+    """What positions need besides their address."""
+
+    axis: int
+    section_ends: tuple[int, int]
+    num_sequences: int
+    cu_stride: int
+    cu_seqlens: Patched = Patched("cu_seqlens")
+    position_offset: Patched = Patched("position_offset", type=INTEGER)
+
+
+class TensorsAndTable(NamedTuple):
+    """What every launch has."""
+
+    x: tuple[Patched, ...]
+    out: tuple[Patched, ...]
+    cos_data: Patched
+    sin_data: Patched
+    positions: Patched
+    period: Divisor
+    num_lanes: int
+    num_pairs: int
+    cos: View
+    position: View
+    num_positions: int
+    cos_row: int
+    tensors: tuple[Tensor, ...]
+    sin: View
+    sin_row: int
+    keep_out_of_range: int
+    rotary_offset: int
+    num_pair_lanes: int
+    token: View
+    position_arguments: PositionArguments
+
+
+class Weights(NamedTuple):
+    """Where the weights of a tensor's norm lie."""
+
+    head: int
+    step: int
+    element: int
+    width: int
+
+
+class RmsNormArguments(NamedTuple):
+    """What a norm needs."""
+
+    layout: tuple[Weights, Weights]
+    inverse_count: tuple[float, float]
+    eps: float
+    weight_offset: float
+    weights: tuple[Patched, Patched]
+
+
+class SlotsArguments(NamedTuple):
+    """What the writing of caches needs."""
+
+    slot: View
+    num_slots: int
+    block_size: Divisor
+    block: tuple[int, int]
+    place: tuple[int, int]
+    scale: tuple[Single, Single]
+    slots: Patched = Patched("slots")
+    scales: tuple[Patched, Patched] = (Patched("k_scale"), Patched("v_scale"))
+
+
+class MatricesArguments(NamedTuple):
+    """What a table of matrices needs whose numbers lie apart."""
+
+    column: int
+
+
+class Arguments(NamedTuple):
+    """The whole struct: its bases, one behind the other. A base that is missing takes no place."""
+
+    tensors_and_table: TensorsAndTable
+    norm: RmsNormArguments | None
+    destination: SlotsArguments | None
+    form: MatricesArguments | None
+
+
+class Field(NamedTuple):
+    """A field of the argument block."""
+
+    name: str  # in C++, such as tensors[0].x.outer
+    offset: int  # bytes from the block's begin
+    type: CType
+    is_patched: bool
+
+
+class Constants(NamedTuple):
+    """Neighbouring fields that are constant for a plan."""
+
+    fields: slice
+    packed: struct.Struct
+    place: int  # of their bytes among the arguments of `pack_into` of a struct
+
+
+class Layout(NamedTuple):
+    """What all blocks have in common whose structs have the same bases."""
+
+    fields: tuple[Field, ...]
+    block: struct.Struct  # of the patched fields and, for constants between them, bytes
+    constants: tuple[Constants, ...]
+
+
+class ArgumentPacker(NamedTuple):
+    """What packs the argument blocks of a plan: all of a block is constant but what is patched."""
+
+    fields: tuple[Field, ...]
+    size: int  # of the block, in bytes
+    names: tuple[str, ...]  # of what is patched, in order: Pointers' fields, and x0, out0 and so on
+    offsets: tuple[int, ...]  # bytes to add to each address that is not null
+    pack_into: Callable[[Any, int, Sequence[int]], None]  # (buffer, offset, values by `names`)
+
+    def values(self, pointers: Pointers) -> list[int]:
+        """Return what is patched for these addresses."""
+        named = pointers.by_name()
+        values = [named[name] for name in self.names]
+        return [
+            value and value + offset for value, offset in zip(values, self.offsets, strict=True)
+        ]
+
+
+def divisor(value: int) -> Divisor:
+    """Return the divisor of numbers below 2^31.
+
+    Source: Granlund and Montgomery, "Division by Invariant Integers using Multiplication" (1994).
+    """
+    shift = (value - 1).bit_length()
+    return Divisor(value, multiplier=(1 << 31 + shift) // value + 1, shift=shift)
+
+
+def argument_packer(arguments: Arguments) -> ArgumentPacker:
+    """Return what packs blocks of these arguments; the constants are packed here."""
+    leaves: list[Any] = []
+    _collect(arguments, leaves)
+    layout = _layout(arguments)
+    patched = [leaf for leaf in leaves if type(leaf) is Patched]
+    constants = [(each.place, each.packed.pack(*leaves[each.fields])) for each in layout.constants]
+    pack = layout.block.pack_into
+
+    def pack_into(buffer: Any, offset: int, values: Sequence[int]) -> None:
+        items = [buffer, offset, *values]
+        for place, constant in constants:
+            items.insert(place, constant)
+        pack(*items)
+
+    return ArgumentPacker(
+        fields=layout.fields,
+        size=layout.block.size,
+        names=tuple([each.name for each in patched]),
+        offsets=tuple([each.offset for each in patched]),
+        pack_into=pack_into,
+    )
+
+
+def _collect(value: Any, leaves: list[Any]) -> None:
+    """Add the values of the fields that are no structs and no arrays, in their order."""
+    for each in value:
+        if type(each) is Patched or type(each) in C_TYPES:
+            leaves.append(each)
+        elif each is not None:
+            _collect(each, leaves)
+
+
+_layouts: dict[tuple[object, ...], Layout] = {}  # there are 24 of them
+
+
+def _layout(arguments: Arguments) -> Layout:
+    """Return the layout of the struct, which depends on its bases and on the type of its reals."""
+    tensors, norm, destination, form = arguments
+    real = type(norm.eps) if norm else None
+    key = len(tensors.tensors), real, destination is None, form is None
+    layout = _layouts.get(key)
+    if layout is None:
+        layout = _layouts[key] = _describe(arguments)
+    return layout
+
+
+def _describe(arguments: Arguments) -> Layout:
+    named = [leaf for base in arguments if base for leaf in _named("", base)]
+    fields = tuple(
+        Field(name, FIELD_BYTES * i, type, is_patched)
+        for i, (name, type, is_patched) in enumerate(named)
+    )
+    formats = ["<"]  # of little-endian numbers, between which nothing is added
+    constants, place, first = [], 2, 0  # behind the buffer and the offset
+    for is_patched, group in groupby(fields, lambda field: field.is_patched):
+        run = [field.type.format for field in group]
+        if is_patched:
+            formats += run
+            place += len(run)
+        else:
+            packed = struct.Struct("<" + "".join(run))
+            constants.append(Constants(slice(first, first + len(run)), packed, place))
+            formats.append(f"{packed.size}s")
+            place += 1
+        first += len(run)
+    return Layout(fields, struct.Struct("".join(formats)), tuple(constants))
+
+
+def _named(name: str, value: Any) -> Iterator[tuple[str, CType, bool]]:
+    """Yield the name and the type of every field that is no struct and no array."""
+    if isinstance(value, Patched):
+        yield name, value.type, True
+    elif type(value) in C_TYPES:
+        yield name, C_TYPES[type(value)], False
+    elif hasattr(value, "_fields"):
+        for part, each in zip(value._fields, value, strict=True):
+            yield from _named(f"{name}.{part}" if name else part, each)
+    else:
+        for i, each in enumerate(value):
+            yield from _named(f"{name}[{i}]", each)

@@ -1,0 +1,77 @@
+"""The table of a problem: checks of its shape, and where its rows lie. Pure."""
+
+from __future__ import annotations
+
+from ..memory import ArraySpec
+from .records import MATRICES, TableSpec, View
+
+
+def check_rotary_dim(table: TableSpec, head_dim: int, offset: int) -> int:
+    """Return how many elements of a head are rotated; they must fit the head at their offset."""
+    rotary_dim = 2 * table.shape[-1]
+    if not 0 < rotary_dim <= head_dim:
+        raise ValueError(
+            f"table must have a rotary_dim in (0, head_dim={head_dim}], got {rotary_dim}: if it "
+            "holds every angle twice, take RotaryTable.from_full_width"
+        )
+    if not 0 <= offset <= head_dim - rotary_dim:
+        raise ValueError(
+            f"rotary_offset must be in [0, head_dim - rotary_dim = {head_dim - rotary_dim}], got "
+            f"{offset}"
+        )
+    return rotary_dim
+
+
+def check_table(
+    shape: tuple[int, ...],
+    batch: int,
+    num_tokens: int,
+    num_heads: tuple[int, ...],
+    positions: dict[str, ArraySpec],
+) -> None:
+    """Refuse a table by batch and token (and head) that does not match the tensors."""
+    if len(shape) == 2:
+        return
+    for name, array in positions.items():
+        raise ValueError(
+            f"{name} must be None with a table by batch and token, {shape}, got an array of "
+            f"shape {array.shape}"
+        )
+    if shape[0] not in (1, batch) or shape[1] != num_tokens:
+        raise ValueError(
+            f"table must have the shape ({batch} or 1, {num_tokens}, ...) of batch and tokens, "
+            f"got {shape}: if its axes are others, name them, such as axes='sh' for tokens and "
+            "heads"
+        )
+    if len(shape) == 4 and shape[2] != 1 and any(shape[2] != heads for heads in num_heads):
+        raise ValueError(
+            "table must have 1 head or as many as every tensor, "
+            f"{' and '.join(map(str, num_heads))}, got {shape[2]} heads in shape {shape}"
+        )
+
+
+def table_view(table: ArraySpec, form: str, by_position: bool) -> View:
+    """Return the strides of cosines or sines; a row that is found by its position has none."""
+    *rows, pair = table.strides[:-1] if form == MATRICES else table.strides
+    strides = (0, 0 if by_position else rows[0], 0) if len(rows) == 1 else (*rows, 0)[:3]
+    return View((*strides, pair), table.alignment)  # type: ignore[arg-type]
+
+
+def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) -> int:
+    """Return the position of the first token; refuse positions that the table does not hold."""
+    shape = table.shape
+    if len(shape) > 2:
+        if positions is not None:
+            raise ValueError(
+                f"positions must be None with a table by batch and token, {shape}, got {positions}"
+            )
+        return 0
+    first = positions or 0
+    if first < 0:
+        raise ValueError(f"positions must be 0 or more where they are an int, got {first}")
+    if num_tokens and first + num_tokens > shape[0]:
+        raise ValueError(
+            f"table must hold the positions {first} to {first + num_tokens - 1} of the "
+            f"{num_tokens} tokens, got {shape[0]} positions"
+        )
+    return first
