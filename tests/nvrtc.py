@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
+
+REGISTERS = 65536  # of a multiprocessor, which threads take by eights, and one thread 255 at most
+NOTHING = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+
+
+class Usage(NamedTuple):
+    """What a kernel takes of a multiprocessor."""
+
+    registers: int  # of a thread
+    most_registers: int  # that its launch bounds leave a thread
+    memory: str  # beside them
 
 
 def compiled(code: str, names: list[str], options: tuple[str, ...]) -> str:
@@ -15,6 +27,22 @@ def ptx(code: str, name: str, options: tuple[str, ...]) -> str:
     """Return the PTX of a kernel."""
     nvrtc, program = _compile(code, [name], options)
     return nvrtc.getPTX(program).decode()
+
+
+def usage(code: str, names: list[str], options: tuple[str, ...]) -> tuple[str, dict[str, Usage]]:
+    """Compile kernels to machine code; the log, and what each takes by name."""
+    nvrtc, program = _compile(code, names, (*options, "--ptxas-options=-v"))
+    log, code = nvrtc.getProgramLog(program), nvrtc.getPTX(program).decode()
+    told = r"Function properties for {}\n.* (\d+ bytes stack.*)\n.*Used (\d+) registers"
+    bounds = r"\.entry {}\([^)]*\)\s+\.maxntid (\d+), 1, 1\s+(?:\.minnctapersm (\d+))?"
+    usages = {}
+    for name in names:
+        entry = re.escape(nvrtc.getLoweredName(program, name))
+        ((memory, used),) = re.findall(told.format(entry), log)
+        ((threads, blocks),) = re.findall(bounds.format(entry), code)
+        most = REGISTERS // (int(threads) * int(blocks or 1)) // 8 * 8
+        usages[name] = Usage(int(used), min(most, 255), memory)
+    return log, usages
 
 
 def _compile(code: str, names: list[str], options: tuple[str, ...]) -> tuple[Any, Any]:

@@ -31,11 +31,11 @@ from rope_cupy.problem import (
     BY_ELEMENT,
     FREQUENCY,
     IMPLICIT,
+    INTERLEAVED_MROPE,
     MATRICES,
-    MIXED,
     OFFSET,
     PACKED,
-    SECTIONS,
+    SECTIONED_MROPE,
     Pointers,
     RotaryProblem,
     View,
@@ -109,7 +109,7 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
         out=tuple(out + moves[f"out[{i}]"] for i, (_, out) in enumerate(at)),
         cos=pointers.cos + moves["cos"],
         sin=pointers.sin + moves.get("sin", moves["cos"]),
-        first=pointers.first,
+        position_offset=pointers.position_offset,
         **{name: getattr(pointers, name) + moves.get(name, 0) for name in names},
     )
     source = jit.sources() / "rotary.cu"
@@ -117,7 +117,7 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
 
 
 def arrays_of(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
-    """What the launch of a problem may touch: in place, nothing but the slice that turns."""
+    """What the launch of a problem may touch: in place, nothing but the rotated slice."""
     arrays = {}
     first, size = 0, problem.head_dim
     if problem.in_place and not problem.norm:
@@ -184,7 +184,7 @@ def _rows(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
     shape, strides = (problem.batch, problem.num_tokens), problem.position_strides
     if problem.position_kind == OFFSET:
         shape = (problem.batch, 1)
-    if problem.position_kind in (SECTIONS, MIXED):
+    if problem.position_kind in (SECTIONED_MROPE, INTERLEAVED_MROPE):
         shape, strides = (NUM_AXES, *shape), (axis, *strides)
     return {"positions": Array(pointers.positions, itemsize, shape, strides)}
 
@@ -313,7 +313,7 @@ def _folder(builds: Path, sources: Path) -> Path:
 
 def kernel_options(source: Path, kernel: str) -> list[str]:
     defines = [f'-DSOURCE="{source.name}"', f"-DKERNEL={kernel}", f"-I{source.parent}"]
-    return ["-shared", "-fPIC", *defines, str(HERE / "kernel.cpp")]
+    return ["-shared", "-fPIC", "-nostdlib", *defines, str(HERE / "kernel.cpp")]
 
 
 def command(*arguments: str) -> list[str]:

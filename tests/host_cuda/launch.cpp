@@ -24,7 +24,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
@@ -37,7 +37,7 @@ Dim3 threadIdx, blockIdx, blockDim{1, 1, 1}, gridDim{1, 1, 1};
 namespace {
 
 constexpr std::uint64_t kPage = 4096;
-constexpr std::size_t kStackBytes = 128 << 10;
+constexpr std::size_t kStackBytes = 64 << 10;  // of which the largest kernels take 12
 constexpr unsigned char kCanary = 0xff;
 
 [[noreturn]] void fail(const std::string& message) {
@@ -104,10 +104,12 @@ void check_canaries(const std::vector<Range>& pages, const std::vector<Range>& r
 
 // Threads.
 
+using Stack = std::unique_ptr<unsigned char[]>;
+
 struct Thread {
   Dim3 index;
   ucontext_t context;
-  Bytes stack;
+  Stack stack;  // from its first step to its last
   bool done;
   const char* waits;  // for what, or null
   unsigned mask;      // whom a warp's operation waits for; 0 is the whole block
@@ -115,6 +117,7 @@ struct Thread {
 };
 
 std::vector<Thread> threads;
+std::vector<Stack> free_stacks;  // of ended threads: the next one touches no new memory
 std::size_t current;
 ucontext_t scheduler;
 const void* scheduler_stack;
@@ -124,10 +127,9 @@ const void* argument_block;
 
 std::size_t warp_of(std::size_t thread) { return thread / warpSize * warpSize; }
 
-std::string name_of(std::size_t thread) {
-  const Dim3& index = threads[thread].index;
-  return "thread (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ") of block (" +
-         std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ")";
+std::string name_of(const Thread& thread) {
+  return "thread (" + std::to_string(thread.index.x) + ", " + std::to_string(thread.index.y) +
+         ") of block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ")";
 }
 
 void to_scheduler(Thread& thread) {
@@ -145,75 +147,74 @@ void thread_main() {
   to_scheduler(threads[current]);
 }
 
-void resume(std::size_t thread) {
-  current = thread;
-  threadIdx = threads[thread].index;
+void start(Thread& thread) {
+  if (free_stacks.empty()) free_stacks.emplace_back(new unsigned char[kStackBytes]);
+  thread.stack = std::move(free_stacks.back());
+  free_stacks.pop_back();
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack.get();
+  thread.context.uc_stack.ss_size = kStackBytes;
+  thread.context.uc_link = nullptr;
+  makecontext(&thread.context, thread_main, 0);
+}
+
+void resume(std::size_t number) {
+  Thread& thread = threads[number];
+  if (!thread.stack) start(thread);
+  current = number;
+  threadIdx = thread.index;
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&fake_stack, threads[thread].stack.data(),
-                                 threads[thread].stack.size());
-  swapcontext(&scheduler, &threads[thread].context);
+  __sanitizer_start_switch_fiber(&fake_stack, thread.stack.get(), kStackBytes);
+  swapcontext(&scheduler, &thread.context);
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+  if (thread.done) free_stacks.push_back(std::move(thread.stack));
 }
 
 void wait(unsigned mask, const char* what) {
   Thread& thread = threads[current];
   if (mask && !(mask >> host::lane() & 1u))
-    fail(name_of(current) + " is not in its mask of " + what);
+    fail(name_of(thread) + " is not in its mask of " + what);
   thread.waits = what;
   thread.mask = mask;
   to_scheduler(thread);
 }
 
-// Whether the threads that this one waits for wait with it, or have ended.
-bool has_partners(std::size_t waiting) {
+// Let go those that this thread waits for, itself among them, if all wait with it or have ended.
+void release(std::size_t waiting, std::vector<std::size_t>& released) {
   const Thread& thread = threads[waiting];
-  const std::size_t warp = warp_of(waiting);
+  const std::size_t warp = warp_of(waiting), before = released.size();
   const std::size_t begin = thread.mask ? warp : 0;
   const std::size_t end = thread.mask ? std::min(warp + warpSize, threads.size()) : threads.size();
   for (std::size_t other = begin; other < end; ++other) {
     const Thread& partner = threads[other];
     if (partner.done || (thread.mask && !(thread.mask >> (other - warp) & 1u))) continue;
     if (!partner.waits || std::strcmp(partner.waits, thread.waits) || partner.mask != thread.mask)
-      return false;
+      return released.resize(before);
+    released.push_back(other);
   }
-  return true;
-}
-
-// Let go those that wait for no one else; all at once, for they are partners of each other.
-std::vector<std::size_t> release(const std::vector<std::size_t>& waiting) {
-  std::vector<std::size_t> released;
-  std::copy_if(waiting.begin(), waiting.end(), std::back_inserter(released), has_partners);
-  if (released.empty() && !waiting.empty())
-    fail(name_of(waiting.front()) + " waits at " + threads[waiting.front()].waits +
-         " for threads that never come");
-  for (const std::size_t thread : released) threads[thread].waits = nullptr;
-  return released;
-}
-
-void prepare(Thread& thread, unsigned number) {
-  thread.index = {number % blockDim.x, number / blockDim.x, 0};
-  thread.done = false;
-  thread.waits = nullptr;
-  thread.stack.resize(kStackBytes);
-  getcontext(&thread.context);
-  thread.context.uc_stack.ss_sp = thread.stack.data();
-  thread.context.uc_stack.ss_size = thread.stack.size();
-  thread.context.uc_link = nullptr;
-  makecontext(&thread.context, thread_main, 0);
+  for (std::size_t i = before; i < released.size(); ++i) threads[released[i]].waits = nullptr;
 }
 
 void run_block(std::mt19937& random, bool backward) {
-  for (std::size_t i = 0; i < threads.size(); ++i) prepare(threads[i], static_cast<unsigned>(i));
+  for (unsigned i = 0; i < threads.size(); ++i) {
+    threads[i].index = {i % blockDim.x, i / blockDim.x, 0};
+    threads[i].done = false;
+    threads[i].waits = nullptr;
+  }
   std::vector<std::size_t> ready(threads.size());
   std::iota(ready.begin(), ready.end(), 0);
   while (!ready.empty()) {
     std::shuffle(ready.begin(), ready.end(), random);
     if (backward) std::reverse(ready.begin(), ready.end());
     for (const std::size_t thread : ready) resume(thread);
-    std::vector<std::size_t> waiting;
-    for (std::size_t i = 0; i < threads.size(); ++i)
-      if (!threads[i].done) waiting.push_back(i);
-    ready = release(waiting);
+    ready.clear();
+    const Thread* waiting = nullptr;
+    for (std::size_t i = 0; i < threads.size(); ++i) {
+      if (threads[i].waits) waiting = &threads[i];
+      if (threads[i].waits) release(i, ready);
+    }
+    if (ready.empty() && waiting)
+      fail(name_of(*waiting) + " waits at " + waiting->waits + " for threads that never come");
   }
 }
 
@@ -255,7 +256,7 @@ unsigned long long exchange(unsigned mask, unsigned long long bits, int source, 
   const std::size_t from = warp_of(current) + static_cast<std::size_t>(source);
   if (source < 0 || source >= warpSize || from >= threads.size() || !(mask >> source & 1u) ||
       threads[from].done)
-    fail(name_of(current) + " reads a lane that takes no part in " + what);
+    fail(name_of(threads[current]) + " reads a lane that takes no part in " + what);
   const unsigned long long read = threads[from].bits;
   wait(mask, what);  // until all have read
   return read;

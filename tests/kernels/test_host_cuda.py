@@ -91,9 +91,10 @@ def test_rows_of_a_table_may_lie_2_31_elements_apart(stride, record):
 
 @pytest.fixture
 def tiles_of_two_tokens(monkeypatch):
-    monkeypatch.setattr("rope_cupy.plan.L2_BYTES", 0)
-    monkeypatch.setattr("rope_cupy.plan.TILE_BYTES", 2 * 64 * 4)  # with rows of 64 float32 numbers
-    monkeypatch.setattr("rope_cupy.plan.MIN_TILE", 2)
+    monkeypatch.setattr("rope_cupy.row_order.L2_BYTES", 0)
+    row_bytes = 64 * 4  # of 64 float32 numbers
+    monkeypatch.setattr("rope_cupy.row_order.TILE_BYTES", 2 * row_bytes)
+    monkeypatch.setattr("rope_cupy.row_order.MIN_TILE", 2)
     launch_plan.cache_clear()
     yield
     launch_plan.cache_clear()
@@ -250,8 +251,8 @@ MUTANTS = {
     ),
     "a token counted from its batch's offset alone": Mutant(
         "positions.cuh",
-        "sum_of(token, args.first, *address)",
-        "sum_of(args.first, *address)",
+        "sum_of(token, args.position_offset, *address)",
+        "sum_of(args.position_offset, *address)",
         WRONG,
         PLAIN._replace(positions="int64 offset"),
     ),
@@ -289,7 +290,7 @@ MUTANTS = {
     ),
     "a token counted from the first of all": Mutant(
         "positions.cuh",
-        "return token + args.first;",
+        "return token + args.position_offset;",
         "return token;",
         WRONG,
         COMPUTED._replace(positions="int"),
@@ -312,7 +313,7 @@ MUTANTS = {
     ),
     "angles of pairs in turn by the lane's first": Mutant(
         "rotary.cu",
-        "kIsMixed<Position> ? pair + i : pair",
+        "kIsInterleavedMrope<Position> ? pair + i : pair",
         "pair",
         WRONG,
         COMPUTED._replace(positions="int64 3bs mixed"),
@@ -322,19 +323,22 @@ MUTANTS = {
     ),
     "a swapped sign": Mutant("pairs.cuh", "cos, negate(x), ", "cos, x, ", WRONG),
     "rows that are no rows": Mutant(
-        "rotary.cu", "set >= static_cast<unsigned>(tensor.num_sets) ||", "", OUT_OF_BOUNDS
+        "rotary.cu",
+        "row_group >= static_cast<unsigned>(tensor.num_row_groups) ||",
+        "",
+        OUT_OF_BOUNDS,
     ),
     "lanes that are no lanes": Mutant(
         "rotary.cu",
-        "|| lane >= static_cast<int>(args.num_lanes)",
+        "||\n      lane >= static_cast<int>(args.num_lanes)",
         "",
         OUT_OF_BOUNDS,
         PLAIN._replace(head=(514, 514, 0)),
     ),
     "elements copied past the head": Mutant(
         "rotary.cu",
-        "int element = pass_lane * kPassRun",
-        "int element = (pass_lane + 1) * kPassRun",
+        "int element = copy_lane * kCopyWidth",
+        "int element = (copy_lane + 1) * kCopyWidth",
         OUT_OF_BOUNDS,
         PLAIN._replace(head=(96, 64, 0), sizes=(1, 5, 3, 0)),
     ),
@@ -361,7 +365,7 @@ MUTANTS = {
         GATHERED,
     ),
     "a NaN for a padding token": Mutant(
-        "rotary.cu", "args.keep ?", "false ?", WRONG, GATHERED._replace(outside="keep")
+        "rotary.cu", "args.keep_out_of_range ?", "false ?", WRONG, GATHERED._replace(outside="keep")
     ),
     "a padding token kept in the first row alone": Mutant(
         "rotary.cu",
@@ -423,12 +427,12 @@ MUTANTS = {
     ),
     "k's rows by q's heads": Mutant(
         "rotary.cu",
-        "tensor.inner.divide(set)",
-        "args.tensors[0].inner.divide(set)",
+        "= tensor.coordinates(row_group)",
+        "= args.tensors[0].coordinates(row_group)",
         WRONG,
     ),
     "sines by the rows of cosines": OfTheirOwn(
-        "rotary.cu",
+        "table_rows.cuh",
         "sin_offset = row * args.sin_row",
         "sin_offset = row * args.cos_row",
         f"{OUT_OF_BOUNDS}|{WRONG}",
@@ -448,14 +452,14 @@ MUTANTS = {
         TWO_ROWS._replace(head=(128, 64, 0)),
     ),
     "k's first block taken for q's": Mutant(
-        "rotary.cu", "block >= q_blocks", "block > q_blocks", WRONG, UNWRITTEN
+        "arguments.cuh", "block >= q_blocks", "block > q_blocks", WRONG, UNWRITTEN
     ),
     "k's blocks numbered from q's first": Mutant(
-        "rotary.cu", "+ block - first_block", "+ block", WRONG, UNWRITTEN
+        "arguments.cuh", "+ block - first_block", "+ block", WRONG, UNWRITTEN
     ),
     "every period the first": Mutant(
-        "rotary.cu",
-        "period * static_cast<unsigned>(tensor.blocks) + block",
+        "arguments.cuh",
+        "period * blocks + block",
         "block",
         WRONG,
         UNWRITTEN._replace(sizes=(2, 150, 1, 1)),
@@ -489,7 +493,7 @@ MUTANTS = {
         NORMAL._replace(sizes=(2, 7, 4, 2)),  # with weights of its own
     ),
     "k's mean that of q": Mutant(
-        "rotary.cu", "args.share[which]", "args.share[0]", WRONG, OF_TOKENS
+        "norm.cuh", "args.inverse_count[which]", "args.inverse_count[0]", WRONG, OF_TOKENS
     ),
     "a half of a row's sum": Mutant(
         "norm.cuh", "int lanes = kSpan / 2", "int lanes = kSpan / 4", WRONG, NORMAL
@@ -523,8 +527,8 @@ MUTANTS = {
     ),
     "a norm of the slice alone": Mutant(
         "rotary.cu",
-        "passes ? sum_of_squares(widen<Real>(passed[i]))",
-        "passes ? 0",
+        "copies ? sum_of_squares(widen<Real>(copied[i]))",
+        "copies ? 0",
         WRONG,
         NORMAL._replace(head=(96, 32, 16)),
     ),
@@ -559,7 +563,7 @@ MUTANTS = {
         f"{WRONG}|{OUT_OF_BOUNDS}",
     ),
     "k's scale for v": Cached(
-        "rotary.cu", "cache.scale[which - 1].value", "cache.scale[0].value", WRONG
+        "destinations.cuh", "args.scale[cache].value", "args.scale[0].value", WRONG
     ),
     "v rotated as k is": Cached(
         "rotary.cu", "if (kTensors > 2 && which == 2) {", "if (false) {", f"{WRONG}|{OUT_OF_BOUNDS}"
@@ -572,7 +576,7 @@ MUTANTS = {
         PLAIN._replace(norm="head"),
     ),
     "arguments of another shape": Mutant(
-        "rotary.cu",
+        "arguments.cuh",
         "long long cos_row;",
         "long long cos_row, cos_of_v;",
         "the kernel takes 688 bytes of arguments, got 680",

@@ -2,22 +2,28 @@
 
 import os
 import re
+import struct
+from collections import ChainMap
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product, repeat
+from itertools import combinations, product, repeat
 
 import numpy as np
 import pytest
 import test_gpu
 import test_rotary
 from arrays import verify
-from nvrtc import compiled, ptx
-from test_plan import CACHE_FIELDS, NORM_FIELDS, Template, fields_of, template
+from nvrtc import NOTHING, compiled, ptx, usage
+from test_plan import frequencies, matrices, problem, spec
 
 import rope_cupy
 from rope_cupy import cpu, jit
+from rope_cupy.arguments import FIELD_BYTES
 from rope_cupy.memory import ACCESS_BYTES, FLOATS_8
+from rope_cupy.options import Cache, Norm, Packed
 from rope_cupy.plan import launch_plan
+from rope_cupy.problem import TableSpec
+from rope_cupy.template import RotaryKernel, instance
 
 try:
     compiled("", [], ())
@@ -25,8 +31,8 @@ except Exception as error:
     pytest.skip(f"NVRTC cannot be loaded ({error})", allow_module_level=True)
 
 OPTIONS = (*jit.compile_options(), "-ftz=true")  # CuPy adds the last
-SHARED = ["sm_75", "sm_100", "sm_120"]  # each kernel is compiled for one of these
-ARCHITECTURES = ["sm_80", "sm_90", *SHARED]  # and for the first two
+ARCHITECTURES = ["sm_90", "sm_75", "sm_80", "sm_100", "sm_120"]
+MARGIN = 32  # registers; of 240 kernels none took over 24 more for another than for the first
 INDEX = "int", "long long"
 BATCH = 32  # kernels in one compilation
 ON_THE_CPU = {"cupy": "numpy", "torch-cuda": "torch", "dlpack-cuda": "dlpack"}
@@ -34,16 +40,16 @@ ON_THE_CPU = {"cupy": "numpy", "torch-cuda": "torch", "dlpack-cuda": "dlpack"}
 
 @pytest.fixture(scope="module")
 def kernels():
-    """The name of every kernel that the test matrices launch."""
+    """The template arguments of every kernel that the test matrices launch."""
 
     class FoundError(Exception):
         pass
 
     def record(problem, *_):
-        names.add(launch_plan(problem).kernel)
+        found.add(launch_plan(problem).template)
         raise FoundError
 
-    names = set()
+    found = set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "rotate", record)
         for case in {*test_rotary.CASES, *test_gpu.CASES}:
@@ -57,7 +63,7 @@ def kernels():
         for call in fused_calls():
             with pytest.raises(FoundError):
                 call()
-    return sorted(names)
+    return sorted(found, key=lambda template: template.name)
 
 
 def fused_calls():
@@ -82,70 +88,145 @@ def fused_calls():
             yield partial(rope_cupy.apply_rotary_qkv, packed, table, out=out, **heads, **options)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kernel_of_the_matrix_compiles_and_keeps_all_in_registers(kernels, architecture):
+def covering(kernels):
+    """Fewer kernels, in which any two template arguments meet that meet in one of all of them."""
+    pairs = {}
+    for kernel in kernels:
+        words = [re.findall(r"\w+", instance("", argument)) for argument in kernel]
+        places = [(i, j, word) for i, row in enumerate(words) for j, word in enumerate(row)]
+        pairs[kernel] = set(combinations(places, 2))
+    missing, chosen = set.union(*pairs.values()), []
+    while missing:
+        chosen.append(max(pairs, key=lambda kernel: len(pairs[kernel] & missing)))
+        missing -= pairs.pop(chosen[-1])
+    return chosen
+
+
+def registers_left(architecture, kernels):
+    """Compile kernels, which must keep all in registers; how many registers each leaves."""
     code = (jit.sources() / "rotary.cu").read_text()
-    options = (*OPTIONS, f"-arch={architecture}", "--ptxas-options=-v")
-    if architecture in SHARED:  # of which each has a third, for the time that compiling takes
-        kernels = kernels[SHARED.index(architecture) :: len(SHARED)]
-    batches = [kernels[i : i + BATCH] for i in range(0, len(kernels), BATCH)]
+    options = (*OPTIONS, f"-arch={architecture}")
+    names = [kernel.name for kernel in kernels]
+    batches = [names[i : i + BATCH] for i in range(0, len(names), BATCH)]
     # In threads: NVRTC compiles without Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        logs = "".join(pool.map(compiled, repeat(code), batches, repeat(options)))
-    lines = [line for line in logs.splitlines() if "bytes stack frame" in line]
-    assert len(lines) == len(kernels) > 600
-    for line in lines:
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line
-    assert "warning" not in logs
+        results = [*pool.map(usage, repeat(code), batches, repeat(options))]
+    assert not any("warning" in log for log, _ in results), architecture
+    left = {}
+    for kernel, used in ChainMap(*(kernels for _, kernels in results)).items():
+        assert used.memory == NOTHING, f"{kernel} on {architecture} takes {used.memory}"
+        left[kernel] = used.most_registers - used.registers
+    assert left.keys() == set(names)
+    return left
+
+
+def test_every_kernel_of_the_matrix_compiles_and_keeps_all_in_registers(kernels):
+    """All for one architecture; for others each pair of arguments, and what might spill."""
+    left = registers_left(ARCHITECTURES[0], kernels)
+    assert len(left) > 1800
+    near = (kernel for kernel in kernels if left[kernel.name] < MARGIN)
+    some = sorted({*covering(kernels), *near}, key=lambda kernel: kernel.name)
+    for architecture in ARCHITECTURES[1:]:
+        registers_left(architecture, some)
+
+
+SPILLING = """
+__global__ void __launch_bounds__(512, 2) spilling(float* x) {
+  float kept[128];
+#pragma unroll
+  for (int i = 0; i < 128; ++i) kept[i] = x[i * 512 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 128; ++i) x[(127 - i) * 512 + threadIdx.x] = kept[i] * kept[i / 2];
+}
+"""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_kernel_that_spills_is_seen(architecture):
+    _, used = usage(SPILLING, ["spilling"], (*OPTIONS, f"-arch={architecture}"))
+    assert used["spilling"].registers == used["spilling"].most_registers == 64
+    assert re.search(r"[1-9]\d* bytes spill stores", used["spilling"].memory)
 
 
 def test_the_matrix_launches_kernels_of_every_kind(kernels):
-    kinds = Template(*map(set, zip(*map(template, kernels), strict=True)))
-    numbers, flags = {"float16", "bfloat16", "float", "double"}, {"true", "false"}
-    assert (kinds.dtype, kinds.table) == (numbers, numbers | {"frequency"})
-    assert kinds.position == {"void", "int", "long long", "Counted"} | {
+    kinds = RotaryKernel(*map(set, zip(*kernels, strict=True)))
+    numbers, flags = {"float16", "bfloat16", "float", "double"}, {True, False}
+    assert (kinds.t, kinds.table) == (numbers, numbers | {"frequency"})
+    assert kinds.position == {"void", "int", "long long", "TokenIndex"} | {
         f"{kind}<{index}>"
-        for kind in ("Offset", "Sections", "Mixed")
-        for index in ("int", "long long")
+        for kind in ("Offset", "SectionedMrope", "InterleavedMrope")
+        for index in INDEX
     } | {f"Packed<{index}, {begin}>" for index in INDEX for begin in INDEX}
     assert (kinds.interleaved, kinds.conjugate, kinds.eager) == (flags, flags, flags)
     assert {kind.partition("<")[0] for kind in kinds.destination} == {"Outputs", "Slots"}
-    assert kinds.tensors == {"2", "3"}
-    assert {kind.partition(",")[0] for kind in kinds.norm} == {
-        *("NoNorm", *(f"RmsNorm<{number}" for number in numbers))
+    assert kinds.tensors == {2, 3}
+    assert {norm if norm == "NoNorm" else norm.weight for norm in kinds.norm} == {
+        *("NoNorm", *numbers)
     }
     assert (kinds.in_place, kinds.past_l1, kinds.common) == (flags, flags, flags)
-    assert kinds.rows >= {"1", "2", "4"}
-    assert kinds.pairs == {"1", "2", "4", "8"}
+    assert kinds.rows >= {1, 2, 4}
+    assert kinds.pairs == {1, 2, 4, 8}
     assert kinds.form == {
         *("OneAngle<1, 0>", "OneAngle<2, 0>", "OneAngle<2, 1>"),
         *("ByElement", "Matrices<1>", "Matrices<4>"),
     }
-    assert kinds.pass_run >= {"0", "1", "2", "4", "8"}
+    assert kinds.copy_width >= {0, 1, 2, 4, 8}
+
+
+def test_the_template_arguments_are_named_as_in_the_kernel():
+    code = (jit.sources() / "rotary.cu").read_text()
+    parameters = re.search(r"template <([^>]*)>\s*__global__", code).group(1).split(",")
+    names = [re.sub(r"^k(?=[A-Z])", "", parameter.split()[-1]) for parameter in parameters]
+    snake = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in names]
+    assert snake == [*RotaryKernel._fields]
+
+
+PLAIN = RotaryKernel(
+    t="bfloat16",
+    table="float",
+    position="void",
+    norm="NoNorm",
+    destination="Outputs",
+    tensors=2,
+    interleaved=True,
+    conjugate=True,
+    eager=False,
+    rows=2,
+    pairs=4,
+    form="OneAngle<1, 0>",
+    copy_width=0,
+    in_place=True,
+    past_l1=False,
+    common=True,
+)
 
 
 @pytest.mark.parametrize(
     "position",
-    ["void", "int", "long long", "Offset<int>", "Packed<int, int>", "Sections<long long>"],
+    ["void", "int", "long long", "Offset<int>", "Packed<int, int>", "SectionedMrope<long long>"],
 )
-@pytest.mark.parametrize("pairing", ["false, false, false, 1, 8", "true, false, false, 2, 4"])
-def test_the_kernels_of_plain_models_leave_room_for_40_warps(pairing, position):
+@pytest.mark.parametrize(("interleaved", "rows", "pairs"), [(False, 1, 8), (True, 2, 4)])
+def test_the_kernels_of_plain_models_leave_room_for_40_warps(interleaved, rows, pairs, position):
     """Of a multiprocessor's 65,536 registers, which threads take by eights."""
     code = (jit.sources() / "rotary.cu").read_text()
-    past_l1 = "false" if position == "void" else "true"
-    types = f"bfloat16, float, {position}, NoNorm, Outputs, 2"
-    name = f"rotary_kernel<{types}, {pairing}, OneAngle<1, 0>, 0, true, {past_l1}, true>"
-    log = compiled(code, [name], (*OPTIONS, "-arch=sm_90", "--ptxas-options=-v"))
-    (registers,) = re.findall(r"Used (\d+) registers", log)
-    assert int(registers) <= 48
+    chosen = PLAIN._replace(
+        position=position,
+        interleaved=interleaved,
+        conjugate=False,
+        rows=rows,
+        pairs=pairs,
+        past_l1=position != "void",
+    )
+    _, used = usage(code, [chosen.name], (*OPTIONS, "-arch=sm_90"))
+    assert used[chosen.name].registers <= 48
 
 
 @pytest.mark.parametrize("table", ["float", "double", "frequency"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float", "double"])
 def test_subnormal_numbers_are_not_flushed_to_zero(dtype, table):
-    types = f"{dtype}, {table}, {'Counted' if table == 'frequency' else 'void'}"
-    types += ", NoNorm, Outputs, 2"
-    name = f"rotary_kernel<{types}, true, true, false, 2, 2, OneAngle<1, 0>, 0, true, false, true>"
+    position = "TokenIndex" if table == "frequency" else "void"
+    name = PLAIN._replace(t=dtype, table=table, position=position, pairs=2).name
     code = ptx((jit.sources() / "rotary.cu").read_text(), name, (*OPTIONS, "-arch=compute_80"))
     instructions = re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.]*)\s", code, re.MULTILINE)
     assert any(instruction.startswith("fma.rn.f") for instruction in instructions)
@@ -172,37 +253,57 @@ def test_the_options_change_with_every_source(tmp_path, monkeypatch):
         before = jit.compile_options()[-1]
 
 
-NORM = [*NORM_FIELDS, "weights[0]", "weights[1]"]
-CACHE = [*CACHE_FIELDS, "slots", "scales[0]", "scales[1]"]
+def of_one_angle():
+    part = spec((4096, 32), "float32")
+    return TableSpec(part, part, 1, 0)
+
+
+def of_matrices_apart():
+    row = spec((4096, 32, 2), "float32", strides=(128, 1, 64))
+    return TableSpec(row, row, 1, 0, "matrices")
+
+
+HEADS, TOKENS = Norm("head", 1e-6, 0.0, True), Norm("heads", 1e-6, 0.0, True)
 
 
 @pytest.mark.parametrize(
-    ("form", "norm", "destination", "tensors", "behind"),
+    ("table", "destination", "norm", "dtype"),
     [
-        ("OneAngle<1, 0>", "NoNorm", "Outputs", 2, []),
-        ("ByElement", "NoNorm", "Outputs", 2, []),
-        ("Matrices<4>", "RmsNorm<float, 0, 8, false, 1>", "Outputs", 2, NORM),
-        ("OneAngle<2, 1>", "NoNorm", "Slots<int, float8_e5m2, double>", 3, CACHE),
-        (
-            *("Matrices<1>", "RmsNorm<double, 128, 32, true, 0>", "Slots<int, bfloat16, float>", 3),
-            [*NORM, *CACHE, "column"],
-        ),
+        (of_one_angle, "out", None, "bfloat16"),
+        (partial(frequencies, 64), "packed", HEADS, "bfloat16"),
+        (partial(matrices, 64), "cache", None, "float64"),
+        (of_matrices_apart, "out", None, "bfloat16"),
+        (of_matrices_apart, "cache", TOKENS, "bfloat16"),
+        (of_matrices_apart, "cache", HEADS, "float64"),
     ],
 )
-def test_the_argument_block_is_packed_as_the_kernel_reads_it(
-    form, norm, destination, tensors, behind
-):
-    """Every name of test_plan's fields is found where its integer is packed."""
-    pointers = [f"{side}[{i}]" for side in ("x", "out") for i in range(tensors)]
-    last = [f"position_arguments.{name}" for name in ("cu_seqlens", "first")]
-    fields = [*pointers, "cos_data", "sin_data", "positions", *fields_of(tensors), *last, *behind]
+def test_the_argument_block_is_packed_as_the_kernel_reads_it(table, destination, norm, dtype):
+    """The compiler puts every field of the plan's description where its number is packed."""
+    x, packed = spec((5, 2, 64), dtype), None
+    xs, outs, arrays = [x, x], None, {}
+    if destination == "packed":
+        xs, packed = [spec((5, 6, 64), dtype)], Packed(2, 2)
+        outs = xs
+    elif destination == "cache":
+        xs, outs = [x, x, x], [x, *[spec((9, 2, 64), dtype)] * 2]
+        arrays = {"slot_mapping": spec((5,), "int32"), "cache": Cache("NHD", None, 1.0, 1.0)}
+    plan = launch_plan(problem(xs, 64, outs, table(), norm=norm, packed=packed, **arrays))
+    chosen, packer = plan.template, plan.packer
+    norm = instance("RmsNorm", *chosen.norm) if chosen.norm != "NoNorm" else chosen.norm
+    types = chosen.t, chosen.table, chosen.form, norm, chosen.destination, chosen.tensors
+    end = packer.fields[-1].offset + FIELD_BYTES
     checks = [
-        f'static_assert(__INTADDR__(&((Block*)0)->{field}) == {8 * i}, "{field}");'
-        for i, field in enumerate(fields)
+        ("sizeof(Block)", packer.size),
+        ("sizeof(Block)", end),
+        ("alignof(Block)", FIELD_BYTES),
+        ("kAccessBytes", ACCESS_BYTES),
     ]
-    size = 8 * len(fields)
-    checks.append(f'static_assert(sizeof(Block) == {size}, "size");')
-    checks.append(f'static_assert(kAccessBytes == {ACCESS_BYTES}, "the widest access");')
-    block = f"Arguments<bfloat16, float, {form}, {norm}, {destination}, {tensors}>"
-    code = f'#include "rotary.cu"\nusing Block = {block};\n' + "\n".join(checks)
+    for field in packer.fields:
+        checks += [
+            (f"__INTADDR__(&((Block*)0)->{field.name})", field.offset),
+            (f"sizeof(((Block*)0)->{field.name})", struct.calcsize(field.type.format)),
+            (f"sizeof({field.type.name})", FIELD_BYTES),
+        ]
+    code = f'#include "rotary.cu"\nusing Block = {instance("Arguments", *types)};\n'
+    code += "\n".join(f'static_assert({left} == {right}, "{left}");' for left, right in checks)
     compiled(code, [], (*OPTIONS, "-arch=sm_90"))
