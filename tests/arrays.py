@@ -42,7 +42,7 @@ from reference import (
 )
 
 import rope_cupy
-from rope_cupy import calls, plan
+from rope_cupy import eager, plan, row_order
 
 HAS_ML_DTYPES = importlib.util.find_spec("ml_dtypes") is not None
 
@@ -63,6 +63,23 @@ GUARD = 64  # elements of canary at both ends; whole vectors, so that "dense" is
 STYLES = "dense padded ragged packed swapped transposed stepped offset1 offset2 offset4".split()
 INPUT_STYLES = ["repeated", "repeated heads"]  # of stride 0: not for outputs
 NUMPY_STYLES = ["reversed"]  # of negative strides: for NumPy and CuPy alone
+
+
+# Parameters of tests that a library, or a pairing, makes no difference to.
+
+ON_THE_HOST = pytest.param("numpy", marks=pytest.mark.host_cuda, id="host_cuda")
+
+
+def on_every(*libraries):
+    """Parametrize `library`, marking those on a GPU."""
+    gpu = [name for name in libraries if name in ("cupy", "torch-cuda", "jax-cuda")]
+    params = [pytest.param(x, marks=pytest.mark.gpu) if x in gpu else x for x in libraries]
+    return pytest.mark.parametrize("library", params)
+
+
+in_every_library = on_every("numpy", "torch", "cupy", "torch-cuda", ON_THE_HOST)
+PAIRINGS = {"half": False, "interleaved": True}
+in_both_pairings = pytest.mark.parametrize("interleaved", PAIRINGS.values(), ids=PAIRINGS)
 
 
 class Strides(NamedTuple):
@@ -467,11 +484,12 @@ def small_tiles() -> Iterator[None]:
 
     def forget() -> None:
         plan.launch_plan.cache_clear()
-        calls._calls.clear()
+        eager._prepared.clear()
+        eager._recent.clear()
 
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
-            patch.setattr(plan, name, size)
+            patch.setattr(row_order, name, size)
         forget()
         yield
     forget()
@@ -486,7 +504,7 @@ class Call:
         batch, tokens, *heads = case.sizes
         self.axes = case.layout.replace("(", "").replace(")", "")
         self.split = head_dim if "(" in case.layout else None
-        self.turned = np.isin(np.arange(head_dim), np.arange(offset, offset + rotary_dim))
+        self.rotated = np.isin(np.arange(head_dim), np.arange(offset, offset + rotary_dim))
         self.styles = [case.style, case.k_style]
         self.inputs = self.hold_heads(case.library, self.styles)
 
@@ -573,7 +591,7 @@ class Call:
                 first = int(rng.choice([2**63 - 1, -(2**63), 2**62, -(2**62)]))
                 sums = rng.integers(-tokens, num_rows - tokens, count).tolist()
             # The sum itself, or one that 64 bits would make it of.
-            choices = [[row - first + turn for turn in (0, 2**64, -(2**64))] for row in sums]
+            choices = [[row - first + wrap for wrap in (0, 2**64, -(2**64))] for row in sums]
             kept = [[n for n in each if -(2**63) <= n < 2**63] for each in choices]
             if first:
                 self.where["positions"] = first
@@ -625,8 +643,8 @@ class Call:
             numbers = rng.standard_normal(shape) * 2.0 ** rng.integers(-3, 3, shape)
             noise = rng.integers(0, np.iinfo(bits).max, shape, bits, endpoint=True)
             # Where heads repeat each other or are normalised, noise would be rotated too.
-            turned = self.turned | repeats(style) | (case.norm != "none")
-            x = np.where(turned, encode(numbers, case.dtype), noise)
+            rotated = self.rotated | repeats(style) | (case.norm != "none")
+            x = np.where(rotated, encode(numbers, case.dtype), noise)
             x = arranged(x, self.axes, flat=self.split is not None)
             units = (-1, self.split) if self.split else (self.axes.index("h"),)
             held.append(Held(x, case.dtype, library, place(x.shape, style, *units)))
@@ -692,12 +710,14 @@ class Call:
         if eager:
             dtypes = case.dtype, case.table_dtype
             eagerly = rotate_eagerly(x, cos, sin, dtypes, positions=self.rows, **options)
-            turns = self.turned & (True if self.outside is None else ~self.outside[..., None, None])
-            exact = np.where(turns, eagerly, exact)
+            changes = self.rotated & (
+                True if self.outside is None else ~self.outside[..., None, None]
+            )
+            exact = np.where(changes, eagerly, exact)
             if case.form in ("complex", "frequencies") or case.norm != "none":
                 # One product of complex numbers is not rounded on a GPU, and angles may be others.
                 bits = FORMATS[case.dtype if case.dtype == case.table_dtype else "float32"]
-                with np.errstate(invalid="ignore"):  # of what does not turn
+                with np.errstate(invalid="ignore"):  # of what is not rotated
                     off = off + np.abs(x) * 2.0**-bits.mantissa_bits
         return exact, off
 
@@ -705,7 +725,7 @@ class Call:
         """Which elements of a result keep their bits."""
         if self.case.norm != "none":
             return np.zeros(shape, bool)
-        untouched = np.broadcast_to(~self.turned, shape)
+        untouched = np.broadcast_to(~self.rotated, shape)
         if self.case.outside == "keep":
             untouched = untouched | self.outside[..., None, None]
         return untouched
@@ -742,19 +762,19 @@ def _verify_once(case: Case) -> list[Error]:
             assert repeats(call.styles[i]) or in_order_of(y, inputs[i].array)
         x, y = (call.canonical(bits) for bits in (inputs[i].elements, to_bits(y)))
         exact, off = call.exact(decode(x, case.dtype), i)
-        turned, repeated = call.turned, repeats(call.styles[i])
+        rotated, repeated = call.rotated, repeats(call.styles[i])
         actual = decode(y, case.dtype)
-        parts = [(actual[..., turned], exact[..., turned], off[..., turned])]
-        if case.norm != "none" and not turned.all():
-            parts.append((actual[..., ~turned], exact[..., ~turned], off[..., ~turned]))
+        parts = [(actual[..., rotated], exact[..., rotated], off[..., rotated])]
+        if case.norm != "none" and not rotated.all():
+            parts.append((actual[..., ~rotated], exact[..., ~rotated], off[..., ~rotated]))
         for j, (actual, exact, off) in enumerate(parts):
             if j == 0 and off.any():
                 # Of two angles the cosine of one and the sine of the other may both be 1.
                 most = np.sqrt(2) if case.form in TWO_ANGLES else 1
                 off = pair_norms(off, case.interleaved) * most
             if case.form == "frequencies" and FORMATS[case.dtype].tolerance is None:
-                # Where a pair turns onto an axis, a result is next to nothing, and no nearer to it
-                # than the angle's cosine and sine are.
+                # Where a pair is rotated onto an axis, a result is next to nothing, and no nearer
+                # to it than the angle's cosine and sine are.
                 off = off + (COMPUTED_ERROR * pair_norms(exact, case.interleaved) if j == 0 else 0)
             near = (rounded(exact - off, case.dtype) <= actual) & (
                 actual <= rounded(exact + off, case.dtype)

@@ -1,6 +1,6 @@
 """Rotary position embedding by its definition, in float64, and what "right" means for a result.
 
-`rotate` turns every pair of a head by the angle of its token's position: the vector (a, b) becomes
+`rotate` rotates each pair of a head by the angle of its token's position: the vector (a, b) becomes
 (a cos - b sin, b cos + a sin). `encode` rounds float64 numbers once, to nearest even, to the bits
 of a narrower format, by integer arithmetic alone; `to_float64` brings any library's array back
 exactly; `check` holds a result against the exact one. Nothing here knows the library under test.
@@ -138,20 +138,20 @@ def rotate_eagerly(
     second_cos, second_sin = options.pop("second", None) or (cos, sin)
     by_cos = each(rotate(x, cos, 0 * sin, second=(second_cos, 0 * sin), **options))
     by_sin = each(rotate(x, 0 * cos, sin, second=(0 * cos, second_sin), **options))
-    with np.errstate(over="ignore", invalid="ignore"):  # of what does not turn
+    with np.errstate(over="ignore", invalid="ignore"):  # of what is not rotated
         y = each(by_cos + by_sin)
     return rounded(y, "float32") if FORMATS[dtype].mantissa_bits < 23 else y
 
 
 def axes_of_pairs(section: tuple[int, int, int], interleaved: bool) -> list[int]:
-    """The axis whose position each pair turns by: in sections, or every third pair of an axis."""
+    """The axis whose position rotates each pair: in sections, or every third pair of an axis."""
     if not interleaved:
         return [axis for axis, size in enumerate(section) for _ in range(size)]
     axes = [0] * sum(section)
     for axis in (1, 2):
-        for turn in range(section[axis]):
-            if 3 * turn + axis < len(axes):
-                axes[3 * turn + axis] = axis
+        for step in range(section[axis]):
+            if 3 * step + axis < len(axes):
+                axes[3 * step + axis] = axis
     return axes
 
 

@@ -8,9 +8,8 @@ import pickle
 
 import numpy as np
 import pytest
-from arrays import hold
+from arrays import hold, in_both_pairings, in_every_library
 from reference import check, cos_sin_at, rotate, to_bits, to_float64
-from test_rotary import in_both_pairings, in_every_library
 
 from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, frequencies
 from rope_cupy.tables import MOST_RADIANS, source_of
@@ -175,7 +174,7 @@ def test_a_config_gives_its_frequencies_and_its_scaling():
 
 
 @pytest.mark.parametrize("name", ["q", "k"])
-def test_it_turns_gradients_back(name):
+def test_it_rotates_gradients_back(name):
     torch = pytest.importorskip("torch")
     q, k = (torch.randn(1, 3, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     table = RotaryTable.from_inverse_frequencies([1.0, 0.3, 0.1, 0.0], like=q, precompute=False)

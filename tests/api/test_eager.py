@@ -152,7 +152,7 @@ def of_matrices(cos, sin):
 
 
 class Form(NamedTuple):
-    """How a model turns x, and the table that it does it by."""
+    """How a model rotates x, and the table that it does it by."""
 
     theirs: Callable[..., Any]
     table: Callable[..., Any]
@@ -160,7 +160,7 @@ class Form(NamedTuple):
     layout: str = "bshd"
     own_dtype: bool = False  # cosines and sines are in x's dtype, else float32
     rows: str = "s"  # whose own a table's rows are: of tokens, batches or heads
-    passing: int = 0  # elements of a head that do not turn
+    passing: int = 0  # elements of a head that are not rotated
 
 
 FORMS = [
@@ -239,31 +239,17 @@ def inputs(form, dtype, device):
 
 @of_each(FORMS)
 @of_each_dtype
-def test_a_new_result_has_the_bits_of_the_model_and_without_it_has_not(form, dtype, device):
+def test_a_result_has_the_bits_of_the_model_and_rounded_once_has_not(form, dtype, device):
+    """New, in place, and by the conjugate of a table whose sines have the other sign."""
     x, cos, sin = inputs(form, dtype, device)
-    theirs, table = form.theirs(x, cos, sin), form.table(cos, sin)
+    theirs, table, y = form.theirs(x, cos, sin), form.table(cos, sin), x.clone()
     assert_same_bits(apply_rotary(x, table, **options_of(form)), theirs)
-    once = apply_rotary(x, table, **options_of(form, "once"))
-    assert not torch.equal(bits(once), bits(theirs))
-
-
-@of_each(FORMS)
-@of_each_dtype
-def test_what_turns_in_place_has_the_bits_of_the_model(form, dtype, device):
-    x, cos, sin = inputs(form, dtype, device)
-    theirs, y = form.theirs(x, cos, sin), x.clone()
-    assert apply_rotary(y, form.table(cos, sin), out=y, **options_of(form)) is y
-    assert_same_bits(y, theirs)
-
-
-@of_each(FORMS)
-@of_each_dtype
-def test_the_conjugate_has_the_bits_of_the_model_with_sines_of_the_other_sign(form, dtype, device):
-    x, cos, sin = inputs(form, dtype, device)
     back = apply_rotary(x, form.table(cos, -sin), conjugate=True, **options_of(form))
-    assert_same_bits(back, form.theirs(x, cos, sin))
-    wrong = apply_rotary(x, form.table(cos, sin), conjugate=True, **options_of(form))
-    assert not torch.equal(bits(wrong), bits(back))
+    assert_same_bits(back, theirs)
+    assert apply_rotary(y, table, out=y, **options_of(form)) is y
+    assert_same_bits(y, theirs)
+    for others in (options_of(form, "once"), options_of(form) | {"conjugate": True}):
+        assert not torch.equal(bits(apply_rotary(x, table, **others)), bits(theirs))
 
 
 @of_each(FORMS)
@@ -287,18 +273,11 @@ def test_a_packed_projection_has_the_bits_of_the_model(form, dtype, in_place, de
     at, sizes = form.layout.index("h"), (HEADS, KV_HEADS, KV_HEADS)
     q, k, v = (make_x(form, dtype, device, heads) for heads in sizes)
     qkv = torch.cat([q, k, v], at)
-    out = apply_rotary_qkv(
-        qkv,
-        form.table(cos, sin),
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        out=qkv if in_place else None,
-        **options_of(form),
-    )
-    q_out, k_out, v_out = out.split(sizes, at)
-    assert_same_bits(q_out, form.theirs(q, cos, sin))
-    assert_same_bits(k_out, form.theirs(k, cos, sin))
-    assert_same_bits(v_out, v)
+    options = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, **options_of(form)}
+    out = qkv if in_place else None
+    results = apply_rotary_qkv(qkv, form.table(cos, sin), out=out, **options).split(sizes, at)
+    for ours, theirs in zip(results, (*(form.theirs(x, cos, sin) for x in (q, k)), v), strict=True):
+        assert_same_bits(ours, theirs)
 
 
 @of_each(BY_TOKEN)
@@ -324,8 +303,8 @@ def by_hand(x, cos, sin, interleaved):
     else:
         first, second = x.chunk(2, -1)
         rotated = torch.cat([-second, first], -1)
-    turned = x.to(wide) * cos[:, None] + rotated.to(wide) * sin[:, None]
-    return turned.to(x.dtype)
+    total = x.to(wide) * cos[:, None] + rotated.to(wide) * sin[:, None]
+    return total.to(x.dtype)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

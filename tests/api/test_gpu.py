@@ -1,11 +1,10 @@
 """What only a GPU can show: the kernel over the whole matrix, streams, graphs, devices, sizes."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-from arrays import OPTIONS, OTHER, Case, Producer, hold, possible, sample, verify
+from arrays import OPTIONS, OTHER, Case, Producer, hold, in_both_pairings, possible, sample, verify
 from reference import FORMATS, check, rotate, rounded, to_bits, to_float64
+from streams import Stream
 from test_host_cuda import COLLECTIVES, collectives
 
 from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, frequencies, jit
@@ -28,15 +27,7 @@ CASES += sample(  # what most callers have: whole vectors everywhere
     table_style=["dense", "dense", "padded"],
     write=["new", "in place"],
 )
-SPIN = """
-extern "C" __global__ void spin(long long cycles) {
-  const long long start = clock64();
-  while (clock64() - start < cycles) {
-  }
-}
-"""
 in_both_libraries = pytest.mark.parametrize("library", ["cupy", "torch-cuda"])
-in_both_pairings = pytest.mark.parametrize("interleaved", [False, True])
 
 
 EVERY_CASE = [  # one in sixteen belongs to the short form of the suite
@@ -80,48 +71,6 @@ class Work:
 
     def assert_rotated(self, y, x):
         check(to_float64(y), rotate(to_float64(x), self.cos, self.sin), "float32")
-
-
-class Stream:
-    """A stream of a library, which waits for no other, with all earlier work done."""
-
-    def __init__(self, library):
-        cupy = pytest.importorskip("cupy")
-        self.torch = pytest.importorskip("torch") if library == "torch-cuda" else None
-        if self.torch:
-            self.stream = self.torch.cuda.Stream()
-            self.pointer = self.stream.cuda_stream
-        else:
-            self.stream = cupy.cuda.Stream(non_blocking=True)
-            self.pointer = self.stream.ptr
-        self.spin = cupy.RawKernel(SPIN, "spin")
-        self.keep_busy(1)
-        cupy.cuda.runtime.deviceSynchronize()
-
-    def current(self):
-        return self.torch.cuda.stream(self.stream) if self.torch else self.stream
-
-    def keep_busy(self, cycles=400_000_000):
-        """Occupy the stream for about a fifth of a second."""
-        self.spin((1,), (1,), (cycles,), stream=SimpleNamespace(ptr=self.pointer))
-
-    def is_busy(self):
-        return not (self.stream.query() if self.torch else self.stream.done)
-
-    def capture(self, call):
-        """Record the work of a call, which is not done now: what does it, and the call's result."""
-        if self.torch:
-            graph = self.torch.cuda.CUDAGraph()
-            with self.torch.cuda.graph(graph, stream=self.stream):
-                result = call()
-            return graph.replay, result
-        with self.stream:
-            self.stream.begin_capture()
-            try:
-                result = call()
-            finally:
-                graph = self.stream.end_capture()
-        return lambda: graph.launch(self.stream), result
 
 
 @pytest.mark.undisturbed
@@ -365,13 +314,13 @@ def test_a_table_may_hold_a_million_positions(library, record):
         (last + 1 - tokens, np.arange(tokens) + last + 1 - tokens),
     ):
         y = apply_rotary(x.array, table, positions=given, out_of_range="keep")
-        turned = (rows >= 0) & (rows <= last)
-        angle = np.outer(np.where(turned, rows, 0), inv_freq)
+        rotated = (rows >= 0) & (rows <= last)
+        angle = np.outer(np.where(rotated, rows, 0), inv_freq)
         cos, sin = (rounded(part, "float32") for part in (np.cos(angle), np.sin(angle)))
         exact = rotate(to_float64(x.array), cos, sin)
         actual, before = to_float64(y), to_float64(x.array)
-        record("float32", check(actual[:, turned], exact[:, turned], "float32"))
-        assert np.array_equal(actual[:, ~turned], before[:, ~turned])
+        record("float32", check(actual[:, rotated], exact[:, rotated], "float32"))
+        assert np.array_equal(actual[:, ~rotated], before[:, ~rotated])
 
 
 def test_a_producer_is_asked_to_be_ready_on_the_stream_of_the_launch():

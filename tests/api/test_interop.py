@@ -368,9 +368,3 @@ def test_a_trace_which_would_record_an_unwritten_result_is_refused():
     make_fx = torch.fx.experimental.proxy_tensor.make_fx
     with pytest.raises(TypeError, match=r"^x must not be traced"):
         make_fx(lambda x: apply_rotary(x, numpy_table))(torch.ones(5, 2, 8))
-
-
-def test_a_masked_array_is_refused_for_its_mask_would_be_lost():
-    x = np.ma.masked_array(np.ones((5, 2, 8)), mask=False)
-    with pytest.raises(TypeError, match=r"^x must be an array without a mask, got MaskedArray"):
-        apply_rotary(x, (np.ones((5, 4)), np.zeros((5, 4))))

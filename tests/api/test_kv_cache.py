@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from arrays import Held, hold, place, small_tiles
+from arrays import ON_THE_HOST, Held, hold, in_every_library, on_every, place, small_tiles
 from reference import (
     FORMATS,
     arranged,
@@ -26,7 +26,6 @@ from reference import (
     to_bits,
     to_float64,
 )
-from test_rotary import ON_THE_HOST, on_every
 
 from rope_cupy import RotaryTable, apply_rotary_kv_cache
 
@@ -38,7 +37,6 @@ RNG = np.random.default_rng(31)
 ANGLE = RNG.uniform(-np.pi, np.pi, (40, D // 2))
 COS, SIN = (rounded(part, "float32") for part in (np.cos(ANGLE), np.sin(ANGLE)))
 
-in_every_library = on_every("numpy", "torch", "cupy", "torch-cuda", ON_THE_HOST)
 in_both_formats = pytest.mark.parametrize("element", EIGHT_BITS)
 
 
@@ -227,17 +225,14 @@ def verify(
         **options,
     )
 
-    def turned(x, weight):
+    def rotated(x, weight):
         if of_norm:
             x = normalised(x, weight, *of_norm, of_token=options["norm"] == "heads")
         of_reference = {name: options[name] for name in OF_REFERENCE & {*options}}
         return rotate(x, COS, SIN, positions=positions, **of_reference)
 
-    weights = dict(weights)
-    q_exact, k_exact = (
-        turned(exact[0], weights.get("q_weight")),
-        turned(exact[1], weights.get("k_weight")),
-    )
+    weights = [dict(weights).get(name) for name in ("q_weight", "k_weight")]
+    q_exact, k_exact = map(rotated, exact[:2], weights)
     check(to_float64(result).reshape(q_exact.shape), q_exact, dtype)
     assert (result is out.array) if out else (type(result) is type(q.array))
     for unwritten in (k, v, given) if write == "in place" else (q, k, v, given):
@@ -319,12 +314,8 @@ OUTSIDE = {  # which no cache here holds; some would be slots if they lost their
 def test_a_token_whose_slot_the_cache_does_not_hold_is_left_out(library, element, slot_dtype):
     outside = np.array(OUTSIDE[slot_dtype])
     for slots in (np.r_[outside, 0, SLOTS - 1], np.r_[outside[::-1], outside[:2]]):
-        verify(
-            *(library, "float16", element),
-            tokens=(len(slots),),
-            slots=slots,
-            slot_dtype=slot_dtype,
-        )
+        where = {"tokens": (len(slots),), "slots": slots, "slot_dtype": slot_dtype}
+        verify(library, "float16", element, **where)
 
 
 @in_every_library
@@ -385,7 +376,9 @@ def test_heads_of_any_number_are_written_in_every_dtype(library, dtype, heads):
 @pytest.mark.parametrize("element", [None, "float8_e4m3fn"])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("head_dim", "offset"), [(24, 0), (24, 8), (21, 3)])
-def test_elements_that_do_not_turn_are_written_too(library, element, interleaved, head_dim, offset):
+def test_elements_that_are_not_rotated_are_written_too(
+    library, element, interleaved, head_dim, offset
+):
     options = {"interleaved": interleaved, "rotary_offset": offset}
     verify(library, "float16", element, beside(H, head_dim), head_dim=head_dim, **options)
 
@@ -406,7 +399,7 @@ POSITIONS = {  # the tokens, the rows of a table of 40, and the arguments that s
 @pytest.mark.parametrize("out_of_range", ["nan", "keep"])
 @pytest.mark.parametrize("element", [None, "float8_e4m3fn"])
 @pytest.mark.parametrize("kind", POSITIONS)
-def test_positions_say_by_what_k_turns(library, kind, element, out_of_range):
+def test_positions_say_by_what_k_is_rotated(library, kind, element, out_of_range):
     tokens, rows, where = POSITIONS[kind]
     where = {
         name: hold(value, "int32", library).array if isinstance(value, list) else value
@@ -573,15 +566,12 @@ def test_every_batch_writes_to_its_own_slots_where_tokens_are_numbered_by_tiles(
     blocks = 16 // block_size
     slots = RNG.permutation(16).reshape(2, 8)
     caches = [hold(np.zeros((blocks, H, block_size, D)), "float32", library) for _ in range(2)]
-    table = RotaryTable(*(hold(part, "float32", library).array for part in (COS, SIN)))
     with small_tiles():
         apply_rotary_kv_cache(
             *(hold(x, "float32", library).array for x in (q, k, v)),
-            *(cache.array for cache in caches),
-            table,
+            *(*(cache.array for cache in caches), table_of(library)),
             slot_mapping=hold(slots, "int64", library).array,
-            layout="bhsd",
-            cache_layout="HND",
+            **{"layout": "bhsd", "cache_layout": "HND"},
         )
     rotated = arranged(rotate(np.float64(canonical(k, "bhsd")), COS, SIN), "bhsd")
     for held, wanted in zip(caches, (rotated, v), strict=True):
@@ -596,28 +586,17 @@ def test_scales_in_memory_have_any_dtype(library, dtype, element):
     if dtype == "bfloat16" and library in ("numpy", "cupy"):
         pytest.importorskip("ml_dtypes")
     x = np.float32(RNG.standard_normal((3, 5, H, D)))
-    table = RotaryTable(*(hold(part, "float32", library).array for part in (COS, SIN)))
 
     def written(k_scale, v_scale):
-        caches = [hold_bytes(np.zeros((5, H, D), np.uint8), library) for _ in range(2)]
+        caches = in_library(np.zeros(2 * 5 * H * D, np.uint8), library, "uint8")
+        caches = caches.reshape(2, 5, H, D)
         apply_rotary_kv_cache(
             *(hold(part, "float32", library).array for part in x),
-            *caches,
-            table,
+            *(caches[0], caches[1], table_of(library)),
             slot_mapping=hold(np.arange(5), "int32", library).array,
-            cache_dtype=element,
-            k_scale=k_scale,
-            v_scale=v_scale,
+            **{"cache_dtype": element, "k_scale": k_scale, "v_scale": v_scale},
         )
-        return [np.asarray(to_bits(cache)) for cache in caches]
+        return to_bits(caches)
 
     scales = [hold([scale], dtype, library).array for scale in (0.375, 2.0)]
-    for ours, wanted in zip(written(*scales), written(0.375, 2.0), strict=True):
-        assert np.array_equal(ours, wanted)
-
-
-def hold_bytes(array, library):
-    """Bytes as an array of a library."""
-    if library.startswith("torch"):
-        return torch.from_numpy(array).to("cuda" if library == "torch-cuda" else "cpu")
-    return array if library == "numpy" else pytest.importorskip("cupy").asarray(array)
+    assert np.array_equal(written(*scales), written(0.375, 2.0))

@@ -2,16 +2,14 @@
 
 import numpy as np
 import pytest
-from arrays import hold
+from arrays import hold, in_every_library
 from reference import to_float64
-from test_rotary import ON_THE_HOST, on_every
 
 from rope_cupy import RotaryTable, apply_rotary
 
 TOKENS, ROWS = 4, 6
 MOST, LEAST = 2**63 - 1, -(2**63)
 COS = np.arange(1.0, ROWS + 1)[:, None]  # a row's number plus 1, by which an element is multiplied
-in_every_library = on_every("numpy", "torch", "cupy", "torch-cuda", ON_THE_HOST)
 
 
 def rotated(library, offsets=None, begins=None, positions=None, tokens=TOKENS):

@@ -26,6 +26,7 @@ from arrays import (
 )
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from posing import posing
 from reference import FORMATS, decode, pair_norms, to_bits
 
 import rope_cupy
@@ -35,6 +36,7 @@ STYLES = "style", "k_style", "table_style"
 ON_A_GPU = {"numpy": "cupy", "torch": "torch-cuda", "dlpack": "dlpack-cuda"}
 WAYS = [
     "numpy",
+    "posing",  # as on a GPU, down to what the driver is handed
     *(pytest.param(way, marks=getattr(pytest.mark, way)) for way in ("host_cuda", "gpu")),
 ]
 
@@ -112,7 +114,10 @@ def for_every_call(way, chunk, hold, share=1):
         library = ON_A_GPU[case.library] if way == "gpu" else case.library
         hold(possible(case._replace(library=library)))
 
-    with small_tiles() if chunk % 2 == 0 else nullcontext():
+    with (
+        small_tiles() if chunk % 2 == 0 else nullcontext(),
+        posing() if way == "posing" else nullcontext(),
+    ):
         every_call()
 
 
@@ -120,7 +125,7 @@ def test_a_call_agrees_with_the_reference_and_changes_nothing_else(way, chunk, r
     for_every_call(way, chunk, lambda case: record(case.kind, *verify(case)))
 
 
-def turns_back(case):
+def rotates_back(case):
     """The conjugate after the forward rotation returns the input, but for the roundings."""
     case = case._replace(outside=case.outside.replace("nan", "keep"), write="new")
     case = case._replace(norm="none", weights="none", round_norm=False, rounding="once")
@@ -133,8 +138,8 @@ def turns_back(case):
     back = call(*there, conjugate=not case.conjugate)
     for held, y in zip(call.inputs, back, strict=True):
         x, y = (call.canonical(bits) for bits in (held.elements, to_bits(y)))
-        assert np.array_equal(x[..., ~call.turned], y[..., ~call.turned])
-        x, y = (decode(bits[..., call.turned], case.dtype) for bits in (x, y))
+        assert np.array_equal(x[..., ~call.rotated], y[..., ~call.rotated])
+        x, y = (decode(bits[..., call.rotated], case.dtype) for bits in (x, y))
         norms = pair_norms(x, case.interleaved)
         roundings = sum(2.0 ** -FORMATS[each].mantissa_bits for each in (case.dtype, kind))
         exponent_bits, mantissa_bits, *_ = FORMATS[case.dtype]
@@ -143,7 +148,7 @@ def turns_back(case):
 
 
 def test_the_conjugate_after_the_rotation_returns_the_input(way, chunk):
-    for_every_call(way, chunk, turns_back, share=5)
+    for_every_call(way, chunk, rotates_back, share=5)
 
 
 def is_as_each_alone(case):

@@ -5,7 +5,17 @@ import math
 
 import numpy as np
 import pytest
-from arrays import OPTIONS, Case, hold, possible, sample, verify
+from arrays import (
+    OPTIONS,
+    Case,
+    hold,
+    in_both_pairings,
+    in_every_library,
+    on_every,
+    possible,
+    sample,
+    verify,
+)
 from reference import (
     FORMATS,
     check,
@@ -22,21 +32,6 @@ from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
 
 CASES = sample(400, seed=1, library=["numpy", "torch", "dlpack"])
 INT_MIN = -(2**31)
-
-
-ON_THE_HOST = pytest.param("numpy", marks=pytest.mark.host_cuda, id="host_cuda")
-
-
-def on_every(*libraries):
-    """Parametrize `library`, marking those on a GPU."""
-    gpu = [name for name in libraries if name in ("cupy", "torch-cuda", "jax-cuda")]
-    params = [pytest.param(x, marks=pytest.mark.gpu) if x in gpu else x for x in libraries]
-    return pytest.mark.parametrize("library", params)
-
-
-in_every_library = on_every("numpy", "torch", "cupy", "torch-cuda", ON_THE_HOST)
-PAIRINGS = {"half": False, "interleaved": True}
-in_both_pairings = pytest.mark.parametrize("interleaved", PAIRINGS.values(), ids=PAIRINGS)
 
 
 class Example:
@@ -107,7 +102,7 @@ def test_jax_arrays_give_jax_arrays(library, interleaved, dtype, table_library, 
 
 @in_every_library
 @in_both_pairings
-def test_the_conjugate_turns_back(library, interleaved):
+def test_the_conjugate_rotates_back(library, interleaved):
     example = Example(library, "float64", "float64")
     there = apply_rotary(example.x, example.table, interleaved=interleaved)
     back = apply_rotary(there, example.table, interleaved=interleaved, conjugate=True)
@@ -160,16 +155,6 @@ def test_no_position_lies_in_an_empty_table(library, out_of_range):
 
 
 @in_every_library
-@pytest.mark.parametrize("positions", [2, [2, 2, 0, 8, 8, 8, 2], [[5] * 7, [1] * 7]], ids=str)
-def test_positions_may_start_anywhere_and_repeat(library, positions):
-    example = Example(library)
-    given = positions if positions == 2 else example.array(positions, "int32")
-    y = apply_rotary(example.x, example.table, positions=given)
-    exact = example.exact(positions=positions if positions == 2 else np.array(positions))
-    check(to_float64(y), exact, "float32")
-
-
-@in_every_library
 @pytest.mark.parametrize("positions", [None, [[8, 0, 3, 3, 7, 1, 2]] * 2], ids=["none", "array"])
 @pytest.mark.parametrize("styles", [("dense", "padded"), ("ragged", "dense")], ids="-".join)
 def test_cosines_and_sines_have_strides_of_their_own(library, positions, styles):
@@ -217,7 +202,7 @@ def test_the_greatest_and_the_least_numbers_are_rotated(library, dtype, size):
 @in_every_library
 @in_both_pairings
 def test_cancellation_costs_no_digits(library, interleaved, record):
-    """Vectors that turn onto an axis, so that one of a pair's two results is next to nothing."""
+    """Vectors that are rotated onto an axis: one of a pair's two results is next to nothing."""
     example = Example(library)
     onto_axis = np.stack([example.sin, example.cos], -1 if interleaved else -2)[:7]
     x = onto_axis.reshape(7, 1, 16) * (1 + 1e-6 * example.exact_x)
@@ -272,8 +257,8 @@ def test_the_reference_multiplies_complex_numbers(interleaved, conjugate):
         i, j = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + 3)
         before, after = (complex(*z[batch, token, head, [offset + i, offset + j]]) for z in (x, y))
         row = positions[batch, token]
-        turn = cmath.rect(1, angle[row, pair] * (-1 if conjugate else 1)) if 0 <= row < 5 else 1
-        assert abs(after - before * turn) < 1e-14
+        factor = cmath.rect(1, angle[row, pair] * (-1 if conjugate else 1)) if 0 <= row < 5 else 1
+        assert abs(after - before * factor) < 1e-14
     assert np.array_equal(y[..., [0, 1, 8]], x[..., [0, 1, 8]])
 
 

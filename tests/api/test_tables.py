@@ -15,7 +15,8 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 from reference import check, rotate
 
-from rope_cupy import RotaryTable, apply_rotary, frequencies, tensor
+from rope_cupy import RotaryTable, apply_rotary, frequencies
+from rope_cupy.arrays.base import computed_by
 from rope_cupy.tables import source_of
 
 WRAP = {"numpy": lambda array: array, "torch": torch.from_numpy}
@@ -414,21 +415,5 @@ def test_a_table_is_computed_by_numpy_where_what_cupy_compiles_cannot_be_kept():
 
     module = SimpleNamespace(asarray=lambda array: np.array(array), cos=fail)
     angles = np.ones((2, 3))
-    (cos,) = tensor._computed(module, lambda module, angles: (module.cos(angles),), [angles])
+    (cos,) = computed_by(module, lambda module, angles: (module.cos(angles),), [angles])
     assert np.array_equal(cos, np.cos(angles))
-
-
-def test_a_table_that_is_computed_lies_where_it_was_found_to_lie():
-    """No one else has its arrays: what they are need not be looked at again."""
-    for like in (np.zeros(1), torch.zeros(1)):
-        tables = [
-            RotaryTable.from_inverse_frequencies([1.0], 4, like=like),
-            RotaryTable.from_inverse_frequencies([1.0], like=like, precompute=False),
-            RotaryTable.from_angles(np.ones((2, 3)), like=like),
-        ]
-        for table in tables:
-            source = source_of(table)
-            assert source.fixed.at == tuple(
-                tensor.describe("table", array).pointer for array in source.arrays
-            )
-            assert source_of(copy.copy(table)).fixed is None

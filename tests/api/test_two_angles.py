@@ -9,15 +9,13 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from arrays import hold
+from arrays import hold, in_both_pairings, in_every_library
 from reference import FORMATS, check, decode, encode, to_float64
-from test_rotary import ON_THE_HOST, in_both_pairings, on_every
 
 from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
 
 TOKENS, HEADS, PAIRS = 7, 3, 8
 RNG = np.random.default_rng(41)
-in_every_library = on_every("numpy", "torch", "cupy", "torch-cuda", ON_THE_HOST)
 
 
 def rotate_half(x, interleaved):
@@ -45,8 +43,8 @@ def test_each_element_is_rotated_by_its_own_angle(rest, dtype, interleaved, libr
     table = RotaryTable.from_elementwise(*(hold(y, "float32", library).array for y in (cos, sin)))
     assert (table.shape, table.rotary_dim) == ((TOKENS, PAIRS), 2 * PAIRS)
     y = apply_rotary(hold(x, dtype, library).array, table, interleaved=interleaved)
-    turned = x[..., : 2 * PAIRS]
-    exact = turned * cos[:, None] + rotate_half(turned, interleaved) * sin[:, None]
+    part = x[..., : 2 * PAIRS]
+    exact = part * cos[:, None] + rotate_half(part, interleaved) * sin[:, None]
     check(to_float64(y), np.concatenate([exact, x[..., 2 * PAIRS :]], -1), dtype)
 
 
@@ -113,18 +111,6 @@ def test_eager_rounding_gives_the_bits_of_pytorchs_operations(interleaved, dtype
     theirs = x * cos[:, None] + other * sin[:, None]
     table = RotaryTable.from_elementwise(cos, sin)
     assert torch.equal(apply_rotary(x, table, interleaved=interleaved, rounding="eager"), theirs)
-
-
-def test_the_seeds_full_width_table_whose_halves_differ():
-    """out1 = x1 cos1 - x2 sin1 and out2 = x2 cos2 + x1 sin2, each half by its own part."""
-    x, (cos, sin) = numbers(TOKENS, HEADS, 2 * PAIRS), numbers(2, TOKENS, 2 * PAIRS)
-    (x1, x2), (cos1, cos2), (sin1, sin2) = (
-        (y[..., :PAIRS], y[..., PAIRS:]) for y in (x, cos[:, None], sin[:, None])
-    )
-    y = apply_rotary(x, RotaryTable.from_elementwise(cos, sin))
-    wanted = np.concatenate([x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2], -1)
-    assert np.abs(y - wanted).max() < 1e-14
-    assert np.abs(apply_rotary(x, RotaryTable.from_full_width(cos, sin)) - wanted).max() > 0.1
 
 
 def test_v_jepa_2s_own_function():

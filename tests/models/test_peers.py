@@ -77,9 +77,9 @@ def test_gptj_rotates_part_of_its_heads_the_same_way(dtype):
     modeling = pytest.importorskip("transformers.models.gptj.modeling_gptj")
     x = heads(2, TOKENS, 4, 96, dtype=dtype, seed=5)
     sin, cos = modeling.create_sinusoidal_positions(TOKENS, 32).to(x.dtype).chunk(2, dim=-1)
-    turned = modeling.apply_rotary_pos_emb(x[..., :32], sin[None], cos[None])
+    rotated = modeling.apply_rotary_pos_emb(x[..., :32], sin[None], cos[None])
     y = apply_rotary(x, (cos, sin), interleaved=True)
-    assert_agree(y[..., :32], turned, x[..., :32])
+    assert_agree(y[..., :32], rotated, x[..., :32])
     assert torch.equal(y[..., 32:], x[..., 32:])
 
 

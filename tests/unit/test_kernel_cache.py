@@ -13,7 +13,7 @@ from hashlib import sha1
 from pathlib import Path
 
 import pytest
-from test_environment import CALL, DOCTOR, FULL, MOVE_CACHE, ROOT, assert_warns_of, python, table
+from interpreters import CALL, DOCTOR, FULL, MOVE_CACHE, ROOT, assert_warns_of, python, table
 
 from rope_cupy import environment
 

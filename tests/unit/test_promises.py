@@ -13,9 +13,9 @@ PROMISES = [" ".join(item.split()) for item in re.split(r"^- ", SECTION, flags=r
 # How a sentence begins, and the tests that would fail if it were not true.
 HELD_BY = {
     "Every argument is checked": """
-        test_errors.test_what_cannot_be_rotated_is_refused
-        test_errors.test_a_wrong_argument_of_apply_rotary_is_refused
-        test_errors.test_a_wrong_argument_of_apply_rotary_qk_is_refused
+        test_errors.test_what_is_no_such_array_is_refused_by_its_name
+        test_errors.test_a_wrong_argument_of_any_function_is_refused
+        test_errors.test_an_out_that_does_not_suit_is_refused
         test_errors.test_a_k_or_an_out_that_does_not_suit_q_is_refused
         test_gpu.test_arrays_on_different_devices_are_refused""",
     "Nothing is read or written": """

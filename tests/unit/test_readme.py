@@ -69,12 +69,12 @@ def test_the_quick_start_for_torch_tensors_gives_the_exact_values(device, monkey
         check(numbers(after)[None], exact, "float32")
     assert np.array_equal(numbers(names["v"]), v)
 
-    # The gradient of a query is its key, both turned, and the query turned back.
+    # The gradient of a query is its key, both rotated, and the query rotated back.
     queries, keys = names["queries"], names["keys"]
-    turned = torch.zeros_like(queries)
-    turned[:, :, ::4] = names["rotary"](queries, keys)[1].detach()
+    rotated = torch.zeros_like(queries)
+    rotated[:, :, ::4] = names["rotary"](queries, keys)[1].detach()
     angles = np.outer(np.arange(300), 500000.0 ** -(np.arange(64) / 64))
-    exact = rotate(numbers(turned), np.cos(angles)[None], -np.sin(angles)[None])
+    exact = rotate(numbers(rotated), np.cos(angles)[None], -np.sin(angles)[None])
     np.testing.assert_allclose(numbers(queries.grad), exact, rtol=1e-4, atol=1e-4)
 
 

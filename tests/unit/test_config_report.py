@@ -13,27 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from configs import ANY_CONFIG, PUBLISHED, sizes, yarn
 from hypothesis import given, settings
-from test_frequencies import CONFIGS
 
-from rope_cupy import spectrum
+from rope_cupy import config_report
 
-LLAMA_3_1 = {
-    "model_type": "llama",
-    **{"hidden_size": 4096, "num_attention_heads": 32, "max_position_embeddings": 131072},
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-        **{"original_max_position_embeddings": 8192, "rope_type": "llama3"},
-    },
-}
-QWEN_2_5_YARN = {  # whose file says 32,768 positions, and four times as many by YaRN
-    **{"hidden_size": 3584, "num_attention_heads": 28, "max_position_embeddings": 32768},
-    "rope_theta": 1e6,
-    "rope_scaling": {
-        **{"factor": 4.0, "original_max_position_embeddings": 32768, "rope_type": "yarn"}
-    },
-}
+LLAMA_3_1 = PUBLISHED["Llama 3.1 8B"]
+# Its file says 32,768 positions, and four times as many by YaRN.
+QWEN_2_5_YARN = sizes(3584, 28, 32768) | {"rope_scaling": yarn(4.0, 32768, "rope_type")}
+QWEN_2_5_YARN["rope_theta"] = 1e6
 GEMMA_3 = {
     **{"model_type": "gemma3_text", "head_dim": 256, "max_position_embeddings": 131072},
     "rope_parameters": {
@@ -47,9 +35,17 @@ def run(config, tmp_path, capsys, *options):
     """Return the exit status and what is printed."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    spectrum.add_arguments(parser := ArgumentParser())
-    status = spectrum.main(parser.parse_args([str(path), *options]))
-    return status, capsys.readouterr().out
+    return main(path, *options), capsys.readouterr().out
+
+
+def main(path, *options):
+    config_report.add_arguments(parser := ArgumentParser())
+    return config_report.main(parser.parse_args([str(path), *options]))
+
+
+def process(path, *options, **how):
+    command = [sys.executable, "-m", "rope_cupy", "table", str(path), *options]
+    return subprocess.run(command, timeout=300, **how)
 
 
 def facts(out):
@@ -74,8 +70,7 @@ def rows(out):
 def test_a_newcomer_reads_type_wavelengths_and_the_largest_position(tmp_path):
     (path := tmp_path / "config.json").write_text(json.dumps(LLAMA_3_1))
     image = tmp_path / "spectrum.png"
-    command = [sys.executable, "-m", "rope_cupy", "table", str(path), "--plot", str(image)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = process(path, "--plot", str(image), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert facts(done.stdout) == {
         **{"type": "llama3", "rotary_dim": "128", "base": "500,000"},
@@ -140,11 +135,25 @@ def test_what_is_no_config_is_said_in_a_line(config, message, tmp_path, capsys):
 
 def test_a_file_that_is_no_json_is_refused(tmp_path, capsys):
     (path := tmp_path / "config.json").write_text("{")
-    spectrum.add_arguments(parser := ArgumentParser())
     for each in (path, tmp_path / "absent.json", tmp_path):
-        assert spectrum.main(parser.parse_args([str(each)])) == 1
+        assert main(each) == 1
         out = capsys.readouterr().out
         assert "must be a JSON file" in out and out.count("\n") == 1
+
+
+STRINGS = {"type": "su", "short_factor": ["1", "2"]}
+RULES = {
+    "dynamic": {},
+    "yarn": {"original_max_position_embeddings": 2048},
+    "llama3": {"low_freq_factor": 1, "high_freq_factor": 4},
+    "longrope": {"short_factor": [1] * 32, "long_factor": [1] * 32},
+}
+
+
+def great(kind, **more):
+    scaling = {"rope_type": kind, "factor": 10**308, **more}
+    config = {"head_dim": 64, "max_position_embeddings": 2048, "rope_scaling": scaling}
+    return json.dumps(config)
 
 
 HOSTILE = {
@@ -153,27 +162,12 @@ HOSTILE = {
     "a great int": json.dumps({"head_dim": 64, "rope_theta": 10**400}),
     "a great factor": json.dumps(QWEN_2_5_YARN).replace("4.0", "1" + "0" * 400),
     "a string for a number": json.dumps({"head_dim": 64, "max_position_embeddings": "many"}),
-    "strings for factors": json.dumps(
-        {"head_dim": 4, "rope_scaling": {"type": "su", "short_factor": ["1", "2"]}}
-    ),
+    "strings for factors": json.dumps({"head_dim": 4, "rope_scaling": STRINGS}),
     "infinity": '{"head_dim": 64, "max_position_embeddings": Infinity}',
     "NaN": '{"head_dim": 64, "rope_theta": NaN}',
     "a great negative head": json.dumps({"head_dim": -(10**400)}),
     "a great hidden size": json.dumps({"hidden_size": -(10**400), "num_attention_heads": 8}),
-    **{
-        f"a great number of positions, {kind}": json.dumps(
-            {
-                **{"head_dim": 64, "max_position_embeddings": 2048},
-                "rope_scaling": {"rope_type": kind, "factor": 10**308, **more},
-            }
-        )
-        for kind, more in {
-            "dynamic": {},
-            "yarn": {"original_max_position_embeddings": 2048},
-            "llama3": {"low_freq_factor": 1, "high_freq_factor": 4},
-            "longrope": {"short_factor": [1] * 32, "long_factor": [1] * 32},
-        }.items()
-    },
+    **{f"a great number of positions, {kind}": great(kind, **more) for kind, more in RULES.items()},
     "a head that fills all memory": json.dumps({"head_dim": 4_000_000_000}),
     "escape sequences": json.dumps(LLAMA_3_1 | {"rope_scaling": {"\x1b[31m": 1, "type": "llama3"}}),
     "half of a surrogate pair": '{"head_dim": 8, "rope_scaling": {"\\ud800": 1, "type": "yarn"}}',
@@ -185,8 +179,7 @@ HOSTILE = {
 def test_a_hostile_file_is_refused_in_one_line_at_once(kind, tmp_path):
     path, content = tmp_path / "config.json", HOSTILE[kind]
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    command = [sys.executable, "-m", "rope_cupy", "table", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = process(path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
     assert re.fullmatch(r"error: [ -~]{10,600}\n", done.stdout)
 
@@ -199,12 +192,11 @@ def test_what_a_file_calls_its_layers_is_printed_without_its_escape_sequences(tm
 
 
 @settings(max_examples=300, deadline=None)
-@given(config=CONFIGS)
+@given(config=ANY_CONFIG)
 def test_any_json_is_told_of_or_refused_in_one_line(config):
-    spectrum.add_arguments(parser := ArgumentParser())
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
         (path := Path(folder) / "config.json").write_text(json.dumps(config))
-        status = spectrum.main(parser.parse_args([str(path)]))
+        status = main(path)
     out = said.getvalue()
     assert re.fullmatch(r"[ -~\n]+", out)
     assert (status, out.startswith("error: ")) in [(0, False), (1, True)]
@@ -258,7 +250,8 @@ def test_layers_without_a_rotation_are_told(tmp_path, capsys):
 
 
 EIGHT = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 8}
-FULL = "full_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"
+LLAMA_4 = {"model_type": "llama4_text", **EIGHT}
 
 
 @pytest.mark.parametrize(
@@ -266,14 +259,8 @@ FULL = "full_attention"
     [
         ({"model_type": "cohere2"}, "2 of 8 layers: 3, 7"),
         ({"model_type": "cohere2", "sliding_window_pattern": 3}, "2 of 8 layers: 2, 5"),
-        (
-            {"model_type": "cohere2", "layer_types": [FULL, *["sliding_attention"] * 7]},
-            "1 of 8 layers: 0",
-        ),
-        (
-            {"model_type": "llama4", "text_config": {"model_type": "llama4_text", **EIGHT}},
-            "2 of 8 layers: 3, 7",
-        ),
+        ({"model_type": "cohere2", "layer_types": [FULL, *[SLIDING] * 7]}, "1 of 8 layers: 0"),
+        ({"model_type": "llama4", "text_config": LLAMA_4}, "2 of 8 layers: 3, 7"),
         ({"model_type": "llama4_text", "no_rope_layers": []}, "2 of 8 layers: 3, 7"),
         ({"model_type": "llama4_text", "no_rope_layers": [1, 0] * 8}, "4 of 8 layers: 1, 3, 5, 7"),
         ({"model_type": "smollm3"}, "2 of 8 layers: 3, 7"),
@@ -294,10 +281,9 @@ def test_layers_that_a_class_does_not_rotate_are_told(config, layers, tmp_path, 
 
 def test_a_reader_that_closes_the_pipe_gets_no_traceback(tmp_path):
     (path := tmp_path / "config.json").write_text(json.dumps(LLAMA_3_1))
-    command = [sys.executable, "-m", "rope_cupy", "table", str(path)]
     read_end, write_end = os.pipe()
     os.close(read_end)
-    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, timeout=60)
+    done = process(path, stdout=write_end, stderr=subprocess.PIPE)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -313,6 +299,6 @@ def test_the_factors_of_longrope_that_are_taken_are_told(tmp_path, capsys):
 
 
 def test_the_help_says_what_the_largest_safe_position_is(capsys):
-    spectrum.add_arguments(parser := ArgumentParser())
+    config_report.add_arguments(parser := ArgumentParser())
     text = " ".join(parser.format_help().split())
     assert "largest safe position is the last position of those that the config says" in text
