@@ -18,10 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import RotaryTable, __version__, apply_rotary, apply_rotary_qk, environment, jit, spectrum
+from . import (
+    RotaryTable,
+    __version__,
+    apply_rotary,
+    apply_rotary_qk,
+    config_report,
+    environment,
+    jit,
+)
+from .arrays.dlpack import Bfloat16
 from .environment import Fault
 from .frequencies import cos_sin, inverse_frequencies
-from .tensor import Bfloat16
 
 HEAD_DIM = 128
 
@@ -305,10 +313,10 @@ def _run() -> int:
         prog="python -m rope_cupy", description=(__doc__ or "").partition(": ")[2]
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    summary = (spectrum.__doc__ or "").partition(": ")[2].partition("\n")[0]
-    spectrum.add_arguments(commands.add_parser("table", help=summary, description=summary))
+    summary = (config_report.__doc__ or "").partition(": ")[2].partition("\n")[0]
+    config_report.add_arguments(commands.add_parser("table", help=summary, description=summary))
     options = parser.parse_args()
-    return spectrum.main(options) if options.command else main()
+    return config_report.main(options) if options.command else main()
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ from .memory import FLOATS_8, ITEMSIZE, ndarray_at
 from .options import NUM_AXES, TOKEN_NORM
 from .problem import (
     BY_ELEMENT,
-    COUNTED,
     FREQUENCY,
     GIVEN,
     IMPLICIT,
-    MIXED,
+    INTERLEAVED_MROPE,
     OFFSET,
     ONE_ANGLE,
     PACKED,
+    TOKEN_INDEX,
     CacheProblem,
     Pointers,
     RotaryProblem,
@@ -206,8 +206,10 @@ def _positions(problem: RotaryProblem, pointers: Pointers) -> Array | None:
     kind, sizes = problem.position_kind, (problem.batch, problem.num_tokens)
     if kind == IMPLICIT:
         return None
-    if kind == COUNTED:
-        return np.broadcast_to(np.arange(problem.num_tokens) + pointers.first, (1, *sizes))
+    if kind == TOKEN_INDEX:
+        return np.broadcast_to(
+            np.arange(problem.num_tokens) + pointers.position_offset, (1, *sizes)
+        )
     if kind == PACKED:
         return _packed_positions(problem, pointers)
     storage = _STORAGE[problem.position_dtype or ""]
@@ -215,7 +217,7 @@ def _positions(problem: RotaryProblem, pointers: Pointers) -> Array | None:
         given = ndarray_at(pointers.positions, storage, sizes, problem.position_strides)[None]
         if kind == GIVEN:
             return given
-        return _sum_of(np.arange(problem.num_tokens), np.int64(pointers.first), given)
+        return _sum_of(np.arange(problem.num_tokens), np.int64(pointers.position_offset), given)
     strides = problem.position_axis, *problem.position_strides
     return ndarray_at(pointers.positions, storage, (NUM_AXES, *sizes), strides)
 
@@ -228,7 +230,7 @@ def _packed_positions(problem: RotaryProblem, pointers: Pointers) -> Array:
     sequences = np.searchsorted(begins, tokens, side="right") - 1
     found = (sequences >= 0) & (sequences < num_sequences)
     sequences = np.where(found, sequences, 0)
-    parts = [tokens + 1, ~begins[sequences], np.int64(pointers.first)]  # ~n is -n - 1
+    parts = [tokens + 1, ~begins[sequences], np.int64(pointers.position_offset)]  # ~n is -n - 1
     if pointers.positions and num_sequences:
         storage = _STORAGE[problem.position_dtype or ""]
         shape, strides = (num_sequences,), (problem.position_axis,)
@@ -253,7 +255,7 @@ def _of_pairs(problem: RotaryProblem, positions: Array) -> Array:
     if len(positions) == 1:
         return np.expand_dims(positions[0], (2, 3))
     pair = np.arange(problem.rotary_dim // 2)
-    if problem.position_kind == MIXED:
+    if problem.position_kind == INTERLEAVED_MROPE:
         axis = pair % NUM_AXES
         ends = np.array([problem.rotary_dim, *problem.section_ends])
         axis = np.where(pair < ends[axis], axis, 0)
@@ -359,7 +361,7 @@ def _rotate_block(
     outside = [kept(place) for place in places] if in_range is not None else []
     for i, (place, values) in enumerate(zip(places, rotated, strict=True)):
         if in_range is not None:
-            lost = outside[i] if problem.keep else stored.of(np.array(np.nan))
+            lost = outside[i] if problem.keep_out_of_range else stored.of(np.array(np.nan))
             values = np.where(in_range[..., None, None], values, lost)
         out[..., place] = values
 

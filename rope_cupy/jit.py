@@ -6,18 +6,20 @@ import ctypes
 import struct
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .bounded import put
 from .environment import cache_fault, cupy, driver, explained, load_nvrtc
 from .plan import LaunchPlan
-from .recall import keep
 
 _kernels: dict[tuple[str, int], Any] = {}  # by C++ name and device
 _locks: dict[tuple[str, int], threading.Lock] = {}
-MAX_STREAMS = 64  # that a plan is kept ready for
+MAX_STREAMS = 64  # for which a plan keeps what the driver is handed
+POINTER_BYTES = 8
+MAX_BLOCK_BYTES = 4096 - POINTER_BYTES  # of a kernel's argument, as CUDA has it
 _not_warned = threading.Lock()  # acquired for good by the one who warns that nothing is cached
 
 
@@ -61,22 +63,41 @@ def _compiled(name: str) -> Any:
         module = cupy().RawModule(code=code, options=options, name_expressions=[name])
         return module.get_function(name).kernel
     except OSError as error:
+        kernel = _compiled_in_memory(name, code, options)
+        if kernel is None:
+            raise RuntimeError(cache_fault(error)) from error
         if _not_warned.acquire(blocking=False):
             warnings.warn(RuntimeWarning(cache_fault(error)), stacklevel=2)
-    cuda = cupy().cuda
+        return kernel
+
+
+def _compiled_in_memory(name: str, code: str, options: tuple[str, ...]) -> Any:
+    """Return a kernel without the disk, None where CuPy has not what that takes.
+
+    These parts of CuPy are private; they were seen in CuPy 14.2.
+    """
+    compiler = getattr(cupy().cuda.compiler, "compile_using_nvrtc", None)
+    module_of = getattr(cupy().cuda.function, "Module", None)
+    if compiler is None or module_of is None:
+        return None
     options += ("-ftz=true",)  # which RawModule adds
-    cubin, mangled = cuda.compiler.compile_using_nvrtc(
-        code, options, name_expressions=[name], cache_in_memory=True
-    )
-    module = cuda.function.Module()
+    cubin, mangled = compiler(code, options, name_expressions=[name], cache_in_memory=True)
+    module = module_of()
     module.load(cubin)
     return module.get_function(mangled[name])
 
 
 class _Thread(threading.local):
-    """What CUDA knows of a thread."""
+    """What a thread hands to the driver: the address of a kernel's one argument, then the argument.
 
-    has_context = False
+    The driver has read both when a launch returns, so that the next one may write them.
+    """
+
+    def __init__(self) -> None:
+        self.has_context = False
+        self.parameters = ctypes.create_string_buffer(POINTER_BYTES + MAX_BLOCK_BYTES)
+        self.address = ctypes.addressof(self.parameters)
+        struct.pack_into("Q", self.parameters, 0, self.address + POINTER_BYTES)
 
 
 _thread = _Thread()
@@ -107,53 +128,59 @@ _MAY_START_EARLY = _Attribute(6, (1,))
 class Launcher:
     """A plan on a device: what its launches have in common, whatever their arguments.
 
-    `stream_of` finds the handle of the stream to launch on, the current one of that device. What
-    the driver is handed is written once, and never again, so that threads may share it.
+    `stream_of` finds the handle of the stream to launch on, the current one of that device.
+    Threads may share a launcher: what the driver is handed for a stream is never written again.
     """
 
     def __init__(self, plan: LaunchPlan, device: int, stream_of: Callable[[int], int]) -> None:
+        if plan.packer.size > MAX_BLOCK_BYTES:
+            raise ValueError(
+                f"an argument block must fit {MAX_BLOCK_BYTES} bytes, got {plan.packer.size}"
+            )
         self.plan, self.device, self.stream_of = plan, device, stream_of
-        self.current_device = cupy().cuda.runtime.getDevice
-        self.launch = _cu_launch_kernel_ex()
-        self.ready: dict[int, tuple[_Config, int, int]] = {}  # by stream; with two addresses
+        self.configs: dict[int, tuple[_Config, int, int]] = {}  # by stream: see `config_for`
+        self.launch = self._launch_function()
 
-    def prepared(self, stream: int) -> tuple[_Config, int, int]:
-        """Return the launch's configuration, its address, and that of the kernel."""
+    def config_for(self, stream: int) -> tuple[_Config, int, int]:
+        """Return the launch's configuration on a stream, its address, and that of the kernel."""
         if (self.plan.kernel, self.device) not in _kernels:
             _check_not_captured(stream)
         function = kernel(self.plan.kernel, self.device)
         sizes = (ctypes.c_uint * 6)(*self.plan.grid, 1, *self.plan.block, 1)
         early = ctypes.pointer(_MAY_START_EARLY)
         config = _Config(sizes, 0, stream, early, int(_starts_early(self.device)))
-        ready = config, ctypes.addressof(config), function.ptr
-        return keep(self.ready, stream, ready, MAX_STREAMS)
+        return put(
+            self.configs, stream, (config, ctypes.addressof(config), function.ptr), MAX_STREAMS
+        )
 
-    def with_arguments(self, argument_block: bytes) -> Callable[[], None]:
-        """Return what launches with these arguments, as often as wanted, in any thread."""
-        # The driver is given the address of the address of the block, which lies behind it.
-        parameters = ctypes.create_string_buffer(bytes(8) + argument_block)
-        address = ctypes.addressof(parameters)
-        struct.pack_into("Q", parameters, 0, address + 8)
+    def _launch_function(self) -> Callable[[Sequence[int]], None]:
+        """Return what launches with values of the argument block, in any thread."""
         # A launch looks for nothing that can be found before, and so for no attribute.
-        current_device, own_device, stream_of = self.current_device, self.device, self.stream_of
-        ready, prepared, launch = self.ready.get, self.prepared, self.launch
+        current_device, cu_launch = cupy().cuda.runtime.getDevice, _cu_launch_kernel_ex()
+        own_device, stream_of = self.device, self.stream_of
+        config_of, config_for, pack_into = (
+            self.configs.get,
+            self.config_for,
+            self.plan.packer.pack_into,
+        )
 
-        def launch_here(_kept: Any = parameters) -> None:
+        def launch(values: Sequence[int]) -> None:
             device = current_device()
             if not _thread.has_context:
-                # Which the driver needs, and the runtime does by itself.
+                # Which the driver needs, and the runtime makes by itself.
                 cupy().cuda.runtime.setDevice(device)
                 _thread.has_context = True
             if device != own_device:
                 with cupy().cuda.Device(own_device):
-                    return launch_here()
+                    return launch(values)
             stream = stream_of(device)
-            _, config, function = ready(stream) or prepared(stream)
-            status = launch(config, function, address, None)  # which has read the arguments then
+            _, config, function = config_of(stream) or config_for(stream)
+            pack_into(_thread.parameters, POINTER_BYTES, values)
+            status = cu_launch(config, function, _thread.address, None)
             if status:
                 cupy().cuda.driver.check_status(status)
 
-        return launch_here
+        return launch
 
 
 def _check_not_captured(stream: int) -> None:

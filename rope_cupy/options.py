@@ -18,6 +18,7 @@ ROUNDINGS = "once", "eager"
 NORMS = HEAD_NORM, TOKEN_NORM = "head", "heads"
 CACHE_LAYOUTS = "NHD", "HND"
 BEFORE_WEIGHT = "before_weight"
+NO_PARTS = None, None, None  # the last of Options, of a call that only rotates
 LEAST_SCALE = 2.0**-126  # whose reciprocal is a float32
 Part = TypeVar("Part")  # of Options
 
@@ -79,14 +80,8 @@ def check_options(
     mrope_section: object,
     mrope_interleaved: object,
     rounding: object = "once",
-    norm: Norm | None = None,
-    packed: Packed | None = None,
-    cache: Cache | None = None,
 ) -> Options:
-    """Check what needs no array of the fields of Options, which are given one by one.
-
-    The last three have been checked by `checked_parts`.
-    """
+    """Check what needs no array of the fields of Options, but for the last three: `check_parts`."""
     if not isinstance(interleaved, bool | None):
         raise TypeError(f"interleaved must be None, True or False, got {interleaved!r}")
     if not isinstance(conjugate, bool):
@@ -125,9 +120,6 @@ def check_options(
         sections,
         mrope_interleaved,
         str(rounding),
-        norm,
-        packed,
-        cache,
     )
 
 
@@ -151,9 +143,17 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 @lru_cache(maxsize=256, typed=True)
-def known_options(*options_and_types: Any) -> Options:
-    """Check options that can be hashed, with the types of what mrope_section holds behind them."""
-    return check_options(*options_and_types[: len(Options._fields)])
+def known_options(
+    of_neighbours: bool, parts: tuple[Any, Any, Any], interleaved: Any, *others_and_types: Any
+) -> Options:
+    """Check options that can be hashed, with the types of what mrope_section holds behind them.
+
+    `of_neighbours` is what None stands for of `interleaved`; the parts have been checked.
+    """
+    paired = of_neighbours if interleaved is None else interleaved
+    others = others_and_types[: len(Options._fields) - len(parts) - 1]
+    norm, packed, cache = parts
+    return check_options(paired, *others)._replace(norm=norm, packed=packed, cache=cache)
 
 
 def _remembered(check: Callable[..., Part]) -> Callable[..., Part]:
@@ -170,12 +170,12 @@ def _remembered(check: Callable[..., Part]) -> Callable[..., Part]:
     return checked
 
 
-def checked_parts(norm: Any, packed: Any, cache: Any) -> tuple[Any, ...]:
+def check_parts(norm: Any, packed: Any, cache: Any) -> tuple[Any, Any, Any]:
     """Check the last three of Options, each None or a tuple of its fields."""
     return (
-        None if norm is None else checked_norm(*norm),
-        None if packed is None else checked_packed(*packed),
-        None if cache is None else checked_cache(*cache),
+        None if norm is None else check_norm(*norm),
+        None if packed is None else check_packed(*packed),
+        None if cache is None else check_cache(*cache),
     )
 
 
@@ -190,7 +190,7 @@ def check_round_norm(round_norm: object) -> None:
 
 
 @_remembered
-def checked_norm(norm: object, eps: Any, weight_offset: Any, round_norm: Any) -> Norm:
+def check_norm(norm: object, eps: Any, weight_offset: Any, round_norm: Any) -> Norm:
     """Check the fields of Norm."""
     _check_choice("norm", norm, NORMS)
     check_round_norm(round_norm)
@@ -206,13 +206,13 @@ def checked_norm(norm: object, eps: Any, weight_offset: Any, round_norm: Any) ->
 
 
 @_remembered
-def checked_packed(num_heads: object, num_kv_heads: object) -> Packed:
+def check_packed(num_heads: object, num_kv_heads: object) -> Packed:
     """Check the fields of Packed."""
     return Packed(count("num_heads", num_heads, 1), count("num_kv_heads", num_kv_heads, 1))
 
 
 @_remembered
-def checked_cache(layout: object, dtype: object, k_scale: Any, v_scale: Any) -> Cache:
+def check_cache(layout: object, dtype: object, k_scale: Any, v_scale: Any) -> Cache:
     """Check the fields of Cache, of which scales are numbers, or None for 1."""
     _check_choice("cache_layout", layout, CACHE_LAYOUTS)
     if dtype is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from . import tensor
+from . import arrays
 from .checks import described, index
 
 
@@ -64,4 +64,4 @@ def context_parallel(
         )
     mine = np.concatenate([np.arange(i * size, (i + 1) * size) for i in pieces[scheme]])
     mine = mine.astype(np.int64)
-    return mine if like is None else tensor.placed(mine, like)
+    return mine if like is None else arrays.placed(mine, like)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from .calls import rotate
 from .checks import described, is_array
+from .dispatch import rotate
 
 Array = TypeVar("Array")  # of any library, whose kind the results have too
 
@@ -49,9 +49,6 @@ def apply_rotary(
         mrope_section,
         mrope_interleaved,
         rounding,
-        None,
-        None,
-        None,
     )
     (result,) = rotate(("x",), (x,), table, rows, options, None if out is None else (out,))
     return result  # type: ignore[no-any-return]
@@ -160,9 +157,6 @@ def apply_rotary_qk(
         mrope_section,
         mrope_interleaved,
         rounding,
-        None,
-        None,
-        None,
     )
     _check_two(out)
     q_out, k_out = rotate(("q", "k"), (q, k), table, rows, options, out)
@@ -210,12 +204,10 @@ def apply_norm_rotary(
         mrope_section,
         mrope_interleaved,
         rounding,
-        (norm, eps, weight_offset, round_norm),
-        None,
-        None,
     )
+    parts = (norm, eps, weight_offset, round_norm), None, None
     outs = None if out is None else (out,)
-    (result,) = rotate(("x",), (x,), table, rows, options, outs, _given(weight=weight))
+    (result,) = rotate(("x",), (x,), table, rows, options, outs, _given(weight=weight), parts)
     return result  # type: ignore[no-any-return]
 
 
@@ -296,12 +288,10 @@ def apply_qk_norm_rotary(
         mrope_section,
         mrope_interleaved,
         rounding,
-        (norm, eps, weight_offset, round_norm),
-        None,
-        None,
     )
+    parts = (norm, eps, weight_offset, round_norm), None, None
     more = _given(q_weight=q_weight, k_weight=k_weight)
-    q_out, k_out = rotate(("q", "k"), (q, k), table, rows, options, out, more)
+    q_out, k_out = rotate(("q", "k"), (q, k), table, rows, options, out, more, parts)
     return q_out, k_out
 
 
@@ -365,12 +355,11 @@ def apply_rotary_qkv(
         mrope_section,
         mrope_interleaved,
         rounding,
-        _norm(norm, eps, weight_offset, round_norm, more),
-        (num_heads, num_kv_heads),
-        None,
     )
+    of_norm = _norm(norm, eps, weight_offset, round_norm, more)
+    parts = of_norm, (num_heads, num_kv_heads), None
     outs = None if out is None else (out,)
-    (result,) = rotate(("qkv",), (qkv,), table, rows, options, outs, more)
+    (result,) = rotate(("qkv",), (qkv,), table, rows, options, outs, more, parts)
     return result  # type: ignore[no-any-return]
 
 
@@ -458,12 +447,11 @@ def apply_rotary_kv_cache(
         mrope_section,
         mrope_interleaved,
         rounding,
-        _norm(norm, eps, weight_offset, round_norm, weights),
-        None,
-        (cache_layout, cache_dtype, k_number, v_number),
     )
+    of_norm = _norm(norm, eps, weight_offset, round_norm, weights)
+    parts = of_norm, None, (cache_layout, cache_dtype, k_number, v_number)
     xs, outs = (q, k, v), (out, k_cache, v_cache)
-    return rotate(("q", "k", "v"), xs, table, rows, options, outs, more)[0]  # type: ignore[no-any-return]
+    return rotate(("q", "k", "v"), xs, table, rows, options, outs, more, parts)[0]  # type: ignore[no-any-return]
 
 
 def _check_two(out: object) -> None:

@@ -22,15 +22,15 @@ SWAPPED = "sines before cosines"
 def verdict(form: str, arrays: Sequence[NDArray[Any]], axes: str) -> str:
     """Return what the arrays of a table, as its constructor was given them, are.
 
-    `form` is the name of one of `rope_cupy.tables.FORMS`.
+    `form` is the name of one of `rope_cupy.table_forms.FORMS`.
     """
-    if form == "_frequencies":
+    if form == "frequencies":
         return "frequencies, of which the angles of every position are computed"
     if not all(np.isfinite(array).all() for array in arrays):
         return "not a rotation: not every value is finite"
-    if form == "_matrices":
+    if form == "matrices":
         said = _of_matrices(arrays[0].astype(np.float64))
-    elif form in ("_full_width", "_elementwise"):
+    elif form in ("full_width", "elementwise"):
         said = _of_full_width(form, *(array.astype(np.float64) for array in arrays))
     else:
         said = _of_pairs(*_cos_and_sin(form, arrays))
@@ -39,9 +39,9 @@ def verdict(form: str, arrays: Sequence[NDArray[Any]], axes: str) -> str:
 
 def _cos_and_sin(form: str, arrays: Sequence[NDArray[Any]]) -> tuple[Values, Values]:
     first, last = arrays[0], arrays[-1]
-    if form == "_complex":
+    if form == "complex_numbers":
         return first.real.astype(np.float64), first.imag.astype(np.float64)
-    if form == "_cache":
+    if form == "cos_sin_cache":
         half = first.shape[-1] // 2
         first, last = first[..., :half], first[..., half:]
     return first.astype(np.float64), last.astype(np.float64)
@@ -58,7 +58,7 @@ def _of_pairs(cos: Values, sin: Values) -> str:
 
 
 def _of_full_width(form: str, cos: Values, sin: Values) -> str:
-    by_element = form == "_elementwise"
+    by_element = form == "elementwise"
     in_halves, in_turn = _repeat_in_halves(cos, sin), _repeat_in_turn(cos, sin)
     if _is_swapped(cos, sin):
         return f"{SWAPPED}: give the cosines first"

@@ -5,30 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import tensor
+from . import arrays
+from .bounded import put
 from .checks import MOST_FLOAT32, as_float, count, described, is_array
-from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
-from .problem import (
-    ANY_POSITION,
-    BY_ELEMENT,
-    FREQUENCY,
-    MATRICES,
-    ONE_ANGLE,
-    TableSpec,
-    check_dtype,
+from .memory import FLOATS
+from .problem import TableSpec, check_dtype
+from .table_forms import (
+    TableSource,
+    TableView,
+    complex_numbers,
+    cos_sin_cache,
+    elementwise,
+    frequencies,
+    full_width,
+    half_width,
+    matrices,
 )
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
 
-COMPLEX_PARTS = {"complex64": "float32", "complex128": "float64"}
 AXES = "p", "s", "bs", "sh", "bsh"  # of a table: positions, batches, tokens, heads
 TURNS_PER_RADIAN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A566  # in units of 2^-160
+MAX_KNOWN = 1024  # forms and attributes of arrays that are known to fit together
 MOST_RADIANS = 2**64  # of a frequency whose turns those digits are enough for
+
+_known: dict[Any, None] = {}
 
 
 class RotaryTable:
@@ -59,7 +65,7 @@ class RotaryTable:
     """
 
     def __init__(self, cos: Any, sin: Any, *, axes: str | None = None) -> None:
-        self._look(_half_width, axes, cos, sin)
+        self._set(half_width, axes, cos, sin)
 
     @classmethod
     def from_full_width(cls, cos: Any, sin: Any, *, axes: str | None = None) -> RotaryTable:
@@ -78,7 +84,7 @@ class RotaryTable:
         >>> RotaryTable.from_full_width(np.tile(np.cos(angles), 2), np.tile(np.sin(angles), 2))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        return cls._of(_full_width, axes, cos, sin)
+        return cls._of(full_width, axes, cos, sin)
 
     @classmethod
     def from_elementwise(cls, cos: Any, sin: Any, *, axes: str | None = None) -> RotaryTable:
@@ -97,7 +103,7 @@ class RotaryTable:
         >>> RotaryTable.from_elementwise(np.cos(angles), np.sin(angles))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        return cls._of(_elementwise, axes, cos, sin)
+        return cls._of(elementwise, axes, cos, sin)
 
     @classmethod
     def from_cache(cls, cos_sin: Any) -> RotaryTable:
@@ -110,7 +116,7 @@ class RotaryTable:
         >>> RotaryTable.from_cache(np.concatenate([np.cos(angles), np.sin(angles)], axis=-1))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        return cls._of(_cache, None, cos_sin)
+        return cls._of(cos_sin_cache, None, cos_sin)
 
     @classmethod
     def from_complex(cls, freqs_cis: Any, *, axes: str | None = None) -> RotaryTable:
@@ -123,7 +129,7 @@ class RotaryTable:
         >>> RotaryTable.from_complex(np.exp(1j * np.outer(np.arange(4), [1.0, 0.1])))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        return cls._of(_complex, axes, freqs_cis)
+        return cls._of(complex_numbers, axes, freqs_cis)
 
     @classmethod
     def from_matrices(cls, freqs: Any, *, axes: str | None = None) -> RotaryTable:
@@ -139,7 +145,7 @@ class RotaryTable:
         >>> RotaryTable.from_matrices(np.stack([cos, -sin, sin, cos], axis=-1).reshape(4, 2, 2, 2))
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
         """
-        return cls._of(_matrices, axes, freqs)
+        return cls._of(matrices, axes, freqs)
 
     @classmethod
     def from_inverse_frequencies(
@@ -195,7 +201,7 @@ class RotaryTable:
             )
         if not precompute:
             words = _frequency_words(radians, scale)
-            return cls._own(_frequencies, tensor.placed(words, like))
+            return cls._of(frequencies, None, arrays.placed(words, like))
         positions = np.arange(num_positions, dtype=np.float64)[:, None]
         if not math.isfinite(float(np.abs(radians).max()) * max(positions.size - 1, 0)):
             raise ValueError(
@@ -269,31 +275,30 @@ class RotaryTable:
             cos = module.asarray(scale * module.cos(angles), dtype=single)
             return cos, module.asarray(scale * module.sin(angles), dtype=single)
 
-        return cls._own(_half_width, *tensor.computed(cos_and_sin, factors, like))
-
-    @classmethod
-    def _own(cls, form: Callable[..., TableView], *arrays: Any) -> RotaryTable:
-        """Make a table of arrays that no one else has: nothing of them but values can change."""
-        table = cls._of(form, None, *arrays)
-        if not tensor.is_compiling(arrays[0]):
-            table._source = TableSource(form, arrays, tensor.glance(arrays))
-        return table
+        return cls._of(half_width, None, *arrays.computed(cos_and_sin, factors, like))
 
     @classmethod
     def _of(cls, form: Callable[..., TableView], axes: str | None, *sources: Any) -> RotaryTable:
         table = cls.__new__(cls)
-        table._look(form, axes, *sources)
+        table._set(form, axes, *sources)
         return table
 
-    def _look(self, form: Callable[..., TableView], axes: str | None, *arrays: Any) -> None:
+    def _set(self, form: Callable[..., TableView], axes: str | None, *parts: Any) -> None:
+        """Keep the arrays of a table, once they are known to fit together."""
         if axes is not None:
-            arrays = tuple([_with_axes(array, axes, form is _matrices) for array in arrays])
-        if tensor.is_compiling(arrays[0]):  # what is compiled checks it when it runs
-            self._source = TableSource(form, arrays)
+            parts = tuple([_with_axes(part, axes, form is matrices) for part in parts])
+        if arrays.is_compiling(parts[0]):  # what is compiled checks it when it runs
+            self._source = TableSource(form, parts)
             return
-        self._source = _lasting(form, arrays)
-        if not self.shape[-1]:
-            raise ValueError("table must have a rotary_dim of 2 or more, got 0")
+        parts = tuple([arrays.asked_of(part).lasting(part) for part in parts])
+        self._source = TableSource(form, parts)
+        seen = arrays.attributes_and_addresses(parts)
+        known = seen and (form, seen[0])
+        if known is None or known not in _known:
+            if not self.shape[-1]:
+                raise ValueError("table must have a rotary_dim of 2 or more, got 0")
+            if known:
+                put(_known, known, None, MAX_KNOWN)
 
     def check(self) -> str:
         """Read all values and return a sentence that says what they are.
@@ -311,9 +316,9 @@ class RotaryTable:
         """
         from .table_check import verdict  # which programs that run need not import
 
-        form, arrays = self._source.form.__name__, self._source.arrays
-        values = [tensor.library_of("table", array).download(array) for array in arrays]
-        return verdict(form, values, self.axes)
+        form, parts = self._source
+        values = [arrays.library_of("table", part).download(part) for part in parts]
+        return verdict(form.__name__, values, self.axes)
 
     @property
     def _spec(self) -> TableSpec:
@@ -364,198 +369,13 @@ class RotaryTable:
         )
 
 
-class TableView(NamedTuple):
-    """A table as it lies in memory during one call."""
-
-    arrays: tuple[tensor.Array, ...]  # these keep the memory
-    pointers: tuple[int, int]  # of the first cosine and the first sine
-    specs: tuple[TableSpec, TableSpec]  # for the half and for the interleaved pairing
-
-
-class TableSource(NamedTuple):
-    """The arrays of a table, and the form in which they hold it."""
-
-    form: Callable[..., TableView]
-    arrays: tuple[Any, ...]
-    fixed: tensor.Glance | None = None  # of arrays that nothing but their values can change of
-
-    @property
-    def interleaved(self) -> bool:
-        """Whether neighbours are rotated where a call does not say it: by what pairs stand for."""
-        return self.form in (_complex, _matrices)
-
-    def view(self, stream: int | None) -> TableView:
-        """Return where the table lies now, ready for work on `stream`."""
-        return self.form(stream, *self.arrays)
-
-
-def _lasting(form: Callable[..., TableView], arrays: tuple[Any, ...]) -> TableSource:
-    """Return the source of a table that is kept.
-
-    PyTorch can move the data of a tensor (`share_memory_`, `resize_`, an assignment to `.data`), so
-    where it lies is looked up at every use. What cannot be moved is looked up once.
-    """
-    views = tuple(map(tensor.private_view, arrays))
-    if any(view is None for view in views):
-        return TableSource(form, arrays)
-    return TableSource(form, views, tensor.glance(views))
-
-
 def source_of(table: Any) -> TableSource:
     """Return the source of a RotaryTable, or of the one that a (cos, sin) tuple stands for."""
     if isinstance(table, RotaryTable):
         return table._source
     if isinstance(table, tuple) and len(table) == 2:
-        return TableSource(_half_width, table)
-    if isinstance(table, TableSource):
-        return table
+        return TableSource(half_width, table)
     raise TypeError(f"table must be a RotaryTable or a tuple (cos, sin), got {described(table)}")
-
-
-def _half_width(stream: int | None, cos: Any, sin: Any) -> TableView:
-    arrays = _describe_two(cos, sin, stream)
-    spec = TableSpec(arrays[0].spec, arrays[1].spec, 1, 0)
-    return TableView(arrays, (arrays[0].pointer, arrays[1].pointer), (spec, spec))
-
-
-def _full_width(stream: int | None, cos: Any, sin: Any) -> TableView:
-    arrays = _describe_two(cos, sin, stream)
-    width = _check_even(arrays[0].spec)
-    halves = [_every(array.spec, slice(0, width // 2)) for array in arrays]
-    evens = [_every(array.spec, slice(0, None, 2)) for array in arrays]
-    step = 2 if all(spec.strides[-1] == 2 for spec in evens) else 1
-    specs = TableSpec(halves[0], halves[1], 1, 0), TableSpec(evens[0], evens[1], step, 0)
-    return TableView(arrays, (arrays[0].pointer, arrays[1].pointer), specs)
-
-
-def _elementwise(stream: int | None, cos: Any, sin: Any) -> TableView:
-    arrays = _describe_two(cos, sin, stream)
-    _check_even(arrays[0].spec)
-    spec = TableSpec(arrays[0].spec, arrays[1].spec, 1, 0, BY_ELEMENT)
-    return TableView(arrays, (arrays[0].pointer, arrays[1].pointer), (spec, spec))
-
-
-def _cache(stream: int | None, cos_sin: Any) -> TableView:
-    cache = tensor.describe("cos_sin", cos_sin, stream)
-    check_dtype("cos_sin", cache.spec, FLOATS)
-    if len(cache.spec.shape) != 2 or cache.spec.shape[1] % 2:
-        raise ValueError(
-            "cos_sin must have the shape (positions, rotary_dim) with an even rotary_dim, got "
-            f"{cache.spec.shape}"
-        )
-    num_pairs = cache.spec.shape[1] // 2
-    cos = _every(cache.spec, slice(0, num_pairs))
-    return _one_array(cache, cos, num_pairs * cache.spec.strides[-1], 1)
-
-
-def _complex(stream: int | None, freqs_cis: Any) -> TableView:
-    freqs = tensor.describe("freqs_cis", freqs_cis, stream)
-    check_dtype("freqs_cis", freqs.spec, tuple(COMPLEX_PARTS))
-    _check_shape("freqs_cis", freqs.spec, 0)
-    strides = tuple(2 * stride for stride in freqs.spec.strides)
-    cos = freqs.spec._replace(strides=strides, dtype=COMPLEX_PARTS[freqs.spec.dtype])
-    return _one_array(freqs, cos, 1, 2 if strides[-1] == 2 else 1)
-
-
-def _matrices(stream: int | None, freqs: Any) -> TableView:
-    matrices = tensor.describe("freqs", freqs, stream)
-    check_dtype("freqs", matrices.spec, FLOATS)
-    shape, strides = matrices.spec.shape, matrices.spec.strides
-    if shape[-2:] != (2, 2):
-        raise ValueError(f"freqs must have 2 x 2 matrices on its last two axes, got shape {shape}")
-    _check_shape("freqs", matrices.spec, 2)
-    rows = matrices.spec._replace(shape=(*shape[:-2], 2), strides=(*strides[:-2], strides[-1]))
-    step = 4 if strides[-3:] == (4, 2, 1) else 1
-    return _one_array(matrices, rows, strides[-2], step, MATRICES)
-
-
-def _frequencies(stream: int | None, words: Any) -> TableView:
-    """View what `_frequency_words` has made as one row that stands for all positions."""
-    array = tensor.describe("table", words, stream)
-    num_pairs = array.spec.shape[0] - 1
-    shape = ANY_POSITION, num_pairs
-    cos = array.spec._replace(shape=shape, strides=(0, int(num_pairs > 1)), dtype=FREQUENCY)
-    pointer = array.pointer + num_pairs * ITEMSIZE[FREQUENCY]
-    sin = cos._replace(strides=(0, 0), alignment=alignment(pointer))
-    spec = TableSpec(cos, sin, 1, 0)
-    return TableView((array,), (array.pointer, pointer), (spec, spec))
-
-
-FORMS = {
-    form.__name__: form
-    for form in (
-        *(_half_width, _full_width, _elementwise, _cache, _complex, _matrices, _frequencies),
-    )
-}
-
-
-def _one_array(
-    array: tensor.Array, cos: ArraySpec, to_sin: int, step: int, form: str = ONE_ANGLE
-) -> TableView:
-    """View sines that lie `to_sin` elements behind their cosines in one array."""
-    pointer = array.pointer + to_sin * ITEMSIZE[cos.dtype]
-    sin = cos._replace(alignment=alignment(pointer))
-    spec = TableSpec(cos, sin, step, to_sin if step > 1 else 0, form)
-    return TableView((array,), (array.pointer, pointer), (spec, spec))
-
-
-def _describe_two(cos: Any, sin: Any, stream: int | None) -> tuple[tensor.Array, tensor.Array]:
-    first = tensor.describe("cos", cos, stream)
-    second = tensor.describe("sin", sin, stream)
-    check_dtype("cos", first.spec, FLOATS)
-    if second.spec.dtype != first.spec.dtype:
-        raise TypeError(f"sin must have cos's dtype {first.spec.dtype}, got {second.spec.dtype}")
-    if second.spec.shape != first.spec.shape:
-        raise ValueError(f"sin must have cos's shape {first.spec.shape}, got {second.spec.shape}")
-    if second.spec.device != first.spec.device:
-        raise ValueError(
-            f"sin must be on cos's device {first.spec.device}, got {second.spec.device}"
-        )
-    _check_shape("cos", first.spec, 0)
-    return first, second
-
-
-def _check_even(spec: ArraySpec) -> int:
-    """Return the width of a table that has a number for each element."""
-    if spec.shape[-1] % 2:
-        raise ValueError(f"cos must have an even last axis, rotary_dim, got shape {spec.shape}")
-    return spec.shape[-1]
-
-
-def _with_axes(array: Any, axes: object, of_matrices: bool) -> Any:
-    """Return an array with the axes that these names say: with one batch where they name none."""
-    if not isinstance(axes, str):
-        raise TypeError(f"axes must be None or one of {', '.join(AXES)}, got {described(axes)}")
-    if axes not in AXES:
-        raise ValueError(f"axes must be None or one of {', '.join(AXES)}, got {axes!r}")
-    own = 3 if of_matrices else 1
-    if not is_array(array):
-        raise TypeError(
-            f"axes must be None with what is no array of its own, got {axes!r} with "
-            f"{type(array).__name__}"
-        )
-    if array.ndim != len(axes) + own:
-        raise ValueError(
-            f"axes must name {array.ndim - own} axes of an array of {array.ndim}, got {axes!r}"
-        )
-    return array if axes == "p" or "b" in axes else array[None]
-
-
-def _check_shape(name: str, spec: ArraySpec, trailing: int) -> None:
-    if len(spec.shape) - trailing not in (2, 3, 4):
-        behind = ", 2, 2" if trailing else ""
-        raise ValueError(
-            f"{name} must have the shape (positions, pairs{behind}), (batch, tokens, pairs{behind})"
-            f" or (batch, tokens, heads, pairs{behind}), got {spec.shape}"
-        )
-
-
-def _every(spec: ArraySpec, pairs: slice) -> ArraySpec:
-    """Return the spec of array[..., pairs] for a slice that starts at 0."""
-    start, stop, step = pairs.indices(spec.shape[-1])
-    size = len(range(start, stop, step))
-    stride = spec.strides[-1] * step if size > 1 else 0
-    return spec._replace(shape=(*spec.shape[:-1], size), strides=(*spec.strides[:-1], stride))
 
 
 def _frequency_words(radians: NDArray[np.float64], scale: float) -> NDArray[np.int32]:
@@ -577,10 +397,10 @@ def _frequency_words(radians: NDArray[np.float64], scale: float) -> NDArray[np.i
 
 
 def _radians(inv_freq: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-    if tensor.is_kind_of_array(type(inv_freq)):  # type: ignore[arg-type]
-        array = tensor.describe("inv_freq", inv_freq)
+    if arrays.is_kind_of_array(type(inv_freq)):  # type: ignore[arg-type]
+        array = arrays.describe("inv_freq", inv_freq)
         check_dtype("inv_freq", array.spec, FLOATS)
-        tensor.check_gradient("inv_freq", inv_freq)
+        arrays.check_gradient("inv_freq", inv_freq)
         values = np.asarray(array.library.download(inv_freq), np.float64)
     elif _is_sequence_of_numbers(inv_freq):
         values = np.array([as_float(value) for value in inv_freq])
@@ -602,3 +422,22 @@ def _is_sequence_of_numbers(value: object) -> bool:
         and not isinstance(value, str | bytes)
         and all(isinstance(item, Real) and not isinstance(item, bool) for item in value)
     )
+
+
+def _with_axes(array: Any, axes: object, of_matrices: bool) -> Any:
+    """Return an array with the axes that these names say: with one batch where they name none."""
+    if not isinstance(axes, str):
+        raise TypeError(f"axes must be None or one of {', '.join(AXES)}, got {described(axes)}")
+    if axes not in AXES:
+        raise ValueError(f"axes must be None or one of {', '.join(AXES)}, got {axes!r}")
+    own = 3 if of_matrices else 1
+    if not is_array(array):
+        raise TypeError(
+            f"axes must be None with what is no array of its own, got {axes!r} with "
+            f"{type(array).__name__}"
+        )
+    if array.ndim != len(axes) + own:
+        raise ValueError(
+            f"axes must name {array.ndim - own} axes of an array of {array.ndim}, got {axes!r}"
+        )
+    return array if axes == "p" or "b" in axes else array[None]

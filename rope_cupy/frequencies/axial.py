@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..checks import described, index
-from .configs import few_elements, head_dim_of, model_type_of, read
 from .models import SEVERAL_AXES, Axes
+from .reading import few_elements, head_dim_of, model_type_of, read
 from .rules import even, finite, inverse_frequencies, real_numbers
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ MOST_STEPS = 2**31  # on an axis of a grid
 def axial(positions: Any, dims: Sequence[int], base: Any = 10000.0) -> Frequencies:
     """Return the angles, in radians, of tokens that have a position on each of several axes.
 
-    The first dims[0] rotary elements turn by the position on the first axis, the next dims[1] by
-    that on the second, and so on: pair i of an axis by position * base ** (-2 i / dim).
+    The first dims[0] rotary elements are rotated by the position on the first axis, the next
+    dims[1] by that on the second, and so on: pair i of an axis by position * base ** (-2 i / dim).
     `RotaryTable.from_angles` makes a table of the result.
 
     Args:

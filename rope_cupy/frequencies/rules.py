@@ -39,13 +39,13 @@ def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> Frequencies:
 
 
 def partial_rotary_dim(head_dim: int, partial_rotary_factor: float) -> int:
-    """Return how many elements of a head turn when only a part of it does, rounded down.
+    """Return how many elements of a head are rotated when only a part of it does, rounded down.
 
     Source: Black et al., "GPT-NeoX-20B: An Open-Source Autoregressive Language Model" (2022),
-    section 2.1.1, which turns the first quarter of each head.
+    section 2.1.1, which rotates the first quarter of each head.
 
     Raises TypeError or ValueError when `head_dim` is not a positive int, `partial_rotary_factor`
-    not a number in (0, 1], or what turns would be no even number of elements.
+    not a number in (0, 1], or what is rotated would be no even number of elements.
 
     >>> partial_rotary_dim(96, 0.25)
     24
@@ -56,7 +56,7 @@ def partial_rotary_dim(head_dim: int, partial_rotary_factor: float) -> int:
     rotary_dim = int(share) if math.isfinite(share) else 0
     if factor > 1 or rotary_dim <= 0 or rotary_dim % 2:
         raise ValueError(
-            "partial_rotary_factor must be in (0, 1] and turn a positive even number of the "
+            "partial_rotary_factor must be in (0, 1] and rotate a positive even number of the "
             f"head_dim={head_dim} elements, got {partial_rotary_factor}"
         )
     return rotary_dim
@@ -83,7 +83,7 @@ def linear(rotary_dim: int, base: float = 10000.0, *, factor: float) -> Frequenc
 def ntk(rotary_dim: int, base: float = 10000.0, *, alpha: float) -> Frequencies:
     """Return inverse frequencies of the base times alpha ** (rotary_dim / (rotary_dim - 2)).
 
-    The first pair turns as before, the last 1 / alpha as fast. The result is float64, of shape
+    The first pair is rotated as before, the last 1 / alpha as fast. The result is float64, of shape
     (rotary_dim / 2,), in radians per position.
 
     Source: "NTK-aware" interpolation, in Peng et al., "YaRN: Efficient Context Window Extension of
@@ -309,9 +309,10 @@ def proportional(
 ) -> Frequencies:
     """Return inverse frequencies of a whole head, the lowest of which are 0 (Gemma 4).
 
-    Unlike a partial rotary embedding, the pairs that turn are the first `partial_rotary_factor` of
-    those of the whole head, at their frequencies there over `factor`; the others stand still. The
-    result is float64, of shape (head_dim / 2,), in radians per position.
+    Unlike a partial rotary embedding, the pairs that are rotated are the first
+    `partial_rotary_factor` of those of the whole head, at their frequencies there over `factor`;
+    the others stand still. The result is float64, of shape (head_dim / 2,), in radians per
+    position.
 
     Source: p-RoPE, in Barbero et al., "Round and Round We Go! What makes Rotary Positional
     Encodings useful?" (2024), section 6.

@@ -14,7 +14,7 @@ import torch
 from arrays import hold
 from reference import check, rotate, to_float64
 
-from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, calls, tensor
+from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, arrays, eager, table_forms
 
 TOKENS, HEADS, HEAD_DIM, PAIRS = 6, 3, 16, 6  # the last 4 elements of a head pass through
 RNG = np.random.default_rng(12)
@@ -35,8 +35,8 @@ in_every_library = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def nothing_seen(monkeypatch):
     """A process in which no call has been seen."""
-    for module, name in ((calls, "_calls"), (tensor, "_looks"), (tensor, "_glances")):
-        monkeypatch.setattr(module, name, {})
+    for name in ("_prepared", "_recent"):
+        monkeypatch.setattr(eager, name, {})
 
 
 @pytest.fixture
@@ -44,11 +44,12 @@ def described(monkeypatch):
     """The names of the arrays that have been described, as is done for calls never seen."""
     names = []
 
-    def describe(name, *arguments, describe=tensor.describe):
+    def describe(name, *arguments, describe=arrays.describe):
         names.append(name)
         return describe(name, *arguments)
 
-    monkeypatch.setattr(tensor, "describe", describe)
+    for module in (arrays, table_forms):
+        monkeypatch.setattr(module, "describe", describe)
     return names
 
 
@@ -270,24 +271,24 @@ def test_threads_that_call_at_once_get_their_own_results(library):
 
 
 @in_every_library
-def test_what_has_been_seen_is_forgotten_before_it_is_too_much(library, monkeypatch):
-    monkeypatch.setattr(calls, "MAX_CALLS", 5)
-    monkeypatch.setattr(calls, "MAX_KEPT", 3)
-    monkeypatch.setattr(tensor, "MAX_KEPT", 4)
+def test_what_is_prepared_is_bounded_and_the_oldest_goes_first(library, monkeypatch, described):
+    monkeypatch.setattr(eager, "MAX_PREPARED", 5)
+    monkeypatch.setattr(eager, "MAX_RECENT", 3)
+    monkeypatch.setattr(eager, "MAX_KINDS", 4)
     table = make_table(library)
-    kept = []
     for heads in range(1, 20):
         x, values = fresh(library, (1, TOKENS, heads, HEAD_DIM))
-        kept.append(x)
         for _ in range(2):
             assert_right(apply_rotary(x, table), values)
         for first in range(5):
             out = fresh(library, tuple(x.shape))[0]
             assert_right(apply_rotary(x, table, positions=first, out=out), values, positions=first)
-        assert len(calls._calls) <= 5
-        assert len(tensor._looks) <= 4 and len(tensor._glances) <= 4
-        assert all(len(glances) <= tensor.MAX_LOOKS_AT for glances in tensor._glances.values())
-        assert all(len(glance.kept) <= 3 for each in tensor._glances.values() for glance in each)
+        assert len(eager._prepared) <= 5 and len(eager._recent) <= 4
+        assert all(len(recent) <= 3 for recent in eager._recent.values())
+    described.clear()
+    for heads in (18, 19):  # the last ones are still there
+        apply_rotary(fresh(library, (1, TOKENS, heads, HEAD_DIM))[0], table)
+    assert not described
 
 
 @in_every_library
@@ -339,7 +340,9 @@ def test_a_table_of_cupy_arrays_keeps_the_shape_that_it_was_made_with():
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_mode_of_pytorch_changes_no_result(guarded, monkeypatch):
     if not guarded:  # of another PyTorch
-        monkeypatch.setattr(type(tensor.library_of("x", torch.empty(1))), "guard", lambda *_: None)
+        monkeypatch.setattr(
+            type(arrays.library_of("x", torch.empty(1))), "matcher", lambda *_: None
+        )
     x, table = fresh()[0], make_table()
     out, expected = torch.empty_like(x), apply_rotary(x, table)
     for mode in (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")) * 2:
@@ -350,12 +353,19 @@ def test_a_mode_of_pytorch_changes_no_result(guarded, monkeypatch):
 
 
 def test_pytorch_guards_what_it_is_asked_to():
-    arrays = fresh()[0], fresh()[0]
-    guard = tensor.library_of("x", arrays[0]).guard(arrays)
+    pair = fresh()[0], fresh()[0]
+    guard = arrays.library_of("x", pair[0]).matcher(pair)
     assert guard is not None, "this PyTorch has no TensorGuards: calls are slower with it"
-    assert guard(*arrays)
-    assert not guard(arrays[0], arrays[1].float())
-    assert not guard(arrays[0], arrays[1][:, 1:])
-    assert not guard(arrays[0], arrays[1].swapaxes(1, 2).contiguous().swapaxes(1, 2))
-    assert not guard(arrays[0], torch.nn.Parameter(arrays[1], requires_grad=False))
-    assert not guard(arrays[0], arrays[1].requires_grad_())
+    assert guard(*pair)
+    assert not guard(pair[0], pair[1].float())
+    assert not guard(pair[0], pair[1][:, 1:])
+    assert not guard(pair[0], pair[1].swapaxes(1, 2).contiguous().swapaxes(1, 2))
+    assert not guard(pair[0], torch.nn.Parameter(pair[1], requires_grad=False))
+    assert not guard(pair[0], pair[1].requires_grad_())
+
+
+def test_a_tensor_that_is_given_twice_is_matched_as_it_was():
+    x, y = fresh()[0], fresh()[0]
+    match = arrays.library_of("x", x).matcher((x, y, x))
+    assert match(x, y, x) and match(y, x, y)
+    assert not match(x, y, y) and not match(x, x, x) and not match(x, y, x.clone())

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from reference import check, rotate
 
-from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, calls, tensor
+from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, prepared
+from rope_cupy.arrays import base
 
 TOKENS, HEADS, PAIRS = 64, 4, 16
 RNG = np.random.default_rng(61)
@@ -52,7 +53,7 @@ def cuda(monkeypatch):
                     CuPy.cuda.runtime.told.append(("device", number))
                     return contextlib.nullcontext()
 
-        monkeypatch.setattr(tensor, "cupy", lambda: CuPy)
+        monkeypatch.setattr(base, "cupy", lambda: CuPy)
         return CuPy.cuda.runtime
 
     return use
@@ -60,7 +61,7 @@ def cuda(monkeypatch):
 
 def test_a_stream_waits_for_an_event_on_the_earlier_one_and_the_host_for_nothing(cuda):
     runtime = cuda()
-    tensor.let_wait(1, 40, 50)
+    base.let_wait(1, 40, 50)
     assert runtime.told == [
         ("device", 1),
         ("create", Runtime.eventDisableTiming),
@@ -73,19 +74,22 @@ def test_a_stream_waits_for_an_event_on_the_earlier_one_and_the_host_for_nothing
 @pytest.mark.parametrize("streams", [(40, 40), (0, 0), (0, 1), (1, 0)])
 def test_nothing_is_asked_of_cuda_where_the_streams_are_one(cuda, streams):
     runtime = cuda()
-    tensor.let_wait(0, *streams)
+    base.let_wait(0, *streams)
     assert runtime.told == []
 
 
 @pytest.mark.parametrize("captured", [40, 50])
 def test_no_capture_waits_for_what_is_not_in_it(cuda, captured):
     runtime = cuda(captured=(captured,))
-    tensor.let_wait(0, 40, 50)
+    base.let_wait(0, 40, 50)
     assert runtime.told == []
 
 
 class Launcher:
     device = 3
+
+    def __init__(self, told):
+        self.launch = told.append
 
     def stream_of(self, device):
         return 10 * device
@@ -101,11 +105,10 @@ class Library:
 
 def test_a_launch_waits_for_all_that_it_reads_and_is_waited_for_by_outputs(monkeypatch):
     told = []
-    monkeypatch.setattr(tensor, "let_wait", lambda *streams: told.append(streams))
+    monkeypatch.setattr(prepared, "let_wait", lambda *streams: told.append(streams))
     one, other = Library(5), Library(6)
-    call = calls._Call(None, None, None, 0, (), (), (), None, (one, other), (other,))
-    calls._in_order(call, Launcher(), lambda: told.append("launch"))()
-    assert told == [(3, 30, 5), (3, 30, 6), "launch", (3, 6, 30)]
+    prepared._in_order(Launcher(told), (one, other), (other,))("values")
+    assert told == [(3, 30, 5), (3, 30, 6), "values", (3, 6, 30)]
 
 
 class External:

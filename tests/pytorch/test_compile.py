@@ -266,7 +266,7 @@ SAMPLES = {  # what is behind the table and its form
 def behind(name, device):
     positions, *rest = SAMPLES[name]
     positions = None if positions is None else torch.arange(16, device=device)
-    return *parts(device), "_half_width", positions, *rest
+    return *parts(device), "half_width", positions, *rest
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -15,7 +15,8 @@ from test_compile import environment
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
-from rope_cupy.torch import RotaryEmbedding, _part
+from rope_cupy.torch import RotaryEmbedding
+from rope_cupy.ways.dtensor import _part
 
 WORLD = 2
 PLACES = {"b": 0, "s": 1, "h": 2, "": None}  # axes of (b, s, h, d)
@@ -24,12 +25,12 @@ PLACES = {"b": 0, "s": 1, "h": 2, "": None}  # axes of (b, s, h, d)
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.undisturbed])
 
 
-def in_processes(check, device, tmp_path):
-    """Run a function, such as "test_dtensor.check_axes", in processes that share a mesh."""
+def in_processes(module, checks, device, tmp_path):
+    """Run functions of a module, one after another, in processes that share a mesh."""
     if device == "cuda" and torch.cuda.device_count() < WORLD:
         pytest.skip(f"wants {WORLD} GPUs")
-    module = check.partition(".")[0]
-    code = f"import test_dtensor, {module}; test_dtensor.run({check}, {device!r}, "
+    functions = ", ".join(f"{module}.{check}" for check in checks)
+    code = f"import test_dtensor, {module}; test_dtensor.run([{functions}], {device!r}, "
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", f"{code}{rank}, {str(tmp_path / 'store')!r})"],
@@ -46,11 +47,9 @@ def in_processes(check, device, tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize(
-    "check", ["check_axes", "check_tables", "check_others", "check_compiled", "check_fsdp"]
-)
-def test_two_processes(check, device, tmp_path):
-    in_processes(f"test_dtensor.{check}", device, tmp_path)
+def test_two_processes(device, tmp_path):
+    checks = "check_axes", "check_tables", "check_others", "check_compiled", "check_fsdp"
+    in_processes("test_dtensor", checks, device, tmp_path)
 
 
 @pytest.mark.parametrize("mesh", [(2,), (3,), (4, 2), (2, 3)])
@@ -74,15 +73,17 @@ def test_a_process_has_the_chunks_that_torch_makes(mesh, size):
             assert [*range(part.start, part.stop)] == tokens.tolist() and part.of == size
 
 
-def run(check, device, rank, store):
+def run(checks, device, rank, store):
     backend = "gloo" if device == "cpu" else "nccl"
     if device == "cuda":
         torch.cuda.set_device(rank)
     options = {"rank": rank, "world_size": WORLD, "timeout": timedelta(seconds=60)}
     torch.distributed.init_process_group(backend, init_method=f"file://{store}", **options)
-    torch.manual_seed(0)  # every process has the whole tensors
-    check(torch.distributed.init_device_mesh(device, (WORLD,)), device)
-    torch.distributed.barrier()
+    for check in checks:
+        torch.manual_seed(0)  # every process has the whole tensors
+        check(torch.distributed.init_device_mesh(device, (WORLD,)), device)
+        torch.compiler.reset()
+        torch.distributed.barrier()
     os._exit(0)  # past gloo's threads, whose end may abort a process that has done its work
 
 

@@ -4,8 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from streams import Stream
 from test_compile import in_a_process
-from test_gpu import Stream
 
 from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk
 from rope_cupy.torch import RotaryEmbedding

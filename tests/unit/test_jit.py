@@ -106,16 +106,18 @@ class Module:
         return self.cubin, name
 
 
+def pack_into(buffer, offset, values):
+    buffer[offset : offset + len(BLOCK)] = values
+
+
 def launcher(name, device=0, stream_of=lambda device: 7):
-    return jit.Launcher(SimpleNamespace(kernel=name, grid=(2, 3), block=(4, 5)), device, stream_of)
+    packer = SimpleNamespace(size=len(BLOCK), pack_into=pack_into)
+    plan = SimpleNamespace(kernel=name, grid=(2, 3), block=(4, 5), packer=packer)
+    return jit.Launcher(plan, device, stream_of)
 
 
-def prepared(*arguments):
-    return launcher(*arguments).with_arguments(BLOCK)
-
-
-def launch(name, device=0):
-    prepared(name, device)()
+def launch(name, device=0, stream_of=lambda device: 7):
+    launcher(name, device, stream_of).launch(BLOCK)
 
 
 @pytest.fixture
@@ -183,9 +185,9 @@ def test_a_launch_on_another_device_is_made_there_and_leaves_the_current_one(cup
 
 def test_what_is_prepared_is_launched_on_the_stream_that_is_current(cupy):
     streams = [7, 7, 9, 0, 7]
-    launch = prepared("a", 0, lambda device: streams[len(cupy.launched)])
+    several = launcher("a", 0, lambda device: streams[len(cupy.launched)])
     for _ in streams:
-        launch()
+        several.launch(BLOCK)
     assert [stream or 0 for _, _, _, stream in cupy.launched] == streams
 
 
@@ -194,7 +196,7 @@ def test_the_first_call_in_a_capture_says_to_make_it_once_before(cupy):
     with pytest.raises(RuntimeError, match="make the call once before the capture"):
         launch("a")
     assert not cupy.compiled and not cupy.launched
-    prepared("a", 0, lambda device: 9)()  # on a stream that is not captured
+    launch("a", 0, lambda device: 9)  # on a stream that is not captured
     launch("a")
     assert [stream for *_, stream in cupy.launched] == [9, 7]
 
@@ -202,10 +204,9 @@ def test_the_first_call_in_a_capture_says_to_make_it_once_before(cupy):
 def test_streams_that_come_and_go_are_forgotten(cupy, monkeypatch):
     monkeypatch.setattr(jit, "MAX_STREAMS", 3)
     of_many = launcher("a", stream_of=lambda device: 1 + len(cupy.launched))
-    launch = of_many.with_arguments(BLOCK)
     for _ in range(10):
-        launch()
-        assert len(of_many.ready) <= 3
+        of_many.launch(BLOCK)
+        assert len(of_many.configs) <= 3
     assert [stream for _, _, _, stream in cupy.launched] == [*range(1, 11)]
 
 
@@ -223,6 +224,28 @@ def test_an_error_of_the_driver_is_raised_by_cupy(cupy):
     cupy.status = 719
     with pytest.raises(RuntimeError, match="the driver's error 719"):
         launch("a")
+
+
+def test_a_thread_hands_over_its_own_arguments_while_another_launch_blocks(cupy, pool):
+    """The driver reads them only in the launch, and CuPy lets other threads run meanwhile."""
+    two, seen = threading.Barrier(2), []
+
+    def launch_kernel_ex(config, function, parameters, extra):
+        two.wait(SOON)
+        seen.append(ctypes.string_at(ctypes.c_void_p.from_address(parameters).value, len(BLOCK)))
+        return 0
+
+    shared = launcher("a")
+    shared.launch(BLOCK)
+    jit_launch = jit._cu_launch_kernel_ex
+    jit._cu_launch_kernel_ex = lambda: launch_kernel_ex
+    try:
+        shared = launcher("a")
+    finally:
+        jit._cu_launch_kernel_ex = jit_launch
+    blocks = [bytes([i]) * len(BLOCK) for i in (1, 2)]
+    at_once(pool, shared.launch, blocks)
+    assert sorted(seen) == blocks
 
 
 def test_the_drivers_structures_are_as_large_as_in_cuda_h():
@@ -353,6 +376,18 @@ def test_a_kernel_that_cannot_be_cached_is_compiled_in_memory_and_one_warning_sa
     assert jit.kernel("b", 0) == (b"cubin", "_Zb")
     assert jit.kernel("a", 0) == (b"cubin", "_Za")
     assert cupy.in_memory == ["a", "b"]
+
+
+def test_where_cupy_cannot_compile_in_memory_the_fault_of_the_disk_is_an_error(cupy, monkeypatch):
+    def fail(name):
+        raise FULL
+
+    cupy.compile = fail
+    monkeypatch.setattr(cupy.cuda, "compiler", SimpleNamespace())
+    with pytest.raises(
+        RuntimeError, match=r"^kernels cannot be cached in .*: export CUPY_CACHE_DIR"
+    ):
+        jit.kernel("a", 0)
 
 
 def test_threads_without_a_cache_are_warned_once(cupy, pool, recwarn):

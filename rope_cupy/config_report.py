@@ -30,10 +30,10 @@ from .frequencies import (
 from .frequencies.configs import (
     layers_that_rotate,
     part_that_rotates,
-    read,
     rope_parameters,
     unrotated_interval,
 )
+from .frequencies.reading import read
 
 if TYPE_CHECKING:
     from .frequencies.rules import Frequencies

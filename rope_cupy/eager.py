@@ -1,0 +1,249 @@
+"""The way of a call on arrays in memory: find what is prepared for its signature, or prepare it.
+
+A signature is all of a call but addresses and values: libraries, dtypes, shapes, strides,
+alignments and options, and which output is which input. What has been checked and planned for a
+signature serves every call that has it. Addresses are read at every call, and so is checked what
+depends on them: alignments, memory that arrays share, and the positions that an int begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from operator import is_
+from typing import Any, NamedTuple
+
+from . import arrays
+from .arrays import Array
+from .bounded import put
+from .call import Call
+from .memory import ACCESS_BYTES
+from .options import TOKEN_NORM, Options
+from .prepared import Addresses, Described, Prepared, places_of
+from .problem import RotaryProblem, check_inputs, rotary_problem
+
+MAX_PREPARED = 4096  # signatures
+MAX_KINDS = 1024  # of calls: names, options, forms of tables
+MAX_RECENT = 8  # signatures of a kind, which are found several times faster than others
+
+_prepared: dict[Any, Prepared] = {}  # by signature
+_recent: dict[Any, tuple[tuple[Callable[..., bool], Prepared], ...]] = {}  # by kind
+
+
+class _Kind(NamedTuple):
+    """What two calls must share before their arrays are compared."""
+
+    names: tuple[str, ...]
+    options: Options
+    form: Callable[..., Any]  # of the table
+    extra_names: tuple[str, ...]
+    is_input: tuple[bool, ...]  # each output, of its own; of no outputs where new ones are made
+
+
+class Signature(NamedTuple):
+    """All of a call but addresses and values."""
+
+    kind: _Kind
+    attributes: Any  # of all arrays: see `Library.attributes`
+    remainders: tuple[int, ...]  # of their addresses, by the widest access of a thread
+    same: tuple[bool, ...]  # whether outputs lie where their inputs do
+
+
+def find(call: Call) -> tuple[Prepared | None, Addresses, Signature | None]:
+    """Return what is prepared for a call, and the addresses of its arrays.
+
+    Where nothing is prepared, the signature to prepare it for; None where an array is no plain one
+    in memory, and so must be described every time.
+    """
+    kind, read = _kind_and_arrays(call)
+    library = arrays.library_of_all(read)
+    at = library.addresses(read) if library else None
+    if at is not None:
+        for matches, prepared in _recent.get(kind, ()):
+            if matches(*read) and (at == prepared.checked_at or prepared.fits(at)):
+                prepared.checked_at = at
+                return prepared, at, None
+    return _find_by_attributes(call, kind, read)
+
+
+def _kind_and_arrays(call: Call) -> tuple[Any, tuple[Any, ...]]:
+    """Return the fields of _Kind, and all arrays, but those outputs that are inputs."""
+    names, xs, (form, parts), extra_names, extra_arrays, _, options, out = call
+    is_input: tuple[bool, ...] = ()
+    if out is None:
+        return (names, options, form, extra_names, is_input), (*xs, *parts, *extra_arrays)
+    is_input = (*map(is_, out, xs),)
+    if False not in is_input:
+        return (names, options, form, extra_names, is_input), (*xs, *parts, *extra_arrays)
+    outs = [y for y, is_own in zip(out, is_input, strict=True) if not is_own]
+    return (names, options, form, extra_names, is_input), (*xs, *parts, *extra_arrays, *outs)
+
+
+def _find_by_attributes(
+    call: Call, kind: Any, read: tuple[Any, ...]
+) -> tuple[Prepared | None, Addresses, Signature | None]:
+    """Find what has not been asked for lately, and let it be found faster from its second time."""
+    seen = arrays.attributes_and_addresses(read)
+    if seen is None:
+        return None, (), None
+    attributes, at = seen
+    remainders = tuple([address % ACCESS_BYTES for address in at])
+    places = places_of(call, kind[-1])
+    same = tuple([at[x] == at[y] for x, y in zip(places.x, places.out, strict=False)])
+    signature = Signature(_Kind(*kind), attributes, remainders, same)
+    prepared = _prepared.get(signature)
+    if prepared is None:
+        return None, at, signature
+    prepared.first_row(call.position_offset)
+    prepared.check_apart(at)
+    library = arrays.library_of_all(read)
+    matches = library.matcher(read) if library and prepared.was_found else None
+    if matches:
+        recent = _recent.get(kind, ())[: MAX_RECENT - 1]
+        put(_recent, kind, ((matches, prepared), *recent), MAX_KINDS)
+    prepared.was_found = True
+    return prepared, at, None
+
+
+def rotate(call: Call) -> tuple[Any, ...]:
+    """Rotate arrays in memory; return `out`, or new arrays."""
+    prepared, at, signature = find(call)
+    return run(call, prepared, at) if prepared else rotate_new(call, signature)
+
+
+def run(call: Call, prepared: Prepared, at: Addresses) -> tuple[Any, ...]:
+    """Rotate by what `find` has found."""
+    out = call.out
+    if out is not None:
+        prepared.write(at, call.position_offset)
+        prepared.mark_written(out)
+        return out
+    inputs = prepared.inputs
+    outs = tuple([library.empty_like(x) for library, x in zip(inputs, call.xs, strict=True)])
+    out_at = inputs[0].addresses(outs)
+    if out_at is None or any([address % ACCESS_BYTES for address in out_at]):
+        return rotate_new(call, None)
+    prepared.write(at + out_at, call.position_offset)
+    return outs
+
+
+def bind(call: Call) -> tuple[Callable[[], None], Any]:
+    """Check all of a call that writes, and write nothing yet.
+
+    Returns what writes, and what owns the memory till then.
+    """
+    prepared, at, signature = find(call)
+    owners = None
+    if prepared:
+        prepared.first_row(call.position_offset)
+    else:
+        prepared, at, _, owners = _prepare(call, signature)
+    return partial(prepared.write, at, call.position_offset), owners
+
+
+def check(call: Call) -> None:
+    """Check a call on outlines of arrays that have no memory yet, but what values tell."""
+    inputs = _describe(call.names, call.xs)
+    check_inputs(call.names, tuple(array.spec for array in inputs))
+    outputs = tuple(map(arrays.like_dense, inputs))
+    if call.out is not None:
+        outputs = _describe(call.out_names, call.out)
+    extra = _describe(call.extra_names, call.extra_arrays)
+    described = Described(inputs, outputs, call.table.view(None), extra)
+    prepared, at = _checked(call, described)
+    prepared.first_row(call.position_offset)
+    prepared.check_apart(at)
+
+
+def rotate_new(call: Call, signature: Signature | None) -> tuple[Any, ...]:
+    """Rotate a call of which nothing is prepared, and keep what is prepared for its signature."""
+    prepared, at, outs, owners = _prepare(call, signature)
+    prepared.write(at, call.position_offset)
+    del owners  # which have kept the memory till here
+    if call.out is not None:
+        prepared.mark_written(outs)
+        return outs
+    inputs = prepared.inputs
+    return tuple(library.result(y, x) for library, y, x in zip(inputs, outs, call.xs, strict=True))
+
+
+def _prepare(
+    call: Call, signature: Signature | None
+) -> tuple[Prepared, Addresses, tuple[Any, ...], Any]:
+    """Describe, check and plan; return that, the addresses, the outputs, and what owns memory.
+
+    It is kept where the call has a signature.
+    """
+    # The first output says on which stream all must be ready: a new one is of its input's library.
+    outputs = _describe(call.out_names, call.out or ())
+    first = outputs or _describe(call.names[:1], call.xs[:1])
+    stream = arrays.stream_of(first[0])
+    known = dict(zip(map(id, call.out or call.xs[:1]), first, strict=True))
+    inputs = tuple(
+        [
+            known.get(id(x)) or arrays.describe(name, x, stream)
+            for name, x in zip(call.names, call.xs, strict=True)
+        ]
+    )
+    check_inputs(call.names, tuple([array.spec for array in inputs]))
+    table = call.table.view(stream)
+    extra = _describe(call.extra_names, call.extra_arrays, stream)
+    outs = call.out
+    if outs is None:
+        outs = tuple(array.library.empty_like(x) for array, x in zip(inputs, call.xs, strict=True))
+        outputs = _describe(call.out_names, outs)
+    described = Described(inputs, outputs, table, extra)
+    prepared, at = _checked(call, described)
+    prepared.first_row(call.position_offset)
+    prepared.check_apart(at)
+    prepared.plan(described)
+    if signature:
+        prepared.remainders = [*signature.remainders]
+        _, read = _kind_and_arrays(call)
+        prepared.requires_grad = any([arrays.asked_of(each).requires_grad(each) for each in read])
+        put(_prepared, signature, prepared, MAX_PREPARED)
+    return prepared, at, outs, described.all
+
+
+def _checked(call: Call, described: Described) -> tuple[Prepared, Addresses]:
+    """Check what does not depend on addresses; return what is prepared, and the addresses."""
+    inputs, outputs, table, extra = described
+    is_input = (*map(is_, call.out, call.xs),) if call.out is not None else (False,) * len(inputs)
+    places = places_of(call, is_input)
+    same = tuple(map(_is_same, inputs, outputs))
+    if call.options.cache:
+        same = same[0], False, False  # another token's slot may lie where k or v is still read
+    problem = rotary_problem(
+        call.names,
+        tuple(array.spec for array in inputs),
+        tuple(array.spec for array in outputs),
+        all(same),
+        table.specs[bool(call.options.interleaved)],
+        tuple(zip(call.extra_names, (array.spec for array in extra), strict=True)),
+        call.options,
+    )
+    _check_norm(call, problem)
+    written = [y for y, is_own in zip(outputs, is_input, strict=True) if not is_own]
+    at = tuple([array.pointer for array in (*inputs, *table.arrays, *extra, *written)])
+    return Prepared(call, problem, described, places, same), at
+
+
+def _check_norm(call: Call, problem: RotaryProblem) -> None:
+    """Refuse on every device what no block of threads can hold."""
+    norm = call.options.norm
+    if norm and norm.kind == TOKEN_NORM and problem.num_rows:
+        from .plan import launch_plan
+
+        launch_plan(problem)
+
+
+def _is_same(x: Array, y: Array) -> bool:
+    """Return whether y is x: the same elements at the same addresses."""
+    return x.pointer == y.pointer and x.spec[:4] == y.spec[:4]
+
+
+def _describe(
+    names: tuple[str, ...], given: tuple[Any, ...], stream: int | None = None
+) -> tuple[Array, ...]:
+    pairs = zip(names, given, strict=False)  # no arrays where none are given
+    return tuple(arrays.describe(name, array, stream) for name, array in pairs)

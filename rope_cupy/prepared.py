@@ -1,0 +1,299 @@
+"""Prepared: what has been checked and planned for a signature, to be run at any addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import cpu
+from .arrays import Array, Library, let_wait
+from .bounded import put
+from .call import Call
+from .memory import ACCESS_BYTES, ITEMSIZE, ArraySpec, cuda_index, overlap, span
+from .problem import (
+    IMPLICIT,
+    POINTER_OF,
+    TOKEN_INDEX,
+    Pointers,
+    RotaryProblem,
+    implicit_position,
+)
+from .table_forms import TableView
+
+if TYPE_CHECKING:  # arrays on the CPU need it not
+    from .jit import Launcher
+    from .plan import LaunchPlan
+
+MAX_PLACES = 1024  # numbers of inputs, parts of a table and other arrays
+MAX_APART = 256  # distances of two arrays that are known to share no byte
+
+Addresses = tuple[int, ...]
+
+
+class Described(NamedTuple):
+    """The arrays of a call, described."""
+
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
+    table: TableView
+    extra: tuple[Array, ...]
+
+    @property
+    def all(self) -> tuple[Array, ...]:
+        """All of them."""
+        return *self.inputs, *self.outputs, *self.table.arrays, *self.extra
+
+
+class Places(NamedTuple):
+    """Where the addresses of a call's arrays stand: the inputs', the table's, the extra arrays',
+    and those of outputs that are no inputs.
+    """
+
+    x: tuple[int, ...]
+    out: tuple[int, ...]
+    cos: int
+    sin: int
+    extra: tuple[int, ...]
+
+
+def places_of(call: Call, is_input: tuple[bool, ...]) -> Places:
+    """Return where addresses stand. `is_input` tells of each output whether it is its input."""
+    return _places(len(call.xs), len(call.table.arrays), len(call.extra_arrays), is_input)
+
+
+@lru_cache(maxsize=MAX_PLACES)
+def _places(num: int, num_parts: int, num_extra: int, is_input: tuple[bool, ...]) -> Places:
+    last = num + num_parts + num_extra
+    out = []
+    for i, is_own in enumerate(is_input):
+        out.append(i if is_own else last)
+        last += not is_own
+    return Places(
+        x=tuple(range(num)),
+        out=tuple(out),
+        cos=num,
+        sin=num + num_parts - 1,
+        extra=tuple(range(num + num_parts, num + num_parts + num_extra)),
+    )
+
+
+class _Pair(NamedTuple):
+    """An output and another array, which must share no byte."""
+
+    out: int  # where its address stands
+    other: int
+    low: int  # the distances of the addresses between which the arrays' spans touch
+    high: int
+    apart: dict[int, None]  # distances at which spans touch and no byte is shared
+    names: tuple[str, str]
+    specs: tuple[ArraySpec, ArraySpec]
+    shift: int  # bytes from the other's address to its first element
+
+
+class Prepared:
+    """A problem, the launch that solves it, and what addresses must be for that."""
+
+    def __init__(
+        self,
+        call: Call,
+        problem: RotaryProblem,
+        described: Described,
+        places: Places,
+        same: tuple[bool, ...],
+    ) -> None:
+        table, outputs = described.table, described.outputs
+        self.problem, self.places, self.extra_names = problem, places, call.extra_names
+        self.table = table.specs[bool(call.options.interleaved)]
+        self.to_sin = table.pointers[1] - table.arrays[-1].pointer
+        self.begins_at_row = problem.position_kind in (IMPLICIT, TOKEN_INDEX)
+        self.pairs = _pairs(call, described, places, same, self.to_sin) if call.out else ()
+        self.limits = [pair[:5] for pair in self.pairs]
+        # Outputs that are their inputs, by another object.
+        in_place = zip(places.x, places.out, same, strict=True)
+        self.same = tuple((x, y) for x, y, is_same in in_place if is_same and x != y)
+        self.inputs = tuple(array.library for array in described.inputs)
+        self.mark_written = _marker(tuple(array.library for array in outputs))
+        self.launcher: Launcher | None = None
+        # What `eager` keeps with it.
+        self.remainders: list[int] = []
+        self.requires_grad = False
+        self.was_found = False  # since it was prepared
+        self.checked_at: Addresses = ()
+
+    def plan(self, described: Described) -> None:
+        """Plan the launch, where a GPU has anything to rotate."""
+        first = described.outputs[0]
+        if first.spec.device == "cpu" or not self.problem.num_rows:
+            return
+        from .jit import Launcher
+        from .plan import launch_plan
+
+        plan = launch_plan(self.problem)
+        device = cuda_index(first.spec.device)
+        self.launcher = Launcher(plan, device, first.library.streams())
+        self.take = self._taker(plan)
+        before = _others(first.library, described.all)
+        behind = _others(first.library, described.outputs)
+        self.launch = _in_order(self.launcher, before, behind) if before else self.launcher.launch
+
+    def fits(self, at: Addresses) -> bool:
+        """Return whether this serves arrays at these addresses."""
+        if [address % ACCESS_BYTES for address in at] != self.remainders or 0 in at:
+            return False
+        for x, y in self.same:
+            if at[x] != at[y]:
+                return False
+        for out, other, low, high, apart in self.limits:
+            if low < at[other] - at[out] < high and at[other] - at[out] not in apart:
+                return False
+        return True
+
+    def check_apart(self, at: Addresses) -> None:
+        """Refuse outputs that share memory with other arrays."""
+        for pair in self.pairs:
+            here, there = at[pair.out], at[pair.other]
+            distance = there - here
+            if not pair.low < distance < pair.high or distance in pair.apart:
+                continue
+            if overlap(pair.specs[0], here, pair.specs[1], there + pair.shift):
+                name, other = pair.names
+                wanted = "" if name.endswith("_cache") else "be its input or "
+                raise ValueError(
+                    f"{name} must {wanted}share no memory with {other}, got two arrays that overlap"
+                )
+            put(pair.apart, distance, None, MAX_APART)
+
+    def first_row(self, position_offset: int | None) -> int:
+        """Return the row of the table that the first token has, or refuse tokens beside it."""
+        if not self.begins_at_row:
+            return 0
+        return implicit_position(position_offset, self.table, self.problem.num_tokens)
+
+    def write(self, at: Addresses, position_offset: int | None) -> None:
+        """Write the outputs. Where this raises, nothing has been written."""
+        first = position_offset or 0
+        if position_offset is not None and self.begins_at_row:
+            first = self.first_row(position_offset)
+            if first:
+                at = self._moved(at, first)
+        if self.launcher:
+            self.launch(self.take((*at, 0, first)))
+        elif self.problem.num_rows:
+            cpu.rotate(self.problem, self.pointers(at, first))
+
+    def _moved(self, at: Addresses, row: int) -> Addresses:
+        """Return the addresses with those of the table at one of its rows."""
+        cos, sin = self.places.cos, self.places.sin
+        moved = [*at]
+        for place, part in {cos: self.table.cos, sin: self.table.sin}.items():
+            moved[place] += row * part.strides[0] * ITEMSIZE[part.dtype]
+        return (*moved,)
+
+    def pointers(self, at: Addresses, first: int) -> Pointers:
+        """Return the addresses by what they are of."""
+        places = self.places
+        extra = {
+            POINTER_OF[name]: at[place]
+            for name, place in zip(self.extra_names, places.extra, strict=True)
+        }
+        return Pointers(
+            x=tuple([at[place] for place in places.x]),
+            out=tuple([at[place] for place in places.out]),
+            cos=at[places.cos],
+            sin=at[places.sin] + self.to_sin,
+            position_offset=first,
+            **extra,
+        )
+
+    def _taker(self, plan: LaunchPlan) -> Callable[[Addresses], Any]:
+        """Return what takes the argument block's values from addresses, 0 and the first position.
+
+        These two stand last: 0 is the address of what is not there.
+        """
+        places, absent = self.places, -2
+        at = dict.fromkeys(POINTER_OF.values(), absent)
+        at |= {"cos": places.cos, "sin": places.sin, "position_offset": -1}
+        for i in range(len(self.problem.tensors) + 1):  # a launch of one tensor repeats it
+            at[f"x{i}"] = places.x[min(i, len(places.x) - 1)]
+            at[f"out{i}"] = places.out[min(i, len(places.out) - 1)]
+        for name, place in zip(self.extra_names, places.extra, strict=True):
+            at[POINTER_OF[name]] = place
+        taken = [at[name] for name in plan.packer.names]
+        shifts = [
+            0 if place == absent else shift + (self.to_sin if name == "sin" else 0)
+            for name, place, shift in zip(
+                plan.packer.names, taken, plan.packer.offsets, strict=True
+            )
+        ]
+        if not any(shifts):
+            return itemgetter(*taken)
+        pairs = [*zip(taken, shifts, strict=True)]
+        return lambda at: [at[place] + shift for place, shift in pairs]
+
+
+def _pairs(
+    call: Call, described: Described, places: Places, same: tuple[bool, ...], to_sin: int
+) -> tuple[_Pair, ...]:
+    """Return which arrays may not overlap: an output with all others, but in place with its x."""
+    table = described.table.specs[bool(call.options.interleaved)]
+
+    def parts(names: Any, described: tuple[Array, ...], places: Any) -> list[Any]:
+        triples = zip(names, described, places, strict=True)
+        return [(name, array.spec, place, 0, *span(array.spec)) for name, array, place in triples]
+
+    xs = parts(call.names, described.inputs, places.x)
+    outs = parts(call.out_names, described.outputs, places.out)
+    others = [
+        ("table", table.cos, places.cos, 0, *span(table.cos)),
+        ("table", table.sin, places.sin, to_sin, *span(table.sin)),
+        *parts(call.extra_names, described.extra, places.extra),
+    ]
+    pairs: dict[Any, _Pair] = {}  # one for two places, though both may be written in place
+    for i, (name, spec, place, _, begin, end) in enumerate(outs):
+        inputs = [x for j, x in enumerate(xs) if not (same[i] and j == i)]
+        for other, other_spec, to, shift, other_begin, other_end in (*inputs, *outs[:i], *others):
+            key = (place, to, shift) if place < to else (to, place, shift)
+            if key not in pairs:
+                low, high = begin - other_end - shift, end - other_begin - shift
+                names, specs = (name, other), (spec, other_spec)
+                pairs[key] = _Pair(place, to, low, high, {}, names, specs, shift)
+    return (*pairs.values(),)
+
+
+def _others(first: Library, described: tuple[Array, ...]) -> tuple[Library, ...]:
+    """Return the other libraries of arrays, whose current streams may be others."""
+    return (*{array.library: None for array in described if array.library is not first},)
+
+
+def _in_order(
+    launcher: Launcher, before: tuple[Library, ...], behind: tuple[Library, ...]
+) -> Callable[[Any], None]:
+    """Return a launch that waits for the streams of other libraries, and lets outputs' wait for it.
+
+    Each library has a current stream of its own, and knows nothing of the others'.
+    """
+    device = launcher.device
+
+    def launch(values: Any) -> None:
+        stream = launcher.stream_of(device)
+        for library in before:
+            let_wait(device, stream, library.stream(device))
+        launcher.launch(values)
+        for library in behind:
+            let_wait(device, library.stream(device), stream)
+
+    return launch
+
+
+def _marker(outputs: tuple[Library, ...]) -> Callable[[tuple[Any, ...]], None]:
+    """Return what tells the libraries of outputs that these have been written."""
+    if len({*outputs}) == 1:
+        return outputs[0].mark_written
+
+    def mark_written(outs: tuple[Any, ...]) -> None:
+        for library, y in zip(outputs, outs, strict=True):
+            library.mark_written((y,))
+
+    return mark_written

@@ -1,0 +1,210 @@
+"""The way of a call that PyTorch traces: the graph holds an operator in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..arrays import asked_of
+from ..arrays.torch import refuse_transform
+from ..call import AN_INT_OR_ARRAY, Call, Named, check_counted, check_position_offset
+from ..checks import check_number, count, index, is_array
+from ..options import NO_PARTS, Cache, Norm, Packed, check_options, check_round_norm
+from ..private_torch import base_of, run_untraced
+from ..problem import OF_POSITIONS
+from ..table_forms import OF_NEIGHBOURS
+from ..tables import source_of
+from . import UNTRACED, autograd
+from .operators import (
+    ONE,
+    TWO,
+    VMAP,
+    WRITES,
+    arguments_of,
+    call_of,
+    check_traced,
+    define,
+    new,
+    present,
+    three,
+)
+
+PARTS = "CompositeImplicitAutograd"  # of PyTorch's dispatcher: made of other operators
+
+
+def parse(
+    names: tuple[str, ...],
+    xs: tuple[Any, ...],
+    table: Any,
+    positions: tuple[Any, Any, Any],
+    options: tuple[Any, ...],
+    out: tuple[Any, ...] | None,
+    extra: Named = (),
+    parts: tuple[Any, Any, Any] = NO_PARTS,
+) -> Call:
+    """Return the record of a call that is traced: see `rope_cupy.call.parse`.
+
+    Numbers that change are no numbers while they are traced: an operator checks them when it runs.
+    An int of NumPy, which torch.compile takes for an array, is a tensor without axes.
+    """
+    source = source_of(table)
+    if options[0] is None:
+        options = source.form in OF_NEIGHBOURS, *options[1:]
+    norm, packed, cache = parts
+    _check_types(norm, packed, cache)
+    checked = check_options(*options)._replace(
+        norm=None if norm is None else Norm(*norm),
+        packed=None if packed is None else Packed(*packed),
+        cache=None if cache is None else Cache(*cache),
+    )
+    if positions[1] is not None or positions[2] is not None:
+        check_counted(*positions, lambda each: is_array(each) and each.ndim > 0)
+    arrays, ints = [], []
+    for name, each in zip(OF_POSITIONS, positions, strict=True):
+        if each is None:
+            continue
+        if not is_array(each):
+            ints.append(index(name, each, AN_INT_OR_ARRAY))
+            continue
+        if isinstance(each, torch.Tensor) and not each.ndim:
+            raise ValueError(f"{name} must have an axis where it is a tensor, got shape ()")
+        arrays.append((name, each))
+    if out is not None and out[0] is None and cache is not None:  # a new q beside caches
+        _check_tensor(names[0], xs[0])
+        out = torch.empty_like(xs[0]), *out[1:]
+    offset = sum(ints) if ints else None
+    if offset is not None and (positions[1] is not None or positions[2] is not None):
+        check_position_offset(offset, any([name != "positions" for name, _ in arrays]))
+    if offset is not None and offset >= 2**63:
+        raise ValueError(f"positions must fit 64 bits, got {offset}")
+    call = Call(names, xs, source, (), (), offset, checked, out)
+    return call.with_extra((*arrays, *extra))
+
+
+def rotate(call: Call) -> tuple[Any, ...]:
+    """Put an operator into the graph that is traced; return `out`, or new tensors.
+
+    What is written in place where a gradient is recorded is written from a new result.
+    """
+    for name, x in zip(call.names, call.xs, strict=True):
+        _check_tensor(name, x)
+    if call.out is not None:
+        for name, y in zip(call.out_names, call.out, strict=True):
+            _check_tensor(name, y)
+    autograd.check_recordable(call)
+    records = any([autograd.wants_gradient(each) for _, each in call.named])
+    parts = [_as_tensor("table", part, records) for part in call.table.arrays]
+    extra = [
+        (name, _as_tensor(name, array, records and array.ndim > 0)) for name, array in call.extra
+    ]
+    call = call._replace(table=call.table._replace(arrays=tuple(parts))).with_extra((*extra,))
+    arguments, out = arguments_of(call), call.out
+    if out is not None and not records:
+        torch.ops.rope_cupy.rotate_into(*three(call.xs), *three(out), *arguments)
+        return out
+    if len(call.xs) == 1:
+        results = (torch.ops.rope_cupy.rotate(call.xs[0], *arguments),)
+    else:
+        results = tuple(torch.ops.rope_cupy.rotate_qk(call.xs[0], call.xs[1], *arguments))
+    if out is None:
+        return results
+    autograd.check_in_place(call)
+    for y, result in zip(out, results, strict=True):
+        y.copy_(result)
+    return out
+
+
+def _check_types(norm: Any, packed: Any, cache: Any) -> None:
+    """Refuse of the last three of Options what an operator would take for a number or a flag."""
+    if norm is not None:
+        check_number("eps", norm[1])
+        check_number("weight_offset", norm[2])
+        check_round_norm(norm[3])
+    if packed is not None:
+        count("num_heads", packed[0], 1)
+        count("num_kv_heads", packed[1], 1)
+    if cache is not None:
+        for name, scale in (("k_scale", cache[2]), ("v_scale", cache[3])):
+            if scale is not None:
+                check_number(name, scale)
+
+
+def _check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(
+            f"{name} must be a tensor of PyTorch in a call that is traced, got {type(x).__name__}"
+        )
+
+
+def _as_tensor(name: str, array: Any, records: bool) -> Any:
+    """Return an array that is read as a tensor: NumPy's, where no backward pass reads it again."""
+    if isinstance(array, torch.Tensor):
+        return array
+    if not isinstance(array, np.ndarray):
+        _check_tensor(name, array)
+    if records:
+        raise TypeError(
+            f"{name} must be a tensor of PyTorch where a compiled call records a gradient, which "
+            "would not see that another array changes, got a NumPy array"
+        )
+    return torch.from_numpy(array)
+
+
+# Operators that are made of those that run: what is compiled holds the latter alone.
+
+
+def _rotate(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return _rotated((x,), arguments)[0]  # type: ignore[no-any-return]
+
+
+def _rotate_qk(q: torch.Tensor, k: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    return _rotated((q, k), arguments)
+
+
+def _rotated(xs: tuple[torch.Tensor, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    call = call_of(xs, None, arguments)
+    for _, x in (*zip(call.names, xs, strict=True), *call.weights):
+        asked_of(x).check_transform("an input", x)
+    return autograd.rotate(call, new)
+
+
+def _rotate_into(*arguments: Any) -> None:
+    """Write by an operator, to no view whose place in memory may change.
+
+    For PyTorch (2.11 and 2.13) hands such a view to an operator at the place of its base. It is
+    written from a new tensor instead; and of a cache, which is too large for one, the place is made
+    a constant of the graph.
+    """
+    xs, outs = present(arguments[:3]), present(arguments[3:6])
+    call = call_of(xs, outs, arguments[6:])
+    num_outs = 1 if call.options.cache else len(outs)
+    for x in xs:
+        asked_of(x).check_transform("an input", x)
+    if hasattr(xs[0], "fake_mode"):
+        check_traced(call)
+    written = []
+    for i, y in enumerate(outs):
+        offset = y.storage_offset()
+        moves = isinstance(offset, torch.SymInt) and (base_of(y) is not None or y.is_inference())
+        if moves and i >= num_outs:
+            int(offset)
+        written.append(torch.empty_like(y) if moves and i < num_outs else y)
+    torch.ops.rope_cupy.write_into(*arguments[:3], *three(tuple(written)), *arguments[6:])
+    for y, result in zip(outs, written, strict=True):
+        if result is not y:
+            y.copy_(result)
+
+
+def _refuse_vmap(*_: Any) -> None:
+    refuse_transform("an input")
+
+
+define(__name__, "rotate", ONE, {PARTS: "_rotate", VMAP: "_refuse_vmap"})
+define(__name__, "rotate_qk", TWO, {PARTS: "_rotate_qk", VMAP: "_refuse_vmap"})
+define(__name__, "rotate_into", WRITES, {PARTS: "_rotate_into", VMAP: "_refuse_vmap"})
+
+
+for _function in UNTRACED:
+    run_untraced(_function)
