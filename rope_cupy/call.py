@@ -49,6 +49,11 @@ class Call(NamedTuple):
         return tuple((name, array) for name, array in self.extra if name in OF_WEIGHTS)
 
     @property
+    def arrays(self) -> tuple[Any, ...]:
+        """All arrays, an output that is its input too."""
+        return (*self.xs, *self.table.arrays, *self.extra_arrays, *(self.out or ()))
+
+    @property
     def out_names(self) -> tuple[str, ...]:
         """What the outputs are called in messages."""
         return output_names(self.names, self.options)
@@ -113,8 +118,7 @@ def checked_options(
         return known_options(of_neighbours, parts, *options, *map(type, section))
     except TypeError:  # one of a wrong type, or a list of sections, which cannot be hashed
         paired = of_neighbours if options[0] is None else options[0]
-        checked = check_options(paired, *options[1:])
-        return checked._replace(norm=parts[0], packed=parts[1], cache=parts[2])
+        return check_options(paired, *options[1:], parts=parts)
 
 
 def _counted(

@@ -87,7 +87,7 @@ def main(options: Namespace) -> int:
     except (TypeError, ValueError, ImportError, OSError) as error:
         _print(_printable(f"error: {error}"))
         return 1
-    text = "\n\n".join(map(told, spectra))
+    text = "\n\n".join(map(report, spectra))
     if options.plot:
         text += f"\n\ndrawn to {_printable(str(options.plot))}"
     _print(text)
@@ -167,7 +167,7 @@ def _notes(
     return notes
 
 
-def told(of: Spectrum) -> str:
+def report(of: Spectrum) -> str:
     """Return what is printed of a spectrum."""
     options = [f"{name} {_number(value)}" for name, value in of.options.items()]
     lines = [

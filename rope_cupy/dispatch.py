@@ -108,5 +108,4 @@ def _is_traced(call: Call) -> bool:
 
 
 def _wants_gradient(call: Call) -> bool:
-    every = (*call.xs, *call.table.arrays, *call.extra_arrays, *(call.out or ()))
-    return any([arrays.asked_of(array).wants_gradient(array) for array in every])
+    return any([arrays.asked_of(array).wants_gradient(array) for array in call.arrays])

@@ -199,8 +199,8 @@ def _prepare(
     prepared.plan(described)
     if signature:
         prepared.remainders = [*signature.remainders]
-        _, read = _kind_and_arrays(call)
-        prepared.requires_grad = any([arrays.asked_of(each).requires_grad(each) for each in read])
+        asked = [arrays.asked_of(each).requires_grad(each) for each in call.arrays]
+        prepared.requires_grad = any(asked)
         put(_prepared, signature, prepared, MAX_PREPARED)
     return prepared, at, outs, described.all
 

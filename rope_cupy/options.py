@@ -70,6 +70,9 @@ class Options(NamedTuple):
     cache: Cache | None = None
 
 
+Parts = tuple[Norm | None, Packed | None, Cache | None]  # the last of Options
+
+
 def check_options(
     interleaved: object,
     layout: object,
@@ -80,8 +83,10 @@ def check_options(
     mrope_section: object,
     mrope_interleaved: object,
     rounding: object = "once",
+    *,
+    parts: Parts = NO_PARTS,
 ) -> Options:
-    """Check what needs no array of the fields of Options, but for the last three: `check_parts`."""
+    """Check what needs no array of the fields of Options; `check_parts` has checked the parts."""
     if not isinstance(interleaved, bool | None):
         raise TypeError(f"interleaved must be None, True or False, got {interleaved!r}")
     if not isinstance(conjugate, bool):
@@ -120,6 +125,7 @@ def check_options(
         sections,
         mrope_interleaved,
         str(rounding),
+        *parts,
     )
 
 
@@ -152,8 +158,7 @@ def known_options(
     """
     paired = of_neighbours if interleaved is None else interleaved
     others = others_and_types[: len(Options._fields) - len(parts) - 1]
-    norm, packed, cache = parts
-    return check_options(paired, *others)._replace(norm=norm, packed=packed, cache=cache)
+    return check_options(paired, *others, parts=parts)
 
 
 def _remembered(check: Callable[..., Part]) -> Callable[..., Part]:

@@ -109,7 +109,7 @@ class Prepared:
         self.to_sin = table.pointers[1] - table.arrays[-1].pointer
         self.begins_at_row = problem.position_kind in (IMPLICIT, TOKEN_INDEX)
         self.pairs = _pairs(call, described, places, same, self.to_sin) if call.out else ()
-        self.limits = [pair[:5] for pair in self.pairs]
+        self.limits = [pair[:5] for pair in self.pairs]  # which `fits` unpacks faster than pairs
         # Outputs that are their inputs, by another object.
         in_place = zip(places.x, places.out, same, strict=True)
         self.same = tuple((x, y) for x, y, is_same in in_place if is_same and x != y)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ..environment import cupy, explained
 from ..memory import ArraySpec, array_spec
 
@@ -223,8 +225,6 @@ def computed_by(
     CuPy compiles what it computes with, by way of a cache on the disk. Where the disk fails, NumPy
     takes its place.
     """
-    import numpy as np
-
     try:
         with explained():
             return function(module, *map(module.asarray, arrays))

@@ -212,8 +212,8 @@ def _head_dim(config: Any) -> int:
 
 def _sections(given: Mapping[str, Any], num_pairs: int) -> NDArray[np.intp]:
     """Return the axis of each pair of Ernie 4.5 VL: height and width by turns, then time."""
-    told = read(given, "mrope_section", otherwise=[22, 22, 20])
-    sections = real_numbers("mrope_section", told).astype(np.intp)
+    given_sections = read(given, "mrope_section", otherwise=[22, 22, 20])
+    sections = real_numbers("mrope_section", given_sections).astype(np.intp)
     if len(sections) != 3 or (sections < 0).any() or sections.sum() != num_pairs:
         raise ValueError(
             f"mrope_section must be 3 numbers whose sum is head_dim / 2 = {num_pairs}, got "

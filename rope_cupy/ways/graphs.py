@@ -54,11 +54,12 @@ def parse(
         options = source.form in OF_NEIGHBOURS, *options[1:]
     norm, packed, cache = parts
     _check_types(norm, packed, cache)
-    checked = check_options(*options)._replace(
-        norm=None if norm is None else Norm(*norm),
-        packed=None if packed is None else Packed(*packed),
-        cache=None if cache is None else Cache(*cache),
+    records = (
+        None if norm is None else Norm(*norm),
+        None if packed is None else Packed(*packed),
+        None if cache is None else Cache(*cache),
     )
+    checked = check_options(*options, parts=records)
     if positions[1] is not None or positions[2] is not None:
         check_counted(*positions, lambda each: is_array(each) and each.ndim > 0)
     arrays, ints = [], []

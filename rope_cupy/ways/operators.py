@@ -95,9 +95,7 @@ def _known(num: int, form: str, there: tuple[bool, ...], options: tuple[Any, ...
         names = ("qkv",) if packed else ("x",)
     all_names = *OF_POSITIONS, "weight" if names == ("x",) else "q_weight", *OF_EXTRA
     extra_names = tuple(name for name, is_there in zip(all_names, there, strict=True) if is_there)
-    of_norm, of_packed, of_cache = parts
-    checked = check_options(*plain)._replace(norm=of_norm, packed=of_packed, cache=of_cache)
-    return _Known(names, FORMS[form], extra_names, checked)
+    return _Known(names, FORMS[form], extra_names, check_options(*plain, parts=parts))
 
 
 def call_of(
@@ -110,17 +108,8 @@ def call_of(
     options = tuple([tuple(each) if isinstance(each, list) else each for each in flat])
     names, form, extra_names, checked = _known(len(xs), own.form, there, options)
     parts = (own.cos,) if own.sin is None else (own.cos, own.sin)
-    present = tuple([array for array in extra if array is not None])
-    return Call(
-        names,
-        xs,
-        TableSource(form, parts),
-        extra_names,
-        present,
-        own.position_offset,
-        checked,
-        outs,
-    )
+    source, arrays = TableSource(form, parts), present(extra)
+    return Call(names, xs, source, extra_names, arrays, own.position_offset, checked, outs)
 
 
 def new(call: Call) -> tuple[torch.Tensor, ...]:

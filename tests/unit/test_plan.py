@@ -56,7 +56,7 @@ def problem(xs, rotary_dim, outs=None, table=None, **given):
         outs is None,
         table or TableSpec(part, part, 1, 0),
         rows,
-        check_options(*Options(**chosen)[:-3])._replace(**options),
+        check_options(*Options(**chosen)[:-3], parts=Options(**chosen)[-3:]),
     )
 
 
