@@ -12,7 +12,7 @@ place, whose second half is padding.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -178,7 +178,6 @@ class Constants(NamedTuple):
 
     fields: slice
     packed: struct.Struct
-    place: int  # of their bytes among the arguments of `pack_into` of a struct
 
 
 class Layout(NamedTuple):
@@ -194,17 +193,18 @@ class ArgumentPacker(NamedTuple):
 
     fields: tuple[Field, ...]
     size: int  # of the block, in bytes
-    names: tuple[str, ...]  # of what is patched, in order: Pointers' fields, and x0, out0 and so on
-    offsets: tuple[int, ...]  # bytes to add to each address that is not null
-    pack_into: Callable[[Any, int, Sequence[int]], None]  # (buffer, offset, values by `names`)
+    items: tuple[Patched | bytes, ...]  # what is patched, and what lies between, in order
+    pack_into: Callable[..., None]  # (buffer, offset, *items), each patched one by its value
 
-    def values(self, pointers: Pointers) -> list[int]:
-        """Return what is patched for these addresses."""
-        named = pointers.by_name()
-        values = [named[name] for name in self.names]
-        return [
-            value and value + offset for value, offset in zip(values, self.offsets, strict=True)
+    def pack(self, pointers: Pointers) -> bytes:
+        """Return the block for these addresses."""
+        block, named = bytearray(self.size), pointers.by_name()
+        items = [
+            item if isinstance(item, bytes) else named[item.name] and named[item.name] + item.offset
+            for item in self.items
         ]
+        self.pack_into(block, 0, *items)
+        return bytes(block)
 
 
 def divisor(value: int) -> Divisor:
@@ -221,23 +221,13 @@ def argument_packer(arguments: Arguments) -> ArgumentPacker:
     leaves: list[Any] = []
     _collect(arguments, leaves)
     layout = _layout(arguments)
-    patched = [leaf for leaf in leaves if type(leaf) is Patched]
-    constants = [(each.place, each.packed.pack(*leaves[each.fields])) for each in layout.constants]
-    pack = layout.block.pack_into
-
-    def pack_into(buffer: Any, offset: int, values: Sequence[int]) -> None:
-        items = [buffer, offset, *values]
-        for place, constant in constants:
-            items.insert(place, constant)
-        pack(*items)
-
-    return ArgumentPacker(
-        fields=layout.fields,
-        size=layout.block.size,
-        names=tuple([each.name for each in patched]),
-        offsets=tuple([each.offset for each in patched]),
-        pack_into=pack_into,
-    )
+    items, done = [], 0
+    for fields, packed in layout.constants:
+        items += leaves[done : fields.start]
+        items.append(packed.pack(*leaves[fields]))
+        done = fields.stop
+    items += leaves[done:]
+    return ArgumentPacker(layout.fields, layout.block.size, (*items,), layout.block.pack_into)
 
 
 def _collect(value: Any, leaves: list[Any]) -> None:
@@ -270,17 +260,15 @@ def _describe(arguments: Arguments) -> Layout:
         for i, (name, type, is_patched) in enumerate(named)
     )
     formats = ["<"]  # of little-endian numbers, between which nothing is added
-    constants, place, first = [], 2, 0  # behind the buffer and the offset
+    constants, first = [], 0
     for is_patched, group in groupby(fields, lambda field: field.is_patched):
         run = [field.type.format for field in group]
         if is_patched:
             formats += run
-            place += len(run)
         else:
             packed = struct.Struct("<" + "".join(run))
-            constants.append(Constants(slice(first, first + len(run)), packed, place))
+            constants.append(Constants(slice(first, first + len(run)), packed))
             formats.append(f"{packed.size}s")
-            place += 1
         first += len(run)
     return Layout(fields, struct.Struct("".join(formats)), tuple(constants))
 

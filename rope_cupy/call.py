@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .arrays import is_kind_of_array
 from .checks import described, index
-from .options import NO_PARTS, Options, check_options, check_parts, known_options
+from .options import NO_PARTS, Options, Parts, check_options, check_parts
 from .problem import OF_POSITIONS, OF_WEIGHTS, output_names
 from .table_forms import OF_NEIGHBOURS, TableSource
 from .tables import source_of
 
 AN_INT_OR_ARRAY = "None, an int or an int32 or int64 array"  # positions are
 SECTION = Options._fields.index("mrope_section")
+MAX_KINDS = 1024  # of calls that are known: names, forms of tables, options
 Named = tuple[tuple[str, Any], ...]  # arrays by their names
+Extra = tuple[tuple[str, ...], tuple[Any, ...]]  # names, and arrays that have them
+NO_EXTRA: Extra = ((), ())
+_new_tuple: Any = tuple.__new__
+
+
+class Kind(NamedTuple):
+    """What calls of a kind share: all but their arrays and an int."""
+
+    names: tuple[str, ...]  # of the xs, in messages
+    form: Callable[..., Any]  # of the table
+    extra_names: tuple[str, ...]
+    options: Options
+    recent: dict[Any, Any] | None = None  # what `eager` keeps with kinds that last: see `kind_of`
 
 
 class Call(NamedTuple):
@@ -24,14 +39,27 @@ class Call(NamedTuple):
     writing of caches needs. The first of `out` may not be None: `dispatch` makes a new one.
     """
 
-    names: tuple[str, ...]  # of the xs, in messages
+    kind: Kind
     xs: tuple[Any, ...]
     table: TableSource
-    extra_names: tuple[str, ...]
     extra_arrays: tuple[Any, ...]
     position_offset: int | None  # what is added to the positions that tokens have by their index
-    options: Options
     out: tuple[Any, ...] | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the xs are called in messages."""
+        return self.kind.names
+
+    @property
+    def extra_names(self) -> tuple[str, ...]:
+        """What the extra arrays are called."""
+        return self.kind.extra_names
+
+    @property
+    def options(self) -> Options:
+        """The options, checked."""
+        return self.kind.options
 
     @property
     def extra(self) -> Named:
@@ -66,8 +94,12 @@ class Call(NamedTuple):
 
     def with_extra(self, extra: Named) -> Call:
         """Return the call with other extra arrays."""
-        names, arrays = zip(*extra, strict=True) if extra else ((), ())
-        return self._replace(extra_names=names, extra_arrays=arrays)
+        names, arrays = zip(*extra, strict=True) if extra else NO_EXTRA
+        return self.of_kind(extra_names=names)._replace(extra_arrays=arrays)
+
+    def of_kind(self, **fields: Any) -> Call:
+        """Return the call as one of a kind with other fields."""
+        return self._replace(kind=self.kind._replace(recent=None, **fields))
 
 
 def parse(
@@ -77,7 +109,7 @@ def parse(
     positions: tuple[Any, Any, Any],
     options: tuple[Any, ...],
     out: tuple[Any, ...] | None,
-    extra: Named = (),
+    extra: Extra = NO_EXTRA,
     parts: tuple[Any, Any, Any] = NO_PARTS,
 ) -> Call:
     """Return the record of a call, whose options and ints have been checked.
@@ -86,39 +118,60 @@ def parse(
     them; `options` and `parts` are the fields of Options, the parts as tuples of theirs.
     """
     source = source_of(table)
-    checked = checked_options(options, parts, source.form in OF_NEIGHBOURS)
-    extra_names: tuple[str, ...] = ()
-    extra_arrays: tuple[Any, ...] = ()
+    extra_names, extra_arrays = extra
     offset = None
     given, seqlen_offsets, cu_seqlens = positions
     if seqlen_offsets is not None or cu_seqlens is not None:
-        extra_names, extra_arrays, offset = _counted(given, seqlen_offsets, cu_seqlens)
+        of_positions, counted, offset = _counted(given, seqlen_offsets, cu_seqlens)
+        extra_names, extra_arrays = of_positions + extra_names, counted + extra_arrays
     elif given is None:
         pass
     elif is_kind_of_array(type(given)):  # type: ignore[arg-type]
-        extra_names, extra_arrays = ("positions",), (given,)
+        extra_names, extra_arrays = ("positions", *extra_names), (given, *extra_arrays)
     else:
         offset = index("positions", given, AN_INT_OR_ARRAY)
-    if extra:
-        more_names, more_arrays = zip(*extra, strict=True)
-        extra_names, extra_arrays = extra_names + more_names, extra_arrays + more_arrays
-    return Call(names, xs, source, extra_names, extra_arrays, offset, checked, out)
-
-
-def checked_options(
-    options: tuple[Any, ...], parts: tuple[Any, Any, Any], of_neighbours: bool
-) -> Options:
-    """Check the fields of Options; `of_neighbours` is what a table's elements are paired by."""
     if parts is not NO_PARTS:
         parts = check_parts(*parts)
     section = options[SECTION]
+    types = () if section is None else map(type, section)
     try:
-        if section is None:
-            return known_options(of_neighbours, parts, *options)
-        return known_options(of_neighbours, parts, *options, *map(type, section))
-    except TypeError:  # one of a wrong type, or a list of sections, which cannot be hashed
-        paired = of_neighbours if options[0] is None else options[0]
-        return check_options(paired, *options[1:], parts=parts)
+        kind = _known_kind(names, source.form, extra_names, parts, *options, *types)
+    except TypeError:  # an option of a wrong type, or a list of sections, which cannot be hashed
+        kind = _kind(names, source.form, extra_names, parts, *options)
+    # What Call(...) does too, by a function of Python.
+    call: Call = _new_tuple(Call, (kind, xs, source, extra_arrays, offset, out))
+    return call
+
+
+@lru_cache(maxsize=MAX_KINDS)
+def kind_of(
+    names: tuple[str, ...],
+    form: Callable[..., Any],
+    extra_names: tuple[str, ...],
+    options: Options,
+) -> Kind:
+    """Return the kind of a call, one for all that are equal, whose options have been checked."""
+    return Kind(names, form, extra_names, options, {})
+
+
+def _kind(
+    names: tuple[str, ...],
+    form: Callable[..., Any],
+    extra_names: tuple[str, ...],
+    parts: Parts,
+    interleaved: Any,
+    *others_and_types: Any,
+) -> Kind:
+    """Return the kind of a call once its options are checked, but for the parts, which have been.
+
+    Types of what mrope_section holds may stand behind the options.
+    """
+    paired = form in OF_NEIGHBOURS if interleaved is None else interleaved
+    others = others_and_types[: len(Options._fields) - len(parts) - 1]
+    return kind_of(names, form, extra_names, check_options(paired, *others, parts=parts))
+
+
+_known_kind = lru_cache(maxsize=MAX_KINDS, typed=True)(_kind)
 
 
 def _counted(

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import arrays, eager
-from .call import Call, Named, parse
+from .call import NO_EXTRA, Call, Extra, parse
 from .options import NO_PARTS
 from .ways import UNTRACED
 
@@ -25,7 +25,7 @@ def rotate(
     positions: tuple[Any, Any, Any],
     options: tuple[Any, ...],
     out: tuple[Any, ...] | None,
-    extra: Named = (),
+    extra: Extra = NO_EXTRA,
     parts: tuple[Any, Any, Any] = NO_PARTS,
 ) -> tuple[Any, ...]:
     """Rotate the xs, which messages call by `names`; return `out`, or new arrays of their kind.

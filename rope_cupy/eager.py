@@ -16,34 +16,27 @@ from typing import Any, NamedTuple
 from . import arrays
 from .arrays import Array
 from .bounded import put
-from .call import Call
+from .call import Call, kind_of
 from .memory import ACCESS_BYTES
 from .options import TOKEN_NORM, Options
 from .prepared import Addresses, Described, Prepared, places_of
 from .problem import RotaryProblem, check_inputs, rotary_problem
 
 MAX_PREPARED = 4096  # signatures
-MAX_KINDS = 1024  # of calls: names, options, forms of tables
-MAX_RECENT = 8  # signatures of a kind, which are found several times faster than others
+# Signatures of a kind of call and of the same outputs that are inputs, found several times faster.
+MAX_RECENT = 8
 
 _prepared: dict[Any, Prepared] = {}  # by signature
-_recent: dict[Any, tuple[tuple[Callable[..., bool], Prepared], ...]] = {}  # by kind
-
-
-class _Kind(NamedTuple):
-    """What two calls must share before their arrays are compared."""
-
-    names: tuple[str, ...]
-    options: Options
-    form: Callable[..., Any]  # of the table
-    extra_names: tuple[str, ...]
-    is_input: tuple[bool, ...]  # each output, of its own; of no outputs where new ones are made
 
 
 class Signature(NamedTuple):
     """All of a call but addresses and values."""
 
-    kind: _Kind
+    names: tuple[str, ...]
+    form: Callable[..., Any]  # of the table
+    extra_names: tuple[str, ...]
+    options: Options
+    is_input: tuple[bool, ...]  # each output, of its own; of no outputs where new ones are made
     attributes: Any  # of all arrays: see `Library.attributes`
     remainders: tuple[int, ...]  # of their addresses, by the widest access of a thread
     same: tuple[bool, ...]  # whether outputs lie where their inputs do
@@ -55,32 +48,32 @@ def find(call: Call) -> tuple[Prepared | None, Addresses, Signature | None]:
     Where nothing is prepared, the signature to prepare it for; None where an array is no plain one
     in memory, and so must be described every time.
     """
-    kind, read = _kind_and_arrays(call)
+    kind, xs, (_, parts), extra_arrays, _, out = call
+    is_input: tuple[bool, ...] = ()
+    read = xs + parts + extra_arrays
+    if out is not None:
+        is_input = tuple(map(is_, out, xs))
+        if False in is_input:
+            read += tuple([y for y, is_own in zip(out, is_input, strict=True) if not is_own])
     library = arrays.library_of_all(read)
     at = library.addresses(read) if library else None
+    recent: Any = kind.recent
+    if recent is None:
+        recent = kind_of(*kind[:-1]).recent
     if at is not None:
-        for matches, prepared in _recent.get(kind, ()):
+        known = recent.get(is_input, ())
+        for entry in known:
+            matches, prepared = entry
             if matches(*read) and (at == prepared.checked_at or prepared.fits(at)):
                 prepared.checked_at = at
+                if entry is not known[0]:  # the one that matched last is asked first
+                    recent[is_input] = (entry, *[each for each in known if each is not entry])
                 return prepared, at, None
-    return _find_by_attributes(call, kind, read)
-
-
-def _kind_and_arrays(call: Call) -> tuple[Any, tuple[Any, ...]]:
-    """Return the fields of _Kind, and all arrays, but those outputs that are inputs."""
-    names, xs, (form, parts), extra_names, extra_arrays, _, options, out = call
-    is_input: tuple[bool, ...] = ()
-    if out is None:
-        return (names, options, form, extra_names, is_input), (*xs, *parts, *extra_arrays)
-    is_input = (*map(is_, out, xs),)
-    if False not in is_input:
-        return (names, options, form, extra_names, is_input), (*xs, *parts, *extra_arrays)
-    outs = [y for y, is_own in zip(out, is_input, strict=True) if not is_own]
-    return (names, options, form, extra_names, is_input), (*xs, *parts, *extra_arrays, *outs)
+    return _find_by_attributes(call, recent, is_input, read)
 
 
 def _find_by_attributes(
-    call: Call, kind: Any, read: tuple[Any, ...]
+    call: Call, recent: dict[Any, Any], is_input: tuple[bool, ...], read: tuple[Any, ...]
 ) -> tuple[Prepared | None, Addresses, Signature | None]:
     """Find what has not been asked for lately, and let it be found faster from its second time."""
     seen = arrays.attributes_and_addresses(read)
@@ -88,19 +81,20 @@ def _find_by_attributes(
         return None, (), None
     attributes, at = seen
     remainders = tuple([address % ACCESS_BYTES for address in at])
-    places = places_of(call, kind[-1])
+    places = places_of(call, is_input)
     same = tuple([at[x] == at[y] for x, y in zip(places.x, places.out, strict=False)])
-    signature = Signature(_Kind(*kind), attributes, remainders, same)
+    signature = Signature(*call.kind[:-1], is_input, attributes, remainders, same)
     prepared = _prepared.get(signature)
     if prepared is None:
         return None, at, signature
     prepared.first_row(call.position_offset)
     prepared.check_apart(at)
     library = arrays.library_of_all(read)
-    matches = library.matcher(read) if library and prepared.was_found else None
+    is_known = library and prepared.was_found and library.addresses(read)
+    matches = library.matcher(read) if library and is_known else None
     if matches:
-        recent = _recent.get(kind, ())[: MAX_RECENT - 1]
-        put(_recent, kind, ((matches, prepared), *recent), MAX_KINDS)
+        others = recent.get(is_input, ())[: MAX_RECENT - 1]
+        recent[is_input] = ((matches, prepared), *others)
     prepared.was_found = True
     return prepared, at, None
 

@@ -87,20 +87,23 @@ def _compiled_in_memory(name: str, code: str, options: tuple[str, ...]) -> Any:
     return module.get_function(mangled[name])
 
 
-class _Thread(threading.local):
-    """What a thread hands to the driver: the address of a kernel's one argument, then the argument.
+_thread = threading.local()  # its `parameters` are those of `_parameters`
 
-    The driver has read both when a launch returns, so that the next one may write them.
+
+def _parameters() -> tuple[Any, int]:
+    """Return what a thread hands to the driver, and its address, for this thread's first launch.
+
+    It is the address of a kernel's one argument, then the argument. The driver has read both when a
+    launch returns, so that the next one may write them. The driver needs a context too, which the
+    runtime makes by itself.
     """
-
-    def __init__(self) -> None:
-        self.has_context = False
-        self.parameters = ctypes.create_string_buffer(POINTER_BYTES + MAX_BLOCK_BYTES)
-        self.address = ctypes.addressof(self.parameters)
-        struct.pack_into("Q", self.parameters, 0, self.address + POINTER_BYTES)
-
-
-_thread = _Thread()
+    runtime = cupy().cuda.runtime
+    runtime.setDevice(runtime.getDevice())
+    buffer = ctypes.create_string_buffer(POINTER_BYTES + MAX_BLOCK_BYTES)
+    address = ctypes.addressof(buffer)
+    struct.pack_into("Q", buffer, 0, address + POINTER_BYTES)
+    _thread.parameters = buffer, address
+    return buffer, address
 
 
 class _Attribute(ctypes.Structure):
@@ -128,16 +131,23 @@ _MAY_START_EARLY = _Attribute(6, (1,))
 class Launcher:
     """A plan on a device: what its launches have in common, whatever their arguments.
 
-    `stream_of` finds the handle of the stream to launch on, the current one of that device.
+    `stream_of` finds the handle of the stream to launch on, the current one of that device; `take`
+    takes the argument block's items from the values that a launch is given.
     Threads may share a launcher: what the driver is handed for a stream is never written again.
     """
 
-    def __init__(self, plan: LaunchPlan, device: int, stream_of: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        device: int,
+        stream_of: Callable[[int], int],
+        take: Callable[[tuple[Any, ...]], Sequence[Any]],
+    ) -> None:
         if plan.packer.size > MAX_BLOCK_BYTES:
             raise ValueError(
                 f"an argument block must fit {MAX_BLOCK_BYTES} bytes, got {plan.packer.size}"
             )
-        self.plan, self.device, self.stream_of = plan, device, stream_of
+        self.plan, self.device, self.stream_of, self.take = plan, device, stream_of, take
         self.configs: dict[int, tuple[_Config, int, int]] = {}  # by stream: see `config_for`
         self.launch = self._launch_function()
 
@@ -153,30 +163,27 @@ class Launcher:
             self.configs, stream, (config, ctypes.addressof(config), function.ptr), MAX_STREAMS
         )
 
-    def _launch_function(self) -> Callable[[Sequence[int]], None]:
-        """Return what launches with values of the argument block, in any thread."""
+    def _launch_function(self) -> Callable[[tuple[Any, ...]], None]:
+        """Return what launches with the values that `take` takes from, in any thread."""
         # A launch looks for nothing that can be found before, and so for no attribute.
         current_device, cu_launch = cupy().cuda.runtime.getDevice, _cu_launch_kernel_ex()
-        own_device, stream_of = self.device, self.stream_of
-        config_of, config_for, pack_into = (
-            self.configs.get,
-            self.config_for,
-            self.plan.packer.pack_into,
-        )
+        own_device, stream_of, take = self.device, self.stream_of, self.take
+        config_of, config_for = self.configs.get, self.config_for
+        pack_into = self.plan.packer.pack_into
 
-        def launch(values: Sequence[int]) -> None:
+        def launch(values: tuple[Any, ...]) -> None:
+            try:
+                buffer, address = _thread.parameters
+            except AttributeError:
+                buffer, address = _parameters()
             device = current_device()
-            if not _thread.has_context:
-                # Which the driver needs, and the runtime makes by itself.
-                cupy().cuda.runtime.setDevice(device)
-                _thread.has_context = True
             if device != own_device:
                 with cupy().cuda.Device(own_device):
                     return launch(values)
             stream = stream_of(device)
             _, config, function = config_of(stream) or config_for(stream)
-            pack_into(_thread.parameters, POINTER_BYTES, values)
-            status = cu_launch(config, function, _thread.address, None)
+            pack_into(buffer, POINTER_BYTES, *take(values))
+            status = cu_launch(config, function, address, None)
             if status:
                 cupy().cuda.driver.check_status(status)
 

@@ -148,19 +148,6 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
-@lru_cache(maxsize=256, typed=True)
-def known_options(
-    of_neighbours: bool, parts: tuple[Any, Any, Any], interleaved: Any, *others_and_types: Any
-) -> Options:
-    """Check options that can be hashed, with the types of what mrope_section holds behind them.
-
-    `of_neighbours` is what None stands for of `interleaved`; the parts have been checked.
-    """
-    paired = of_neighbours if interleaved is None else interleaved
-    others = others_and_types[: len(Options._fields) - len(parts) - 1]
-    return check_options(paired, *others, parts=parts)
-
-
 def _remembered(check: Callable[..., Part]) -> Callable[..., Part]:
     """Remember what a check returns, but for what cannot be hashed, which is refused by name."""
     known = lru_cache(maxsize=256, typed=True)(check)

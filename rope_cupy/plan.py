@@ -38,7 +38,7 @@ MOST_ROWS = 8  # heads of such a thread, at most
 
 
 class LaunchPlan(NamedTuple):
-    """A kernel and its launch. Only what `packer` names differs between two calls of a plan."""
+    """A kernel and its launch. Only what `packer` patches differs between two calls of a plan."""
 
     template: RotaryKernel
     kernel: str  # its C++ name
@@ -48,9 +48,7 @@ class LaunchPlan(NamedTuple):
 
     def argument_block(self, pointers: Pointers) -> bytes:
         """Return the kernel's one argument; a launch of one tensor repeats it as the second."""
-        block = bytearray(self.packer.size)
-        self.packer.pack_into(block, 0, self.packer.values(pointers))
-        return bytes(block)
+        return self.packer.pack(pointers)
 
 
 class ThreadWork(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import count
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -116,6 +117,9 @@ class Prepared:
         self.inputs = tuple(array.library for array in described.inputs)
         self.mark_written = _marker(tuple(array.library for array in outputs))
         self.launcher: Launcher | None = None
+        # Behind the addresses in the values of a launch: 0 for what is not there, the first
+        # position, and what is constant of the argument block.
+        self.behind: tuple[Any, ...] = 0, 0
         # What `eager` keeps with it.
         self.remainders: list[int] = []
         self.requires_grad = False
@@ -131,9 +135,9 @@ class Prepared:
         from .plan import launch_plan
 
         plan = launch_plan(self.problem)
-        device = cuda_index(first.spec.device)
-        self.launcher = Launcher(plan, device, first.library.streams())
-        self.take = self._taker(plan)
+        device, take = cuda_index(first.spec.device), self._taker(plan)
+        self.launcher = Launcher(plan, device, first.library.streams(), take)
+        self.behind = 0, 0, *_constants(plan)
         before = _others(first.library, described.all)
         behind = _others(first.library, described.outputs)
         self.launch = _in_order(self.launcher, before, behind) if before else self.launcher.launch
@@ -173,13 +177,14 @@ class Prepared:
 
     def write(self, at: Addresses, position_offset: int | None) -> None:
         """Write the outputs. Where this raises, nothing has been written."""
-        first = position_offset or 0
-        if position_offset is not None and self.begins_at_row:
-            first = self.first_row(position_offset)
-            if first:
-                at = self._moved(at, first)
+        first, behind = 0, self.behind
+        if position_offset is not None:
+            first = position_offset
+            if self.begins_at_row:
+                at = self._moved(at, self.first_row(first))
+            behind = 0, first, *behind[2:]
         if self.launcher:
-            self.launch(self.take((*at, 0, first)))
+            self.launch(at + behind)
         elif self.problem.num_rows:
             cpu.rotate(self.problem, self.pointers(at, first))
 
@@ -207,30 +212,42 @@ class Prepared:
             **extra,
         )
 
-    def _taker(self, plan: LaunchPlan) -> Callable[[Addresses], Any]:
-        """Return what takes the argument block's values from addresses, 0 and the first position.
+    def _taker(self, plan: LaunchPlan) -> Callable[[tuple[Any, ...]], Any]:
+        """Return what takes the argument block's items from the values of a launch.
 
-        These two stand last: 0 is the address of what is not there.
+        These are addresses, 0 for what is not there, the first position, and constants.
         """
-        places, absent = self.places, -2
+        places = self.places
+        absent = max((*places.x, *places.out, places.sin, *places.extra)) + 1
         at = dict.fromkeys(POINTER_OF.values(), absent)
-        at |= {"cos": places.cos, "sin": places.sin, "position_offset": -1}
+        at |= {"cos": places.cos, "sin": places.sin, "position_offset": absent + 1}
         for i in range(len(self.problem.tensors) + 1):  # a launch of one tensor repeats it
             at[f"x{i}"] = places.x[min(i, len(places.x) - 1)]
             at[f"out{i}"] = places.out[min(i, len(places.out) - 1)]
         for name, place in zip(self.extra_names, places.extra, strict=True):
             at[POINTER_OF[name]] = place
-        taken = [at[name] for name in plan.packer.names]
-        shifts = [
-            0 if place == absent else shift + (self.to_sin if name == "sin" else 0)
-            for name, place, shift in zip(
-                plan.packer.names, taken, plan.packer.offsets, strict=True
-            )
-        ]
-        if not any(shifts):
-            return itemgetter(*taken)
-        pairs = [*zip(taken, shifts, strict=True)]
-        return lambda at: [at[place] + shift for place, shift in pairs]
+        constant = count(absent + 2)
+        last = absent + 2 + len(_constants(plan))
+        taken, shifted = [], []
+        for item in plan.packer.items:
+            if isinstance(item, bytes):
+                taken.append(next(constant))
+                continue
+            place = at[item.name]
+            shift = item.offset + (self.to_sin if item.name == "sin" else 0)
+            if shift and place != absent:
+                shifted.append((place, shift))
+                place = last + len(shifted) - 1
+            taken.append(place)
+        take = itemgetter(*taken)
+        if not shifted:
+            return take
+        return lambda values: take((*values, *[values[i] + shift for i, shift in shifted]))
+
+
+def _constants(plan: LaunchPlan) -> tuple[bytes, ...]:
+    """Return what is constant of a plan's argument block."""
+    return tuple([item for item in plan.packer.items if isinstance(item, bytes)])
 
 
 def _pairs(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, TypeVar
 
+from .call import Extra
 from .checks import described, is_array
 from .dispatch import rotate
 
 Array = TypeVar("Array")  # of any library, whose kind the results have too
+Q_K_WEIGHTS = "q_weight", "k_weight"
 
 
 def apply_rotary(
@@ -206,8 +209,8 @@ def apply_norm_rotary(
         rounding,
     )
     parts = (norm, eps, weight_offset, round_norm), None, None
-    outs = None if out is None else (out,)
-    (result,) = rotate(("x",), (x,), table, rows, options, outs, _given(weight=weight), parts)
+    more, outs = _given(("weight",), (weight,)), None if out is None else (out,)
+    (result,) = rotate(("x",), (x,), table, rows, options, outs, more, parts)
     return result  # type: ignore[no-any-return]
 
 
@@ -290,7 +293,7 @@ def apply_qk_norm_rotary(
         rounding,
     )
     parts = (norm, eps, weight_offset, round_norm), None, None
-    more = _given(q_weight=q_weight, k_weight=k_weight)
+    more = _given(Q_K_WEIGHTS, (q_weight, k_weight))
     q_out, k_out = rotate(("q", "k"), (q, k), table, rows, options, out, more, parts)
     return q_out, k_out
 
@@ -343,7 +346,7 @@ def apply_rotary_qkv(
     >>> out is qkv and bool((out[:, 10:] == 1).all())
     True
     """
-    more = _given(q_weight=q_weight, k_weight=k_weight)
+    more = _given(Q_K_WEIGHTS, (q_weight, k_weight))
     rows = positions, seqlen_offsets, cu_seqlens
     options = (
         interleaved,
@@ -431,11 +434,11 @@ def apply_rotary_kv_cache(
     >>> q_out.shape, v_cache[:, :, 0, 0].sum(axis=1)
     ((6, 8, 64), array([0., 3., 0., 2.], dtype=float32))
     """
-    k_number, v_number = (None if is_array(s) else s for s in (k_scale, v_scale))
-    weights = _given(q_weight=q_weight, k_weight=k_weight)
-    more = *weights, ("slot_mapping", slot_mapping)
-    if k_number is not k_scale or v_number is not v_scale:
-        more = *more, *_arrays(k_scale=k_scale, v_scale=v_scale)
+    weights = _given(Q_K_WEIGHTS, (q_weight, k_weight))
+    more = (*weights[0], "slot_mapping"), (*weights[1], slot_mapping)
+    k_number, v_number = k_scale, v_scale
+    if k_scale is not None or v_scale is not None:
+        k_number, v_number, more = _scales(k_scale, v_scale, more)
     rows = positions, seqlen_offsets, cu_seqlens
     options = (
         interleaved,
@@ -459,19 +462,25 @@ def _check_two(out: object) -> None:
         raise TypeError(f"out must be None or a tuple of two arrays, got {described(out)}")
 
 
-def _given(**arrays: Any) -> tuple[tuple[str, Any], ...]:
-    """Return the arrays that are not None, by their names."""
-    return tuple([(name, array) for name, array in arrays.items() if array is not None])
+def _given(names: tuple[str, ...], arrays: tuple[Any, ...]) -> Extra:
+    """Return the arrays that are not None, and their names."""
+    there = [array is not None for array in arrays]
+    if False not in there:
+        return names, arrays
+    return (*compress(names, there),), (*compress(arrays, there),)
 
 
-def _arrays(**values: Any) -> tuple[tuple[str, Any], ...]:
-    """Return the values that are no numbers, by their names."""
-    return tuple([(name, value) for name, value in values.items() if is_array(value)])
+def _scales(k_scale: Any, v_scale: Any, more: Extra) -> tuple[Any, Any, Extra]:
+    """Return the scales that are numbers, and more arrays with those that are arrays."""
+    k_number, v_number = [None if is_array(scale) else scale for scale in (k_scale, v_scale)]
+    arrays = [scale if is_array(scale) else None for scale in (k_scale, v_scale)]
+    names, scales = _given(("k_scale", "v_scale"), (*arrays,))
+    return k_number, v_number, ((*more[0], *names), (*more[1], *scales))
 
 
-def _norm(norm: Any, eps: Any, weight_offset: Any, round_norm: Any, weights: Any) -> Any:
+def _norm(norm: Any, eps: Any, weight_offset: Any, round_norm: Any, weights: Extra) -> Any:
     """Return what is normalised: heads, where weights alone are given."""
-    if norm is None and not weights:
+    if norm is None and not weights[0]:
         if (eps, weight_offset, round_norm) != (1e-6, 0.0, True):
             raise ValueError(
                 "norm must be given, or a weight, with eps, weight_offset or round_norm, got None"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import arrays
-from .bounded import put
 from .checks import MOST_FLOAT32, as_float, count, described, is_array
 from .memory import FLOATS
 from .problem import TableSpec, check_dtype
@@ -31,10 +30,10 @@ if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
 
 AXES = "p", "s", "bs", "sh", "bsh"  # of a table: positions, batches, tokens, heads
 TURNS_PER_RADIAN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A566  # in units of 2^-160
-MAX_KNOWN = 1024  # forms and attributes of arrays that are known to fit together
+MAX_RECENT = 8  # attributes of arrays of a form that were seen to fit together
 MOST_RADIANS = 2**64  # of a frequency whose turns those digits are enough for
 
-_known: dict[Any, None] = {}
+_recent: dict[Callable[..., TableView], tuple[Callable[..., bool], ...]] = {}
 
 
 class RotaryTable:
@@ -292,13 +291,16 @@ class RotaryTable:
             return
         parts = tuple([arrays.asked_of(part).lasting(part) for part in parts])
         self._source = TableSource(form, parts)
-        seen = arrays.attributes_and_addresses(parts)
-        known = seen and (form, seen[0])
-        if known is None or known not in _known:
-            if not self.shape[-1]:
-                raise ValueError("table must have a rotary_dim of 2 or more, got 0")
-            if known:
-                put(_known, known, None, MAX_KNOWN)
+        library = arrays.library_of_all(parts)
+        at = library.addresses(parts) if library else None
+        recent = _recent.get(form, ())
+        if at and any([matches(*parts) for matches in recent]) and 0 not in at:
+            return
+        if not self.shape[-1]:
+            raise ValueError("table must have a rotary_dim of 2 or more, got 0")
+        matches = library.matcher(parts) if library and at else None
+        if matches:
+            _recent[form] = (matches, *recent[: MAX_RECENT - 1])
 
     def check(self) -> str:
         """Read all values and return a sentence that says what they are.

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from forgetting import forget
 from reference import (
     FORMATS,
     Error,
@@ -42,7 +43,7 @@ from reference import (
 )
 
 import rope_cupy
-from rope_cupy import eager, plan, row_order
+from rope_cupy import plan, row_order
 
 HAS_ML_DTYPES = importlib.util.find_spec("ml_dtypes") is not None
 
@@ -482,17 +483,16 @@ def small_tiles() -> Iterator[None]:
     """Take a table of a few rows for one that does not stay in a cache: see the planner's tiles."""
     sizes = {"L2_BYTES": 8, "TILE_BYTES": 2**10, "MIN_TILE": 1}
 
-    def forget() -> None:
+    def forget_plans() -> None:
         plan.launch_plan.cache_clear()
-        eager._prepared.clear()
-        eager._recent.clear()
+        forget()
 
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
             patch.setattr(row_order, name, size)
-        forget()
+        forget_plans()
         yield
-    forget()
+    forget_plans()
 
 
 class Call:

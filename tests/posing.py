@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forgetting import forget
 
-from rope_cupy import cpu, eager, jit
+from rope_cupy import cpu, jit
 from rope_cupy.arrays import base, dlpack, numpy, torch
 from rope_cupy.prepared import Prepared
 
@@ -73,10 +74,6 @@ def posing() -> Iterator[list[Prepared]]:
         assert ctypes.string_at(block, len(expected)) == expected
         written.append(self)
         cpu.rotate(self.problem, pointers)
-
-    def forget() -> None:
-        eager._prepared.clear()
-        eager._recent.clear()
 
     with pytest.MonkeyPatch.context() as patch:
         for library in (numpy.NumPy, torch.Torch, dlpack.DLPack):

@@ -202,19 +202,13 @@ def whole_strides(name: str, array: Any) -> tuple[int, ...]:
 def attribute_matcher(
     attributes: Callable[[Any], Any], arrays: tuple[Any, ...]
 ) -> Callable[..., bool] | None:
-    """Return what tells whether arrays of one type have the attributes that these have now."""
-    kind = type(arrays[0])
-    if {*map(type, arrays)} != {kind}:
-        return None
-    before = [*map(attributes, arrays)]
+    """Return what tells whether arrays have the types and attributes that these have now."""
+    types, before = [*map(type, arrays)], [*map(attributes, arrays)]
 
     def match(*now: Any) -> bool:
-        for array, attributes_before in zip(now, before, strict=True):
-            if type(array) is not kind or attributes(array) != attributes_before:
-                return False
-        return True
+        return [*map(type, now)] == types and [*map(attributes, now)] == before
 
-    return match
+    return None if None in before else match
 
 
 def computed_by(

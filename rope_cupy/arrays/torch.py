@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
 
 _forward_ad: Any = torch.autograd.forward_ad
 _modes_or_tangents = private_torch.modes_and_tangents()
-_count_versions = private_torch.version_counter()
 _address_of = torch.Tensor.data_ptr
 _is_nested = attrgetter("is_nested")
 MAX_DTYPES = 256  # whose names are kept; PyTorch has fewer
@@ -29,6 +28,12 @@ class Torch(Library):
     """PyTorch's tensors, on the CPU or a GPU."""
 
     may_lack_memory = True
+    # PyTorch's own functions, for a function of Python above them takes as long as one of them.
+    # A version that is counted on tells a backward pass that the elements which it saved are gone.
+    empty_like: Callable[[Any], Any] = staticmethod(torch.empty_like)  # type: ignore[assignment]
+    mark_written: Callable[[tuple[Any, ...]], None] = staticmethod(  # type: ignore[assignment]
+        private_torch.version_counter()
+    )
 
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
         """Refuse what is not elements at strides in memory, and describe all others."""
@@ -61,7 +66,7 @@ class Torch(Library):
         if _modes_or_tangents():
             return None
         try:
-            return None if True in map(_is_nested, arrays) else tuple(map(_address_of, arrays))
+            return None if any(map(_is_nested, arrays)) else tuple(map(_address_of, arrays))
         except (AttributeError, TypeError, RuntimeError):  # of other libraries, or of no memory
             return None
 
@@ -115,14 +120,6 @@ class Torch(Library):
                 "got a dual tensor"
             )
         check_strided(name, array)  # before a new q is made of one that is not
-
-    def empty_like(self, array: Any) -> Any:
-        """Return a new tensor."""
-        return torch.empty_like(array)
-
-    def mark_written(self, arrays: tuple[Any, ...]) -> None:
-        """Count the versions on: a backward pass that saved the old elements finds out."""
-        _count_versions(arrays)
 
     def computed(
         self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any

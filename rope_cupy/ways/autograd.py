@@ -72,7 +72,7 @@ def _rotate_in_place(call: Call, run: Run, write: Callable[[], None]) -> None:
     else:
         groups = [(call.names, call.xs)]
     for names, xs in groups:
-        part = call._replace(names=names, xs=xs, out=xs)
+        part = call.of_kind(names=names)._replace(xs=xs, out=xs)
         _Rotation.apply(part, (run, write_once), *xs)  # type: ignore[no-untyped-call]
 
 
@@ -186,13 +186,14 @@ class _Rotation(torch.autograd.Function):
         if asked:
             kept = iter(saved[len(names_asked) if call.options.norm else 0 :])
             parts = [next(kept) if other is None else other for other in ctx.others]
-            back = call._replace(
+            back = call.of_kind(
                 names=tuple(f"{name}_grad" for name in asked),
+                extra_names=tuple(name for name in call.extra_names if name in OF_POSITIONS),
+                options=_conjugate(call.options),
+            )._replace(
                 xs=(*asked.values(),),
                 table=TableSource(call.table.form, tuple(parts[: ctx.num_parts])),
-                extra_names=tuple(name for name in call.extra_names if name in OF_POSITIONS),
                 extra_arrays=tuple(parts[ctx.num_parts :]),
-                options=_conjugate(call.options),
             )
             found = dict(zip(asked, rotate(back, ctx.run), strict=True))
         if call.options.norm:

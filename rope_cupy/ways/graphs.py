@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from ast import literal_eval
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..arrays import asked_of
 from ..arrays.torch import refuse_transform
-from ..call import AN_INT_OR_ARRAY, Call, Named, check_counted, check_position_offset
+from ..call import (
+    AN_INT_OR_ARRAY,
+    NO_EXTRA,
+    Call,
+    Extra,
+    Kind,
+    check_counted,
+    check_position_offset,
+)
 from ..checks import check_number, count, index, is_array
-from ..options import NO_PARTS, Cache, Norm, Packed, check_options, check_round_norm
+from ..options import (
+    NO_PARTS,
+    Cache,
+    Norm,
+    Packed,
+    check_options,
+    check_parts,
+    check_round_norm,
+)
 from ..private_torch import base_of, run_untraced
 from ..problem import OF_POSITIONS
-from ..table_forms import OF_NEIGHBOURS
+from ..table_forms import FORMS, OF_NEIGHBOURS, TableSource
 from ..tables import source_of
 from . import UNTRACED, autograd
 from .operators import (
-    ONE,
-    TWO,
+    OF_OTHERS,
+    VERSION,
     VMAP,
-    WRITES,
     arguments_of,
-    call_of,
     check_traced,
     define,
     new,
     present,
+    schemas,
     three,
 )
 
@@ -41,7 +58,7 @@ def parse(
     positions: tuple[Any, Any, Any],
     options: tuple[Any, ...],
     out: tuple[Any, ...] | None,
-    extra: Named = (),
+    extra: Extra = NO_EXTRA,
     parts: tuple[Any, Any, Any] = NO_PARTS,
 ) -> Call:
     """Return the record of a call that is traced: see `rope_cupy.call.parse`.
@@ -62,7 +79,7 @@ def parse(
     checked = check_options(*options, parts=records)
     if positions[1] is not None or positions[2] is not None:
         check_counted(*positions, lambda each: is_array(each) and each.ndim > 0)
-    arrays, ints = [], []
+    there, ints = [], []
     for name, each in zip(OF_POSITIONS, positions, strict=True):
         if each is None:
             continue
@@ -71,17 +88,19 @@ def parse(
             continue
         if isinstance(each, torch.Tensor) and not each.ndim:
             raise ValueError(f"{name} must have an axis where it is a tensor, got shape ()")
-        arrays.append((name, each))
+        there.append((name, each))
     if out is not None and out[0] is None and cache is not None:  # a new q beside caches
         _check_tensor(names[0], xs[0])
         out = torch.empty_like(xs[0]), *out[1:]
     offset = sum(ints) if ints else None
     if offset is not None and (positions[1] is not None or positions[2] is not None):
-        check_position_offset(offset, any([name != "positions" for name, _ in arrays]))
+        check_position_offset(offset, any([name != "positions" for name, _ in there]))
     if offset is not None and offset >= 2**63:
         raise ValueError(f"positions must fit 64 bits, got {offset}")
-    call = Call(names, xs, source, (), (), offset, checked, out)
-    return call.with_extra((*arrays, *extra))
+    extra_names = *[name for name, _ in there], *extra[0]
+    extra_arrays = *[each for _, each in there], *extra[1]
+    kind = Kind(names, source.form, extra_names, checked)
+    return Call(kind, xs, source, extra_arrays, offset, out)
 
 
 def rotate(call: Call) -> tuple[Any, ...]:
@@ -101,7 +120,7 @@ def rotate(call: Call) -> tuple[Any, ...]:
         (name, _as_tensor(name, array, records and array.ndim > 0)) for name, array in call.extra
     ]
     call = call._replace(table=call.table._replace(arrays=tuple(parts))).with_extra((*extra,))
-    arguments, out = arguments_of(call), call.out
+    arguments, out = _traced_arguments(call), call.out
     if out is not None and not records:
         torch.ops.rope_cupy.rotate_into(*three(call.xs), *three(out), *arguments)
         return out
@@ -156,6 +175,70 @@ def _as_tensor(name: str, array: Any, records: bool) -> Any:
 # Operators that are made of those that run: what is compiled holds the latter alone.
 
 
+class Arguments(NamedTuple):
+    """What an operator that is traced takes behind its tensors, before the options one by one."""
+
+    cos: Any
+    sin: Any  # None where one array is the whole table
+    form: str  # of FORMS
+    positions: Any
+    seqlen_offsets: Any
+    cu_seqlens: Any
+    position_offset: Any
+    weight: Any  # or q_weight
+    k_weight: Any
+    slot_mapping: Any
+    k_scale: Any
+    v_scale: Any
+
+
+NUM_ARGUMENTS = len(Arguments._fields)
+
+
+def _traced_arguments(call: Call) -> tuple[Any, ...]:
+    """Return a call as an operator takes it that is traced, behind the tensors that it rotates.
+
+    Options stand one by one, for numbers among them may be ones that change.
+    """
+    cos, sin = call.table.arrays if len(call.table.arrays) == 2 else (*call.table.arrays, None)
+    extra = dict(call.extra)
+    *plain, norm, packed, cache = call.options
+    *of_norm, round_norm = norm or (None, 0.0, 0.0, False)
+    return (
+        *(cos, sin, call.table.form.__name__),
+        *[extra.get(name) for name in OF_POSITIONS],
+        call.position_offset,
+        extra.get("weight", extra.get("q_weight")),
+        *[extra.get(name) for name in OF_OTHERS],
+        *(*plain, *of_norm, repr(round_norm)),
+        *(None if packed is None else list(packed), *(cache or (None,) * 4)),
+        VERSION,
+    )
+
+
+def _traced_call(
+    xs: tuple[torch.Tensor, ...], outs: tuple[torch.Tensor, ...] | None, arguments: Sequence[Any]
+) -> Call:
+    """Return the call that an operator has been given: the inverse of `_traced_arguments`."""
+    own, flat = Arguments(*arguments[:NUM_ARGUMENTS]), arguments[NUM_ARGUMENTS:-1]
+    options = [tuple(each) if isinstance(each, list) else each for each in flat]
+    plain, norm, packed, cache = options[:-9], options[-9:-5], options[-5], options[-4:]
+    parts = check_parts(
+        None if norm[0] is None else (*norm[:3], literal_eval(str(norm[3]))),
+        packed,
+        None if cache[0] is None else cache,
+    )
+    names: tuple[str, ...] = ("q", "k", "v")[: len(xs)]
+    if len(xs) == 1:
+        names = ("qkv",) if packed else ("x",)
+    all_names = *OF_POSITIONS, "weight" if names == ("x",) else "q_weight", *OF_OTHERS
+    arrays = *own[3:6], *own[7:]
+    extra_names = [name for name, array in zip(all_names, arrays, strict=True) if array is not None]
+    table = TableSource(FORMS[own.form], (own.cos,) if own.sin is None else (own.cos, own.sin))
+    kind = Kind(names, table.form, (*extra_names,), check_options(*plain, parts=parts))
+    return Call(kind, xs, table, present(arrays), own.position_offset, outs)
+
+
 def _rotate(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return _rotated((x,), arguments)[0]  # type: ignore[no-any-return]
 
@@ -165,7 +248,7 @@ def _rotate_qk(q: torch.Tensor, k: torch.Tensor, *arguments: Any) -> tuple[torch
 
 
 def _rotated(xs: tuple[torch.Tensor, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    call = call_of(xs, None, arguments)
+    call = _traced_call(xs, None, arguments)
     for _, x in (*zip(call.names, xs, strict=True), *call.weights):
         asked_of(x).check_transform("an input", x)
     return autograd.rotate(call, new)
@@ -179,7 +262,7 @@ def _rotate_into(*arguments: Any) -> None:
     a constant of the graph.
     """
     xs, outs = present(arguments[:3]), present(arguments[3:6])
-    call = call_of(xs, outs, arguments[6:])
+    call = _traced_call(xs, outs, arguments[6:])
     num_outs = 1 if call.options.cache else len(outs)
     for x in xs:
         asked_of(x).check_transform("an input", x)
@@ -192,7 +275,7 @@ def _rotate_into(*arguments: Any) -> None:
         if moves and i >= num_outs:
             int(offset)
         written.append(torch.empty_like(y) if moves and i < num_outs else y)
-    torch.ops.rope_cupy.write_into(*arguments[:3], *three(tuple(written)), *arguments[6:])
+    torch.ops.rope_cupy.write_into(*arguments[:3], *three(tuple(written)), *arguments_of(call))
     for y, result in zip(outs, written, strict=True):
         if result is not y:
             y.copy_(result)
@@ -201,6 +284,21 @@ def _rotate_into(*arguments: Any) -> None:
 def _refuse_vmap(*_: Any) -> None:
     refuse_transform("an input")
 
+
+_TYPES = dict.fromkeys(Arguments._fields, "Tensor?") | {
+    "cos": "Tensor",
+    "form": "str",
+    "position_offset": "SymInt?",
+}
+_OPTIONS = (
+    "bool interleaved, str? layout, int? head_dim, int rotary_offset, bool conjugate, "
+    "str out_of_range, int[]? mrope_section, bool mrope_interleaved, str rounding, str? norm, "
+    "float eps, float weight_offset, str round_norm, int[]? packed, str? cache_layout, "
+    "str? cache_dtype, float? k_number, float? v_number, str version"
+)
+ONE, TWO, WRITES = schemas(
+    ", ".join([f"{kind} {name}" for name, kind in _TYPES.items()]) + ", " + _OPTIONS
+)
 
 define(__name__, "rotate", ONE, {PARTS: "_rotate", VMAP: "_refuse_vmap"})
 define(__name__, "rotate_qk", TWO, {PARTS: "_rotate_qk", VMAP: "_refuse_vmap"})

@@ -1,115 +1,91 @@
 """Operators that rotate when a graph runs. They record no gradients: see `graphs` for those.
 
-An operator takes tensors, the name of the table's form, and options one by one, and has a call of
-them again when it runs: a graph may be stored, and run in another process.
+An operator takes tensors, an int, and all else of a call as one text, and has the call of them
+again when it runs: a graph may be stored, and run in another process.
 """
 
 from __future__ import annotations
 
 import sys
+from ast import literal_eval
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
+from zlib import crc32
 
 import torch
 
 from .. import eager
 from ..arrays.torch import outline
-from ..call import Call
-from ..options import Options, check_options, check_parts
+from ..call import Call, Kind, kind_of
+from ..options import Cache, Norm, Options, Packed, check_options, check_parts
 from ..private_torch import is_schema
 from ..problem import OF_POSITIONS
 from ..table_forms import FORMS, TableSource, complex_numbers, complex_pairs
 
-MAX_KNOWN = 1024  # that is remembered of operators' arguments: forms, options, which arrays
-
-
-class Arguments(NamedTuple):
-    """What every operator takes behind the tensors that it rotates, before the options."""
-
-    cos: Any
-    sin: Any  # None where one array is the whole table
-    form: str  # of FORMS
-    positions: Any
-    seqlen_offsets: Any
-    cu_seqlens: Any
-    position_offset: Any
-    weight: Any  # or q_weight
-    k_weight: Any
-    slot_mapping: Any
-    k_scale: Any
-    v_scale: Any
-
-
-NUM_ARGUMENTS = len(Arguments._fields)
-OF_EXTRA = "k_weight", "slot_mapping", "k_scale", "v_scale"
+MAX_KNOWN = 1024  # kinds of calls that are remembered by their texts
+KINDS = Options, Norm, Packed, Cache  # of which a text holds the fields
+OF_OTHERS = "k_weight", "slot_mapping", "k_scale", "v_scale"  # what extra arrays are called
 
 
 def arguments_of(call: Call) -> tuple[Any, ...]:
-    """Return a call as an operator takes it, behind the tensors that it rotates."""
+    """Return a call as an operator takes it that runs, behind the tensors that it rotates."""
     form, parts = call.table
     if form is complex_numbers:  # which Inductor gives to no operator that writes
         form, parts = complex_pairs, tuple([torch.view_as_real(part) for part in parts])
     cos, sin = parts if len(parts) == 2 else (parts[0], None)
     extra = dict(call.extra)
+    weight = extra.get("weight", extra.get("q_weight"))
+    others = [extra.get(name) for name in OF_OTHERS]
     return (
-        *(cos, sin, form.__name__),
-        *[extra.get(name) for name in OF_POSITIONS],
-        call.position_offset,
-        extra.get("weight", extra.get("q_weight")),
-        *[extra.get(name) for name in OF_EXTRA],
-        *_flat(call.options),
+        *(cos, sin, *[extra.get(name) for name in OF_POSITIONS], call.position_offset),
+        *(weight, *others, text_of(call.kind._replace(form=form))),
     )
 
 
-def _flat(options: Options) -> tuple[Any, ...]:
-    """Return options one by one, with the fields of their parts."""
-    *plain, norm, packed, cache = options
-    last = None if packed is None else list(packed), *(cache or (None,) * 4)
-    *of_norm, round_norm = norm or (None, 0.0, 0.0, False)
-    return *plain, *of_norm, repr(round_norm), *last
-
-
-class _Known(NamedTuple):
-    """What is known of operators' arguments but for their tensors."""
-
-    names: tuple[str, ...]  # of what is rotated
-    form: Any
-    extra_names: tuple[str, ...]
-    options: Options
+def text_of(kind: Kind) -> str:
+    """Return a kind as a text, by which a stored graph has it in another process too."""
+    *plain, norm, packed, cache = kind.options
+    parts = [part and tuple(part) for part in (norm, packed, cache)]
+    return repr((kind.names, kind.form.__name__, kind.extra_names, *plain, *parts))
 
 
 @lru_cache(maxsize=MAX_KNOWN)
-def _known(num: int, form: str, there: tuple[bool, ...], options: tuple[Any, ...]) -> _Known:
-    """Check the options, once, and name the arrays. `there` says which extra arrays are."""
-    plain, (*norm, round_norm) = options[:-9], options[-9:-5]
-    packed, cache = options[-5], options[-4:]
-    round_norm = {"True": True, "False": False}.get(round_norm, round_norm.strip("'"))
-    parts = check_parts(
-        None if norm[0] is None else (*norm, round_norm),
-        packed,
-        None if cache[0] is None else cache,
-    )
-    names: tuple[str, ...] = ("q", "k", "v")[:num]
-    if num == 1:
-        names = ("qkv",) if packed else ("x",)
-    all_names = *OF_POSITIONS, "weight" if names == ("x",) else "q_weight", *OF_EXTRA
-    extra_names = tuple(name for name, is_there in zip(all_names, there, strict=True) if is_there)
-    return _Known(names, FORMS[form], extra_names, check_options(*plain, parts=parts))
+def kind_of_text(text: str) -> tuple[Kind, bool]:
+    """Return the kind that a text stands for, and whether arrays tell positions.
+
+    Options are checked again, for whoever wrote the text.
+    """
+    names, form, extra_names, *plain, norm, packed, cache = literal_eval(text)
+    options = check_options(*plain, parts=check_parts(norm, packed, cache))
+    has_positions = any([name in OF_POSITIONS for name in extra_names])
+    return kind_of(names, FORMS[form], extra_names, options), has_positions
 
 
 def call_of(
     xs: tuple[torch.Tensor, ...], outs: tuple[torch.Tensor, ...] | None, arguments: Sequence[Any]
 ) -> Call:
-    """Return the call that an operator has been given: the inverse of `arguments_of`."""
-    own, flat = Arguments(*arguments[:NUM_ARGUMENTS]), arguments[NUM_ARGUMENTS:]
-    extra = *own[3:6], *own[7:]
-    there = tuple([array is not None for array in extra])
-    options = tuple([tuple(each) if isinstance(each, list) else each for each in flat])
-    names, form, extra_names, checked = _known(len(xs), own.form, there, options)
-    parts = (own.cos,) if own.sin is None else (own.cos, own.sin)
-    source, arrays = TableSource(form, parts), present(extra)
-    return Call(names, xs, source, extra_names, arrays, own.position_offset, checked, outs)
+    """Return the call that an operator has been given: the inverse of `arguments_of`.
+
+    Numbers of NumPy, which a graph holds as tensors, are ints again.
+    """
+    cos, sin, *of_positions, offset, weight, k_weight, slots, k_scale, v_scale, text = arguments
+    kind, has_positions = kind_of_text(text)
+    table = TableSource(kind.form, (cos,) if sin is None else (cos, sin))
+    arrays = present((*of_positions, weight, k_weight, slots, k_scale, v_scale))
+    call = Call(kind, xs, table, arrays, offset, outs)
+    return _with_ints(call) if has_positions else call
+
+
+def _with_ints(call: Call) -> Call:
+    numbers = [array for _, array in call.position_arrays if not array.ndim]
+    if not numbers or hasattr(numbers[0], "fake_mode"):
+        return call
+    offset = sum([int(each) for each in numbers], call.position_offset or 0)
+    extra = tuple(
+        (name, array) for name, array in call.extra if array.ndim or name not in OF_POSITIONS
+    )
+    return call.with_extra(extra)._replace(position_offset=offset)
 
 
 def new(call: Call) -> tuple[torch.Tensor, ...]:
@@ -153,30 +129,16 @@ def check_traced(call: Call) -> None:
     eager.check(call._replace(xs=xs, table=table_source, extra_arrays=arrays, out=outs))
 
 
-def _in_memory(call: Call) -> Call:
-    """Return a call whose numbers of NumPy, which a graph holds as tensors, are ints again."""
-    numbers = [array for _, array in call.position_arrays if not array.ndim]
-    if not numbers:
-        return call
-    offset = sum([int(each) for each in numbers], call.position_offset or 0)
-    extra = tuple(
-        (name, array) for name, array in call.extra if array.ndim or name not in OF_POSITIONS
-    )
-    return call.with_extra(extra)._replace(position_offset=offset)
-
-
 def _run_new(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    return eager.rotate(_in_memory(call_of((x,), None, arguments)))[0]  # type: ignore[no-any-return]
+    return eager.rotate(call_of((x,), None, arguments))[0]  # type: ignore[no-any-return]
 
 
 def _run_qk_new(q: torch.Tensor, k: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    return eager.rotate(_in_memory(call_of((q, k), None, arguments)))
+    return eager.rotate(call_of((q, k), None, arguments))
 
 
 def _run_write(*arguments: Any) -> None:
-    eager.rotate(
-        _in_memory(call_of(present(arguments[:3]), present(arguments[3:6]), arguments[6:]))
-    )
+    eager.rotate(call_of(present(arguments[:3]), present(arguments[3:6]), arguments[6:]))
 
 
 def _fake_new(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -194,29 +156,28 @@ def _fake_write(*arguments: Any) -> None:
     check_traced(call_of(present(arguments[:3]), present(arguments[3:6]), arguments[6:]))
 
 
+def schemas(behind: str) -> tuple[str, str, str]:
+    """Return the schemas of what makes one tensor, or two, and of what writes up to three."""
+    outs = "Tensor(a!) out, Tensor(b!)? k_out, Tensor(c!)? v_out"
+    return (
+        f"(Tensor x, {behind}) -> Tensor",
+        f"(Tensor q, Tensor k, {behind}) -> (Tensor, Tensor)",
+        f"(Tensor x, Tensor? k, Tensor? v, {outs}, {behind}) -> ()",
+    )
+
+
 # Operators are PyTorch's, and so of the process: they outlive a module that is imported again (by
 # `importlib.reload`, say), and then call the functions of the new one.
 
-_TYPES = dict.fromkeys(Arguments._fields, "Tensor?") | {
-    "cos": "Tensor",
-    "form": "str",
-    "position_offset": "SymInt?",
-}
-_OPTIONS = (
-    "bool interleaved, str? layout, int? head_dim, int rotary_offset, bool conjugate, "
-    "str out_of_range, int[]? mrope_section, bool mrope_interleaved, str rounding, str? norm, "
-    "float eps, float weight_offset, str round_norm, int[]? packed, str? cache_layout, "
-    "str? cache_dtype, float? k_number, float? v_number"
+_TABLE = "Tensor cos, Tensor? sin"
+_ARRAYS = (
+    "Tensor? positions, Tensor? seqlen_offsets, Tensor? cu_seqlens, SymInt? position_offset, "
+    "Tensor? weight, Tensor? k_weight, Tensor? slot_mapping, Tensor? k_scale, Tensor? v_scale"
 )
-_BEHIND = ", ".join([f"{kind} {name}" for name, kind in _TYPES.items()]) + ", " + _OPTIONS
-ONE, TWO = (
-    f"(Tensor x, {_BEHIND}) -> Tensor",
-    f"(Tensor q, Tensor k, {_BEHIND}) -> (Tensor, Tensor)",
-)
-WRITES = (
-    "(Tensor x, Tensor? k, Tensor? v, Tensor(a!) out, Tensor(b!)? k_out, Tensor(c!)? v_out, "
-    f"{_BEHIND}) -> ()"
-)
+_NEW, _NEW_QK, _WRITES = schemas(f"{_TABLE}, {_ARRAYS}, str kind")
+# What these operators take. PyTorch keeps graphs on the disk by the operators of `graphs`, which
+# have this for an argument: those that were stored by another version are not run.
+VERSION = f"{crc32(repr((_WRITES, *[kind._fields for kind in KINDS])).encode()):08x}"
 RUN, FAKE, VMAP = "CompositeExplicitAutograd", "fake", "vmap"
 
 
@@ -251,6 +212,6 @@ def _by_name(module: str, function: str) -> Callable[..., Any]:
     return call
 
 
-define(__name__, "rotate_new", ONE, {RUN: "_run_new", FAKE: "_fake_new"})
-define(__name__, "rotate_qk_new", TWO, {RUN: "_run_qk_new", FAKE: "_fake_qk_new"})
-define(__name__, "write_into", WRITES, {RUN: "_run_write", FAKE: "_fake_write"})
+define(__name__, "rotate_new", _NEW, {RUN: "_run_new", FAKE: "_fake_new"})
+define(__name__, "rotate_qk_new", _NEW_QK, {RUN: "_run_qk_new", FAKE: "_fake_qk_new"})
+define(__name__, "write_into", _WRITES, {RUN: "_run_write", FAKE: "_fake_write"})

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from arrays import hold
+from forgetting import forget
 from reference import check, rotate, to_float64
 
 from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, arrays, eager, table_forms
+from rope_cupy.call import parse
 
 TOKENS, HEADS, HEAD_DIM, PAIRS = 6, 3, 16, 6  # the last 4 elements of a head pass through
 RNG = np.random.default_rng(12)
@@ -32,11 +34,14 @@ in_every_library = pytest.mark.parametrize(
 )
 
 
+# What options are by default, in the order of their record.
+PLAIN = (None, None, None, 0, False, "nan", None, False, "once")
+
+
 @pytest.fixture(autouse=True)
-def nothing_seen(monkeypatch):
+def nothing_seen():
     """A process in which no call has been seen."""
-    for name in ("_prepared", "_recent"):
-        monkeypatch.setattr(eager, name, {})
+    forget()
 
 
 @pytest.fixture
@@ -167,6 +172,40 @@ def test_a_start_past_the_table_is_refused_after_one_inside(library):
         apply_rotary(x, table, positions=-1)
 
 
+@in_every_library
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_start_in_a_table_by_token_is_refused_after_none(start, library):
+    by_token = [part[None] for part in make_table(library)._source.arrays]
+    table = RotaryTable(by_token[0][:, :TOKENS], by_token[1][:, :TOKENS])
+    x, values = fresh(library)
+    before = values.copy()
+    for _ in range(4):
+        apply_rotary(x, table)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="positions must be None with a table by batch and"):
+            apply_rotary(x, table, positions=start, out=x)
+        with pytest.raises(ValueError, match="positions must be None with a table by batch and"):
+            apply_rotary(x, table, positions=start)
+    np.testing.assert_array_equal(to_float64(x), before)
+
+
+@in_every_library
+def test_signatures_in_turn_are_each_found_and_the_last_one_first(library, described):
+    table = make_table(library)
+    calls = [fresh(library, (1, TOKENS, heads, HEAD_DIM)) for heads in (1, 2, 3)]
+    for _ in range(3):
+        for x, _ in calls:
+            apply_rotary(x, table)
+    described.clear()
+    kind = parse(("x",), (calls[0][0],), table, (None,) * 3, PLAIN, None).kind
+    for _ in range(2):
+        for x, values in calls:
+            assert_right(apply_rotary(x, table), values)
+            ((_, prepared), *others) = kind.recent[()]
+            assert prepared.problem.tensors[0].num_heads == x.shape[2] and len(others) == 2
+    assert not described
+
+
 @pytest.mark.parametrize("wrong", [1, 1.0, np.True_], ids=repr)
 def test_an_option_of_a_wrong_type_is_refused_after_its_equal(wrong):
     x, table = fresh()[0], make_table()
@@ -274,7 +313,6 @@ def test_threads_that_call_at_once_get_their_own_results(library):
 def test_what_is_prepared_is_bounded_and_the_oldest_goes_first(library, monkeypatch, described):
     monkeypatch.setattr(eager, "MAX_PREPARED", 5)
     monkeypatch.setattr(eager, "MAX_RECENT", 3)
-    monkeypatch.setattr(eager, "MAX_KINDS", 4)
     table = make_table(library)
     for heads in range(1, 20):
         x, values = fresh(library, (1, TOKENS, heads, HEAD_DIM))
@@ -283,8 +321,9 @@ def test_what_is_prepared_is_bounded_and_the_oldest_goes_first(library, monkeypa
         for first in range(5):
             out = fresh(library, tuple(x.shape))[0]
             assert_right(apply_rotary(x, table, positions=first, out=out), values, positions=first)
-        assert len(eager._prepared) <= 5 and len(eager._recent) <= 4
-        assert all(len(recent) <= 3 for recent in eager._recent.values())
+        assert len(eager._prepared) <= 5
+        kind = parse(("x",), (x,), table, (None,) * 3, PLAIN, None).kind
+        assert kind.recent and all(1 <= len(recent) <= 3 for recent in kind.recent.values())
     described.clear()
     for heads in (18, 19):  # the last ones are still there
         apply_rotary(fresh(library, (1, TOKENS, heads, HEAD_DIM))[0], table)

@@ -1,6 +1,5 @@
 """torch.compile, torch.export, fake tensors: one graph, the same bits, compiled once."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -23,6 +22,8 @@ from rope_cupy import (
     apply_rotary_qk,
     apply_rotary_qkv,
 )
+from rope_cupy.ways import graphs, operators
+from rope_cupy.ways.operators import VERSION
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PAIRS = 32
@@ -266,30 +267,35 @@ SAMPLES = {  # what is behind the table and its form
 def behind(name, device):
     positions, *rest = SAMPLES[name]
     positions = None if positions is None else torch.arange(16, device=device)
-    return *parts(device), "half_width", positions, *rest
+    return *parts(device), "half_width", positions, *rest, VERSION
+
+
+def as_run(xs, outs, arguments):
+    """What an operator takes that runs, for what one takes that is traced."""
+    return operators.arguments_of(graphs._traced_call(xs, outs, arguments))
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("num", [1, 2])
 def test_the_operators_of_new_results_pass_opcheck(num, name, grad, device):
-    importlib.import_module("rope_cupy.torch")  # defines them
-    arguments = *q_and_k(device, grad=grad)[:num], *behind(name, device)
-    operators, kind = torch.ops.rope_cupy, "_qk" if num == 2 else ""
-    torch.library.opcheck(getattr(operators, f"rotate{kind}").default, arguments)
+    xs, arguments = q_and_k(device, grad=grad)[:num], behind(name, device)
+    defined, kind = torch.ops.rope_cupy, "_qk" if num == 2 else ""
+    torch.library.opcheck(getattr(defined, f"rotate{kind}").default, (*xs, *arguments))
     if not grad:
-        torch.library.opcheck(getattr(operators, f"rotate{kind}_new").default, arguments)
+        run = *xs, *as_run((*xs,), None, arguments)
+        torch.library.opcheck(getattr(defined, f"rotate{kind}_new").default, run)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("num", [1, 2])
 def test_the_operators_that_write_pass_opcheck(num, name, device):
-    importlib.import_module("rope_cupy.torch")  # defines them
-    xs = [*q_and_k(device)[:num], None, None][:3]
-    outs = [None if x is None else torch.zeros_like(x) for x in xs]
-    arguments = *xs, *outs, *behind(name, device)
-    torch.library.opcheck(torch.ops.rope_cupy.rotate_into.default, arguments)
-    torch.library.opcheck(torch.ops.rope_cupy.write_into.default, arguments)
+    xs = q_and_k(device)[:num]
+    outs = tuple(torch.zeros_like(x) for x in xs)
+    arguments, written = behind(name, device), (*operators.three(xs), *operators.three(outs))
+    torch.library.opcheck(torch.ops.rope_cupy.rotate_into.default, (*written, *arguments))
+    run = *written, *as_run(xs, outs, arguments)
+    torch.library.opcheck(torch.ops.rope_cupy.write_into.default, run)
 
 
 # One set of checks for every way in.

@@ -26,6 +26,7 @@ from rope_cupy import (
     apply_rotary_kv_cache,
     apply_rotary_qkv,
 )
+from rope_cupy.ways import graphs, operators
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HEADS, KV_HEADS = 2, 1
@@ -813,7 +814,6 @@ SAMPLES = {  # which weights there are, and what is behind all arrays
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_operators_of_new_results_pass_opcheck(name, grad, device):
-    importlib.import_module("rope_cupy.torch")  # defines them
     there, behind = SAMPLES[name]
     x = traced_inputs(device, grad=grad)
     xs, kind = [x.q, x.k], "_qk"
@@ -821,16 +821,16 @@ def test_the_operators_of_new_results_pass_opcheck(name, grad, device):
         xs, kind = [torch.cat(x[:3], 2).detach().requires_grad_(grad)], ""
     weights = [w if given else None for w, given in zip(x[3:5], there, strict=True)]
     table = *table_of(device, torch.float32, 64, 32), "half_width"
-    arguments = *xs, *table, *OF_POSITIONS, *weights, None, None, None, *behind
-    operators = torch.ops.rope_cupy
-    torch.library.opcheck(getattr(operators, f"rotate{kind}").default, arguments)
+    arguments = *table, *OF_POSITIONS, *weights, None, None, None, *behind, operators.VERSION
+    defined = torch.ops.rope_cupy
+    torch.library.opcheck(getattr(defined, f"rotate{kind}").default, (*xs, *arguments))
     if not grad:
-        torch.library.opcheck(getattr(operators, f"rotate{kind}_new").default, arguments)
+        run = operators.arguments_of(graphs._traced_call((*xs,), None, arguments))
+        torch.library.opcheck(getattr(defined, f"rotate{kind}_new").default, (*xs, *run))
 
 
 @pytest.mark.parametrize("scale", [None, 0.5, "array"])
 def test_the_operators_that_write_caches_pass_opcheck(scale, device):
-    importlib.import_module("rope_cupy.torch")  # defines them
     x, scaled = traced_inputs(device), scale is not None
     caches = [
         cache.to(torch.float8_e5m2).view(torch.uint8) if scaled else cache for cache in x[7:9]
@@ -840,10 +840,11 @@ def test_the_operators_that_write_caches_pass_opcheck(scale, device):
         others[3], scale = x.k_scale, None
     cache = "NHD", "float8_e5m2" if scaled else None, scale, None
     table = *table_of(device, torch.float32, 64, 32), "half_width"
-    behind = *table, *OF_POSITIONS, *others, *PLAIN, *NO_NORM, None, *cache
-    arguments = x.q, x.k, x.v, torch.zeros_like(x.q), *caches, *behind
-    torch.library.opcheck(torch.ops.rope_cupy.rotate_into.default, arguments)
-    torch.library.opcheck(torch.ops.rope_cupy.write_into.default, arguments)
+    behind = *table, *OF_POSITIONS, *others, *PLAIN, *NO_NORM, None, *cache, operators.VERSION
+    xs, outs = (x.q, x.k, x.v), (torch.zeros_like(x.q), *caches)
+    torch.library.opcheck(torch.ops.rope_cupy.rotate_into.default, (*xs, *outs, *behind))
+    run = operators.arguments_of(graphs._traced_call(xs, outs, behind))
+    torch.library.opcheck(torch.ops.rope_cupy.write_into.default, (*xs, *outs, *run))
 
 
 class Norms(torch.nn.Module):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from forgetting import forget
 from reference import check, rotate, to_float64
 
-from rope_cupy import RotaryTable, apply_rotary, eager, private_torch
+from rope_cupy import RotaryTable, apply_rotary, private_torch
 from rope_cupy.arrays import torch as of_torch
 
 PARTS = [
@@ -33,9 +34,11 @@ def taken(request, monkeypatch):
 
     monkeypatch.setattr(private_torch, "found", found_without)
     monkeypatch.setattr(of_torch, "_modes_or_tangents", private_torch.modes_and_tangents())
-    monkeypatch.setattr(of_torch, "_count_versions", private_torch.version_counter())
-    monkeypatch.setattr(eager, "_prepared", {})
-    monkeypatch.setattr(eager, "_recent", {})
+    counter = staticmethod(private_torch.version_counter())
+    monkeypatch.setattr(of_torch.Torch, "mark_written", counter)
+    forget()
+    yield
+    forget()
 
 
 def test_every_part_is_found_in_this_pytorch():

@@ -106,14 +106,14 @@ class Module:
         return self.cubin, name
 
 
-def pack_into(buffer, offset, values):
-    buffer[offset : offset + len(BLOCK)] = values
+def pack_into(buffer, offset, *items):
+    buffer[offset : offset + len(BLOCK)] = bytes(items)
 
 
 def launcher(name, device=0, stream_of=lambda device: 7):
     packer = SimpleNamespace(size=len(BLOCK), pack_into=pack_into)
     plan = SimpleNamespace(kernel=name, grid=(2, 3), block=(4, 5), packer=packer)
-    return jit.Launcher(plan, device, stream_of)
+    return jit.Launcher(plan, device, stream_of, lambda values: values)
 
 
 def launch(name, device=0, stream_of=lambda device: 7):
@@ -124,7 +124,7 @@ def launch(name, device=0, stream_of=lambda device: 7):
 def cold(monkeypatch):
     """A process that has neither compiled a kernel nor warned."""
     state = {"_kernels": {}, "_locks": {}, "_not_warned": threading.Lock()}
-    for name, value in (state | {"_thread": jit._Thread()}).items():
+    for name, value in (state | {"_thread": threading.local()}).items():
         monkeypatch.setattr(jit, name, value)
 
 

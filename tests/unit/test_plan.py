@@ -1,5 +1,6 @@
 """The launch plan: what each thread does, how blocks and rows are numbered, what is packed."""
 
+import itertools
 import math
 import struct
 
@@ -89,13 +90,18 @@ def fields(plan):
     }
 
 
+def names_of(packer):
+    """The names of what is patched."""
+    return [item.name for item in packer.items if not isinstance(item, bytes)]
+
+
 def patched(plan, pointers):
     """What a plan's argument block holds of addresses, by the names of what is patched."""
     block = plan.argument_block(pointers)
     found = [field for field in plan.packer.fields if field.is_patched]
     return {
         name: struct.unpack_from(f"<{field.type.format}", block, field.offset)[0]
-        for name, field in zip(plan.packer.names, found, strict=True)
+        for name, field in zip(names_of(plan.packer), found, strict=True)
     }
 
 
@@ -859,9 +865,11 @@ def test_weights_slots_and_scales_are_patched_where_there_are_any():
 def test_a_block_is_packed_into_any_buffer_and_nothing_else_is_touched():
     plan = launch_plan(problem([spec((1, 5, 4, 128))], 128))
     packer, buffer = plan.packer, bytearray(b"\xa5" * 1024)
-    packer.pack_into(buffer, 8, range(1, 1 + len(packer.names)))
+    values = itertools.count(1)
+    items = [item if isinstance(item, bytes) else next(values) for item in packer.items]
+    packer.pack_into(buffer, 8, *items)
     block = plan.argument_block(Pointers((1, 2), (3, 4), 5, 6, 7, 8, position_offset=9))
-    assert packer.names[-1] == "position_offset"
+    assert names_of(packer)[-1] == "position_offset"
     assert buffer == b"\xa5" * 8 + block + b"\xa5" * (1024 - 8 - packer.size)
 
 
