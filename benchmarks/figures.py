@@ -55,6 +55,7 @@ STYLES = {
     "torch two launches": ("#bbbbbb", "2"),
 }
 UNKNOWN = ("#777777", "*")
+HOST_WAYS = "4 threads", "compiled", "compiled, dynamic lengths"  # behind the names of calls
 WITHOUT_A_TIME = {"wrong": "wrong", "failed": "failed", "unsupported": "-", "absent": "-"}
 # The same file gives the same SVG, and fonts are in it as outlines.
 DRAWING = {"svg.hashsalt": OURS, "svg.fonttype": "path", "font.size": 9, "axes.axisbelow": True}
@@ -147,9 +148,17 @@ def share_by_task(run: pd.DataFrame) -> pd.DataFrame:
 
 
 def host_times(run: pd.DataFrame) -> pd.DataFrame:
-    """Provider, call and microseconds of each call measured by bench_host.py, fastest first."""
+    """Microseconds of each call measured by bench_host.py, a column for each way to make it.
+
+    The columns are "plain" and what stands behind the name of a call, such as "compiled". The calls
+    that are fastest plainly come first.
+    """
     rows = run[run["status"] == "ok"]
-    return rows[["provider", "call", "microseconds"]].sort_values("microseconds", kind="stable")
+    names = rows["call"].str.extract(f"^(?P<call>.*?)(?:, (?P<way>{'|'.join(HOST_WAYS)}))?$")
+    rows = rows.assign(call=names["call"], way=names["way"].fillna("plain"))
+    times = rows.pivot_table("microseconds", ["provider", "call"], "way", sort=False)
+    columns = [way for way in ("plain", *HOST_WAYS) if way in times]
+    return times[columns].sort_values(columns[0], kind="stable").reset_index()
 
 
 def digits(microseconds: float) -> str:
@@ -238,12 +247,12 @@ def fused(run: pd.DataFrame) -> str:
 
 
 def host_table(run: pd.DataFrame) -> str:
-    """The host times of a run as a table, the shortest first."""
-    rows = [
-        f"| {each.provider} | {each.call} | {digits(each.microseconds)} |"
-        for each in host_times(run).itertuples(index=False)
-    ]
-    return "\n".join(["| host time of | call | microseconds |", "| --- | --- | --- |", *rows])
+    """The host times of a run in microseconds as a table, the shortest first."""
+    provider, call, *ways = host_times(run).columns
+    table = host_times(run).rename(columns={provider: "host time of", call: "call, in us"})
+    for way in ways:
+        table[way] = ["-" if math.isnan(time) else digits(time) for time in table[way]]
+    return markdown(table.set_index("host time of"))
 
 
 def draw_times(axes: Axes, run: pd.DataFrame) -> None:
@@ -298,14 +307,14 @@ def draw_bands(axes: Axes, shares: pd.DataFrame) -> None:
 
 
 def draw_host_times(axes: Axes, run: pd.DataFrame) -> None:
-    """Host time of one call, a bar for each provider and call, the fastest at the top."""
-    times = host_times(run)
+    """Host time of one plain call, a bar for each provider and call, the fastest at the top."""
+    times = host_times(run).dropna(subset="plain")
     if times.empty:
         raise ValueError("the run must hold a host time, got none")
     labels = times["provider"] + ", " + times["call"]
     colors = [STYLES[OURS][0] if name == OURS else "#b8bcc4" for name in times["provider"]]
-    bars = axes.barh(range(len(times)), times["microseconds"], 0.7, color=colors)
-    axes.bar_label(bars, [digits(time) for time in times["microseconds"]], padding=3)
+    bars = axes.barh(range(len(times)), times["plain"], 0.7, color=colors)
+    axes.bar_label(bars, [digits(time) for time in times["plain"]], padding=3)
     axes.set_yticks(range(len(times)), labels)
     axes.set(xlabel="microseconds of the host per call", ylim=(len(times) - 0.5, -0.5))
     axes.margins(x=0.12)

@@ -261,10 +261,27 @@ def test_host_times_are_ordered_and_leave_out_what_was_not_measured(write):
     (run,) = figures.read(write("host.csv", host_rows()))
     times = figures.host_times(run)
     assert times["provider"].tolist() == ["RawKernel", "rope_cupy", "Liger"]
-    assert figures.host_table(run).splitlines()[2:] == [
+    assert figures.host_table(run).splitlines() == [
+        "| host time of | call, in us | plain |",
+        "| --- | --- | --- |",
         "| RawKernel | empty | 6.40 |",
         "| rope_cupy | in place | 10.1 |",
         "| Liger | in place | 38.0 |",
+    ]
+
+
+def test_ways_to_make_a_call_are_columns_of_host_times(write):
+    others = {"in place, compiled": 90, "in place, compiled, dynamic lengths": 95.2, "new": 20.04}
+    (ours,) = [row for row in host_rows() if row["provider"] == "rope_cupy"]
+    more = [ours | {"call": call, "microseconds": time} for call, time in others.items()]
+    (run,) = figures.read(write("host.csv", [*host_rows(), *more]))
+    assert figures.host_table(run).splitlines() == [
+        "| host time of | call, in us | plain | compiled | compiled, dynamic lengths |",
+        "| --- | --- | --- | --- | --- |",
+        "| RawKernel | empty | 6.40 | - | - |",
+        "| rope_cupy | in place | 10.1 | 90.0 | 95.2 |",
+        "| rope_cupy | new | 20.0 | - | - |",
+        "| Liger | in place | 38.0 | - | - |",
     ]
 
 

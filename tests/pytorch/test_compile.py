@@ -22,6 +22,9 @@ from rope_cupy import (
     apply_rotary_qk,
     apply_rotary_qkv,
 )
+from rope_cupy.call import kind_of
+from rope_cupy.options import Cache, Norm, Packed, check_options
+from rope_cupy.table_forms import FORMS
 from rope_cupy.ways import graphs, operators
 from rope_cupy.ways.operators import VERSION
 
@@ -296,6 +299,41 @@ def test_the_operators_that_write_pass_opcheck(num, name, device):
     torch.library.opcheck(torch.ops.rope_cupy.rotate_into.default, (*written, *arguments))
     run = *written, *as_run(xs, outs, arguments)
     torch.library.opcheck(torch.ops.rope_cupy.write_into.default, run)
+
+
+KINDS_OF_CALLS = {
+    "plain": ((), {}),
+    "sections": (("positions",), {"mrope_section": (16, 8, 8), "mrope_interleaved": True}),
+    "a norm": (("q_weight",), {"norm": Norm("head", 0.1 + 0.2, 1.0, "before_weight")}),
+    "packed": (("k_weight",), {"packed": Packed(4, 2), "head_dim": 64, "interleaved": True}),
+    "a cache": (
+        ("slot_mapping", "k_scale"),
+        {"cache": Cache("HND", "float8_e5m2", 1.0, float(np.float32(0.1)))},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS_OF_CALLS)
+def test_the_text_of_a_kind_gives_the_kind_again(name):
+    extra_names, options = KINDS_OF_CALLS[name]
+    plain = check_options(False, None, None, 0, False, "nan", None, False, "once")
+    kind = kind_of(("q", "k"), FORMS["cos_sin_cache"], extra_names, plain._replace(**options))
+    found, has_positions = operators.kind_of_text(operators.text_of(kind))
+    assert found is kind and has_positions == (name == "sections")
+
+
+def test_a_graph_names_the_version_of_the_operators_that_it_runs(device):
+    """For PyTorch keeps graphs on the disk by what is traced, and runs those of another version."""
+    graphs_seen = []
+
+    def backend(graph, inputs):
+        graphs_seen.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(new, fullgraph=True, backend=backend)
+    compiled(*q_and_k(device), RotaryTable(*parts(device)), None)
+    (node,) = [each for each in graphs_seen[0].graph.nodes if "rope_cupy" in str(each.target)]
+    assert node.args[-1] == VERSION
 
 
 # One set of checks for every way in.
