@@ -18,6 +18,7 @@ PURE = (
 )
 KNOW_TORCH = (
     *("rope_cupy.arrays", "rope_cupy.private_torch", "rope_cupy.torch", "rope_cupy.ways"),
+    *("rope_cupy.compat", "rope_cupy.integrations"),
 )
 KNOW_CUPY = "rope_cupy.arrays.cupy", "rope_cupy.environment"
 

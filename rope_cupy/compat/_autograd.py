@@ -1,0 +1,67 @@
+"""Rotations with the gradients that the peers' functions have: of a rotation, the conjugate one."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+
+class Rotate(Protocol):
+    """Write x, rotated, to out, which may be x: what the functions here are given."""
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, *, conjugate: bool) -> None: ...
+
+
+def in_place(x: torch.Tensor, rotate: Rotate, *, reuse_gradient: bool = False) -> torch.Tensor:
+    """Rotate x where it lies, a leaf too, and return it, with a gradient where one is recorded.
+
+    With `reuse_gradient` the backward pass writes over the gradient that comes in.
+    """
+    if getattr(x, "requires_grad", False) and torch.is_grad_enabled():
+        y: torch.Tensor = _InPlace.apply(x, rotate, reuse_gradient)  # type: ignore[no-untyped-call]
+        return y
+    rotate(x, x, conjugate=False)
+    return x
+
+
+def contiguous(x: torch.Tensor, rotate: Rotate, conjugate: bool = False) -> torch.Tensor:
+    """Return x rotated, in a new contiguous tensor, with a gradient where one is recorded."""
+    if x.requires_grad and torch.is_grad_enabled():
+        y: torch.Tensor = _Contiguous.apply(x, rotate, conjugate)  # type: ignore[no-untyped-call]
+        return y
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rotate(x, out, conjugate=conjugate)
+    return out
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rotate: Rotate, reuse_gradient: bool) -> torch.Tensor:
+        rotate(x, x, conjugate=False)
+        whole = x if x._base is None else x._base
+        if not whole.is_leaf:  # autograd refuses to mark a leaf, which the peers write all the same
+            ctx.mark_dirty(x)
+        ctx.rotate, ctx.reuse_gradient = rotate, reuse_gradient
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        if not (ctx.reuse_gradient and gradient.is_contiguous()):
+            return contiguous(gradient, ctx.rotate, conjugate=True), None, None
+        with torch.no_grad():
+            ctx.rotate(gradient, gradient, conjugate=True)
+        return gradient, None, None
+
+
+class _Contiguous(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rotate: Rotate, conjugate: bool) -> torch.Tensor:
+        ctx.rotate, ctx.conjugate = rotate, conjugate
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rotate(x, out, conjugate=conjugate)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return contiguous(gradient, ctx.rotate, not ctx.conjugate), None, None

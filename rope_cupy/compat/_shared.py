@@ -1,0 +1,90 @@
+"""What several peers' modules need: calls without a gradient, and tables that broadcast."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+
+import rope_cupy
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def inference_only(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function that records no gradient, as the peer's kernel records none.
+
+    So weights that are an `nn.Parameter` and leaves that are written in place are no error,
+    whatever PyTorch's grad mode is.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for array in (*args, *kwargs.values()) if kwargs else args:
+            if getattr(array, "requires_grad", False):
+                with sys.modules["torch"].no_grad():
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def with_leading_axes(x: Any, ndim: int) -> Any:
+    """Return x with axes of size 1 in front, so that it has `ndim` of them."""
+    return x.reshape((1,) * (ndim - x.ndim) + tuple(x.shape)) if x.ndim < ndim else x
+
+
+def broadcast_axes(shape: tuple[int, ...], *parts: Any) -> tuple[str, tuple[Any, ...]]:
+    """Return the layout of x (a, b, c, d), and a table's parts with batch, tokens and heads first.
+
+    The parts broadcast against the axes a, b and c: their first three are 1 or as large. Tokens are
+    the axis b where the parts have one row for all of c, else c.
+    """
+    rows = tuple(parts[0].shape)
+    if any(size not in (1, whole) for size, whole in zip(rows[:3], shape, strict=False)):
+        raise ValueError(f"the table must broadcast against x of shape {tuple(shape)}, got {rows}")
+    if rows[2] == 1:
+        layout, tokens, own = "bshd", shape[1], rows[1]
+    else:
+        layout, tokens, own = "bhsd", shape[2], rows[2]
+        parts = tuple([part.swapaxes(1, 2) for part in parts])
+    if own != tokens:
+        parts = tuple([_repeated(part, tokens) for part in parts])
+    return layout, parts
+
+
+def _repeated(part: Any, tokens: int) -> Any:
+    """Return a table of one token as a view of many."""
+    shape = (part.shape[0], tokens, *part.shape[2:])
+    return part.expand(shape) if hasattr(part, "expand") else np.broadcast_to(part, shape)
+
+
+def half_width(cos: Any, sin: Any) -> rope_cupy.RotaryTable:
+    """Return the table of full-width cosines and sines, of which a last odd column is left out."""
+    width = cos.shape[-1]
+    if width % 2:
+        cos, sin = cos[..., : width - 1], sin[..., : width - 1]
+    return rope_cupy.RotaryTable.from_full_width(cos, sin)
+
+
+def itself_or_new(x: Any) -> Any:
+    """Return x, to be written where it lies, or where it is not contiguous a new array like it."""
+    if hasattr(x, "is_contiguous"):
+        return x if x.is_contiguous() else x.new_empty(x.shape)
+    return x if x.flags.c_contiguous else np.empty_like(x, order="C")
+
+
+def by_token_of_three_axes(cos: Any, sin: Any) -> tuple[tuple[Any, Any], Any]:
+    """Return tables (3, tokens..., r) as rows of one, and each axis's and token's row of it."""
+    axes = tuple(cos.shape[:-1])
+    count, torch = math.prod(axes), sys.modules.get("torch")
+    if torch is not None and isinstance(cos, torch.Tensor):
+        rows = torch.arange(count, device=cos.device)
+    else:
+        rows = sys.modules[type(cos).__module__.partition(".")[0]].arange(count)
+    return (cos.reshape(count, -1), sin.reshape(count, -1)), rows.reshape(axes)

@@ -1,0 +1,151 @@
+"""apex: write `from rope_cupy.compat import apex as fused_rotary_positional_embedding` for
+`import fused_rotary_positional_embedding`, the extension that apex builds.
+
+What differs: of the angles `freqs`, cosines and sines are computed by two more launches; sequences
+may be shorter than the tables.
+
+As there, cosines and sines are rounded to the dtype of the input and every product and sum is,
+pairs are of halves, each element is rotated by the angle at its own place, and functions record no
+gradient: `backward` is the gradient of `forward`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import rope_cupy
+
+from ._shared import inference_only
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "backward",
+    "backward_2d",
+    "backward_cached",
+    "backward_thd",
+    "forward",
+    "forward_2d",
+    "forward_cached",
+    "forward_thd",
+]
+
+
+def forward(input: Tensor, freqs: Tensor, transpose_output: bool, /) -> Tensor:
+    """Return input (s, b, h, d) rotated by angles (s, 1, 1, d2), float32.
+
+    The memory of the result is contiguous, or with transpose_output that of its transpose (b, s,
+    h, d) is.
+    """
+    return _sbhd(input, freqs.cos(), freqs.sin(), transpose_output, False)
+
+
+def backward(output_grads: Tensor, freqs: Tensor, transpose_output: bool, /) -> Tensor:
+    """Return the gradient of `forward`'s input."""
+    return _sbhd(output_grads, freqs.cos(), freqs.sin(), transpose_output, True)
+
+
+def forward_cached(input: Tensor, cos: Tensor, sin: Tensor, transpose_output: bool, /) -> Tensor:
+    """Do what `forward` does, by cosines and sines (s, 1, 1, d2)."""
+    return _sbhd(input, cos, sin, transpose_output, False)
+
+
+def backward_cached(
+    output_grads: Tensor, cos: Tensor, sin: Tensor, transpose_output: bool, /
+) -> Tensor:
+    """Return the gradient of `forward_cached`'s input."""
+    return _sbhd(output_grads, cos, sin, transpose_output, True)
+
+
+def forward_thd(input: Tensor, cu_seqlens: Tensor, freqs: Tensor, /) -> Tensor:
+    """Return packed input (t, h, d) rotated by angles (s, 1, 1, d2): sequence i has the tokens
+    cu_seqlens[i] to cu_seqlens[i + 1] - 1.
+    """
+    return _thd(input, cu_seqlens, freqs, False)
+
+
+def backward_thd(output_grads: Tensor, cu_seqlens: Tensor, freqs: Tensor, /) -> Tensor:
+    """Return the gradient of `forward_thd`'s input."""
+    return _thd(output_grads, cu_seqlens, freqs, True)
+
+
+def forward_2d(
+    input: Tensor, cos_h: Tensor, sin_h: Tensor, cos_w: Tensor, sin_w: Tensor, /
+) -> Tensor:
+    """Return images (b, height, width, h, d), as (b, height * width, h, d), whose heads' first
+    halves are rotated by their row, and second halves by their column.
+
+    cos_h and sin_h are (1, height or more, 1, d / 2), cos_w and sin_w (1, width or more, 1, d / 2).
+    """
+    return _image(input, (cos_h, sin_h), (cos_w, sin_w), False)
+
+
+def backward_2d(
+    output_grads: Tensor, cos_h: Tensor, sin_h: Tensor, cos_w: Tensor, sin_w: Tensor, /
+) -> Tensor:
+    """Return the gradient of `forward_2d`'s input, from one of the shape of its input."""
+    return _image(output_grads, (cos_h, sin_h), (cos_w, sin_w), True)
+
+
+def _table(cos: Any, sin: Any, like: Any) -> rope_cupy.RotaryTable:
+    """Return the table of cosines and sines (..., d2), rounded to the dtype of `like`."""
+    width = cos.shape[-1]
+    cos, sin = (_cast(part.reshape(-1, width), like.dtype) for part in (cos, sin))
+    return rope_cupy.RotaryTable.from_elementwise(cos, sin)
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)
+
+
+@inference_only
+def _sbhd(x: Any, cos: Any, sin: Any, transpose_output: bool, conjugate: bool) -> Tensor:
+    shape = x.swapaxes(0, 1).shape if transpose_output else x.shape
+    out: Tensor = x.new_empty(shape)
+    out = out.swapaxes(0, 1) if transpose_output else out
+    rope_cupy.apply_rotary(
+        x,
+        _table(cos, sin, x),
+        layout="sbhd",
+        interleaved=False,
+        conjugate=conjugate,
+        rounding="eager",
+        out=out,
+    )
+    return out
+
+
+@inference_only
+def _thd(x: Any, cu_seqlens: Any, freqs: Any, conjugate: bool) -> Tensor:
+    out: Tensor = x.new_empty(x.shape)
+    rope_cupy.apply_rotary(
+        x,
+        _table(freqs.cos(), freqs.sin(), x),
+        cu_seqlens=cu_seqlens,
+        interleaved=False,
+        conjugate=conjugate,
+        rounding="eager",
+        out=out,
+        out_of_range="keep",
+    )
+    return out
+
+
+@inference_only
+def _image(x: Any, of_row: tuple[Any, Any], of_column: tuple[Any, Any], conjugate: bool) -> Tensor:
+    """Rotate the rows' halves with the columns as heads, then the columns' with rows as batches."""
+    batch, height, width, heads, head_dim = x.shape
+    how: dict[str, Any] = {"interleaved": False, "conjugate": conjugate, "rounding": "eager"}
+    out: Tensor = x.new_empty((batch, height, width, heads, head_dim))
+    rope_cupy.apply_rotary(
+        x.reshape(batch, height, width * heads, head_dim),
+        _table(*of_row, x),
+        out=out.reshape(batch, height, width * heads, head_dim),
+        **how,
+    )
+    columns = out.reshape(batch * height, width, heads, head_dim)
+    rope_cupy.apply_rotary(
+        columns, _table(*of_column, x), rotary_offset=head_dim // 2, out=columns, **how
+    )
+    return out.reshape(batch, height * width, heads, head_dim)

@@ -1,0 +1,275 @@
+"""comfy-kitchen: write `rope_cupy.compat.comfy_kitchen` for `comfy_kitchen`, as ComfyUI imports it.
+
+What differs: any even head size is taken, q and k of any strides in one launch; functions that
+return new tensors have gradients; the fused norms compute in float32 where x has more bits than the
+table.
+
+As there, what is computed has the table's dtype: x is rounded to it where it has fewer bits, and
+with a table of 16 bits every operation is rounded. A table with more rows than x has tokens, on its
+third axis, is cut. Functions that write in place refuse an x that requires a gradient, by a
+RuntimeError; scales may require one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import rope_cupy
+
+from ._shared import broadcast_axes, inference_only, with_leading_axes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "apply_rope",
+    "apply_rope1",
+    "apply_rope1_",
+    "apply_rope_",
+    "apply_rope_split_half",
+    "apply_rope_split_half1",
+    "apply_rope_split_half1_",
+    "apply_rope_split_half_",
+    "rms_rope",
+    "rms_rope1",
+    "rms_rope1_",
+    "rms_rope_",
+    "rms_rope_split_half",
+    "rms_rope_split_half1",
+    "rms_rope_split_half1_",
+    "rms_rope_split_half_",
+]
+
+
+def apply_rope1(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Return x with pairs of neighbours multiplied by the 2 x 2 matrices (..., dim / 2, 2, 2) of
+    freqs_cis, which broadcasts to it, such as (1, 1, tokens) or (1, tokens, 1) to four axes of x.
+    """
+    return _one(x, freqs_cis, True)
+
+
+def apply_rope(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Return xq and xk rotated as `apply_rope1`."""
+    return _two((xq, xk), freqs_cis, True)
+
+
+@inference_only
+def apply_rope1_(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotate x as `apply_rope1`, in place, and return it."""
+    return _one(x, freqs_cis, True, in_place=True)
+
+
+@inference_only
+def apply_rope_(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate xq and xk as `apply_rope`, in place, and return them."""
+    return _two((xq, xk), freqs_cis, True, in_place=True)
+
+
+def apply_rope_split_half1(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Return x rotated as by `apply_rope1`, where pairs are of halves."""
+    return _one(x, freqs_cis, False)
+
+
+def apply_rope_split_half(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Return xq and xk rotated as by `apply_rope`, where pairs are of halves."""
+    return _two((xq, xk), freqs_cis, False)
+
+
+@inference_only
+def apply_rope_split_half1_(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotate x as `apply_rope_split_half1`, in place, and return it."""
+    return _one(x, freqs_cis, False, in_place=True)
+
+
+@inference_only
+def apply_rope_split_half_(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate xq and xk as `apply_rope_split_half`, in place, and return them."""
+    return _two((xq, xk), freqs_cis, False, in_place=True)
+
+
+def rms_rope1(x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """Return `apply_rope1` of x's heads normalised and weighed by scale (dim,)."""
+    return _one(x, freqs_cis, True, ((scale,), epsilon))
+
+
+def rms_rope(
+    q: Tensor,
+    k: Tensor,
+    freqs_cis: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor | None = None,
+    epsilon: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Return `rms_rope1` of q and of k, by q_scale too where k has no own."""
+    return _two((q, k), freqs_cis, True, _norm(q_scale, k_scale, epsilon))
+
+
+@inference_only
+def rms_rope1_(x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """Do what `rms_rope1` does, in place, and return x."""
+    return _one(x, freqs_cis, True, ((scale,), epsilon), in_place=True)
+
+
+@inference_only
+def rms_rope_(
+    q: Tensor,
+    k: Tensor,
+    freqs_cis: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor | None = None,
+    epsilon: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Do what `rms_rope` does, in place, and return q and k."""
+    return _two((q, k), freqs_cis, True, _norm(q_scale, k_scale, epsilon), in_place=True)
+
+
+def rms_rope_split_half1(
+    x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6
+) -> Tensor:
+    """Return `apply_rope_split_half1` of x's heads normalised and weighed by scale (dim,)."""
+    return _one(x, freqs_cis, False, ((scale,), epsilon))
+
+
+def rms_rope_split_half(
+    q: Tensor,
+    k: Tensor,
+    freqs_cis: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor | None = None,
+    epsilon: float = 1e-6,
+    rot_dim: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return `rms_rope_split_half1` of q and of k, of whose heads rot_dim elements rotate."""
+    _check_rot_dim(freqs_cis, rot_dim)
+    return _two((q, k), freqs_cis, False, _norm(q_scale, k_scale, epsilon))
+
+
+@inference_only
+def rms_rope_split_half1_(
+    x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6
+) -> Tensor:
+    """Do what `rms_rope_split_half1` does, in place, and return x."""
+    return _one(x, freqs_cis, False, ((scale,), epsilon), in_place=True)
+
+
+@inference_only
+def rms_rope_split_half_(
+    q: Tensor,
+    k: Tensor,
+    freqs_cis: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor | None = None,
+    epsilon: float = 1e-6,
+    rot_dim: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Do what `rms_rope_split_half` does, in place, and return q and k."""
+    _check_rot_dim(freqs_cis, rot_dim)
+    return _two((q, k), freqs_cis, False, _norm(q_scale, k_scale, epsilon), in_place=True)
+
+
+Norm = tuple[tuple[Any, ...], float] | None  # the scales, and epsilon
+_FUNCTIONS: dict[tuple[int, bool], Any] = {  # by the number of arrays, and whether it normalises
+    (1, False): rope_cupy.apply_rotary,
+    (2, False): rope_cupy.apply_rotary_qk,
+    (1, True): rope_cupy.apply_norm_rotary,
+    (2, True): rope_cupy.apply_qk_norm_rotary,
+}
+
+
+def _norm(q_scale: Any, k_scale: Any, epsilon: float) -> Norm:
+    return (q_scale, q_scale if k_scale is None else k_scale), epsilon
+
+
+def _one(
+    x: Tensor, freqs: Any, interleaved: bool, norm: Norm = None, *, in_place: bool = False
+) -> Tensor:
+    (y,) = _call((x,), freqs, _table(x, freqs), interleaved, norm, in_place)
+    return y  # type: ignore[no-any-return]
+
+
+def _two(
+    xs: tuple[Any, Any], freqs: Any, interleaved: bool, norm: Norm = None, *, in_place: bool = False
+) -> tuple[Any, Any]:
+    """Rotate q and k, in one launch where nothing but the number of heads tells them apart."""
+    q, k = xs
+    table = _table(q, freqs)
+    if q.shape != k.shape or q.dtype != k.dtype:
+        heads = q.ndim - (2 if table[1] == "bshd" else 3)
+        shapes = [[size for i, size in enumerate(x.shape) if i != heads] for x in xs]
+        if shapes[0] != shapes[1] or q.dtype != k.dtype:
+            scales = ((None,), (None,)) if norm is None else ((norm[0][0],), (norm[0][1],))
+            norms = [norm and (each, norm[1]) for each in scales]
+            (q_out,) = _call((q,), freqs, table, interleaved, norms[0], in_place)
+            (k_out,) = _call((k,), freqs, _table(k, freqs), interleaved, norms[1], in_place)
+            return q_out, k_out
+    q_out, k_out = _call(xs, freqs, table, interleaved, norm, in_place)
+    return q_out, k_out
+
+
+def _call(
+    xs: tuple[Any, ...],
+    freqs: Any,
+    table: tuple[rope_cupy.RotaryTable, str],
+    interleaved: bool,
+    norm: Norm,
+    in_place: bool,
+) -> tuple[Any, ...]:
+    """Rotate one array or two of the same tokens: new arrays, or themselves."""
+    if in_place:
+        _check_no_gradient(*xs, freqs)
+    x, dtype = xs[0], freqs.dtype
+    computed = xs
+    if dtype != x.dtype and norm is None and dtype.itemsize <= min(x.dtype.itemsize, 4):
+        computed = tuple([_cast(each, dtype) for each in xs])
+    given = computed if x.ndim == 4 else tuple([with_leading_axes(each, 4) for each in computed])
+    options: dict[str, Any] = {"layout": table[1], "interleaved": interleaved}
+    if dtype.itemsize == 2:
+        options["rounding"] = "eager"
+    if in_place and computed is xs:
+        options["out"] = given if len(xs) == 2 else given[0]
+    scales: tuple[Any, ...] = ()
+    if norm is not None:
+        scales, options["eps"] = norm
+    results = _FUNCTIONS[len(xs), norm is not None](*given, *scales, table[0], **options)
+    if "out" in options:
+        return xs
+    results = results if len(xs) == 2 else (results,)
+    if x.ndim < 4 or computed is not xs:
+        pairs = zip(xs, results, strict=True)
+        results = tuple([_cast(y.reshape(each.shape), x.dtype) for each, y in pairs])
+    if in_place:
+        for each, y in zip(xs, results, strict=True):
+            each[...] = y
+        return xs
+    return results  # type: ignore[no-any-return]
+
+
+def _table(x: Any, freqs: Any) -> tuple[rope_cupy.RotaryTable, str]:
+    """Return the table, cut to the tokens of x, and the layout of x with axes in front."""
+    if x.ndim > 4:
+        raise ValueError(f"x must have at most 4 axes, got shape {tuple(x.shape)}")
+    if x.ndim > 2 and freqs.ndim > 2 and x.shape[2] != 1 and freqs.shape[2] > x.shape[2]:
+        freqs = freqs[:, :, : x.shape[2]]
+    shape = x.shape if x.ndim == 4 else (1,) * (4 - x.ndim) + tuple(x.shape)
+    layout, (freqs,) = broadcast_axes(shape, with_leading_axes(freqs, 6))
+    return rope_cupy.RotaryTable.from_matrices(freqs), layout
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    if x.dtype == dtype:
+        return x
+    return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)
+
+
+def _check_no_gradient(*arrays: Any) -> None:
+    for array in arrays:
+        if getattr(array, "requires_grad", False):
+            raise RuntimeError(
+                "in-place functions are for inference: x and freqs_cis must not require a gradient"
+            )
+
+
+def _check_rot_dim(freqs: Any, rot_dim: int) -> None:
+    width = 2 * freqs.shape[-3]
+    if rot_dim not in (0, width):
+        raise ValueError(f"rot_dim must be 0 or freqs_cis's {width}, got {rot_dim}")

@@ -1,0 +1,150 @@
+"""Liger: write `rope_cupy.compat.liger` for `liger_kernel.transformers.rope`, and for
+`liger_kernel.transformers.qwen2vl_mrope` and `liger_kernel.transformers.llama4_rope`.
+
+What differs: results are new tensors, where Liger may write q and k in place, which it does where
+their memory happens to be in an order; they have the order of the inputs; `freqs_cis` of several
+batches rotates each by its own rows, where Liger takes the first batch's for all.
+
+As there, of an odd number of elements in a head the last one stays as it is, and `position_ids` and
+`unsqueeze_dim` of tables without a head axis mean nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import rope_cupy
+
+from ._shared import by_token_of_three_axes, half_width
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "liger_llama4_text_rotary_pos_emb",
+    "liger_llama4_vision_rotary_pos_emb",
+    "liger_multimodal_rotary_pos_emb",
+    "liger_rotary_pos_emb",
+    "liger_rotary_pos_emb_gpt_oss",
+    "liger_rotary_pos_emb_vision",
+]
+
+
+def liger_rotary_pos_emb(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    unsqueeze_dim: int = 1,
+    rotary_dim: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return q and k (batch, heads, seq_len, head_dim) rotated in halves.
+
+    cos and sin are (seq_len, width), (1 or batch, seq_len, width), or those with an axis of heads
+    of size 1. The width is that of what is rotated, every angle twice, or with `rotary_dim` at
+    least half of it.
+    """
+    if cos.ndim == 4:
+        axis = unsqueeze_dim if cos.shape[unsqueeze_dim] == 1 else 1
+        cos, sin = cos.squeeze(axis), sin.squeeze(axis)
+    if cos.ndim == 2:
+        cos, sin = cos[None], sin[None]
+    if rotary_dim is None:
+        if cos.shape[-1] > q.shape[-1]:
+            cos, sin = cos[..., : q.shape[-1]], sin[..., : q.shape[-1]]
+        table = half_width(cos, sin)
+    else:
+        if rotary_dim % 2 or not 0 < rotary_dim <= q.shape[-1]:
+            raise ValueError(
+                f"rotary_dim must be even and in (0, head_dim={q.shape[-1]}], got {rotary_dim}"
+            )
+        half = rotary_dim // 2
+        if cos.shape[-1] < half:
+            raise ValueError(
+                f"cos must have rotary_dim / 2 = {half} columns or more, got {cos.shape[-1]}"
+            )
+        table = rope_cupy.RotaryTable(cos[..., :half], sin[..., :half])
+    return rope_cupy.apply_rotary_qk(q, k, table, layout="bhsd", interleaved=False)
+
+
+def liger_rotary_pos_emb_gpt_oss(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotate whole heads by cos and sin of half their width."""
+    return liger_rotary_pos_emb(q, k, cos, sin, rotary_dim=q.shape[-1])
+
+
+def liger_rotary_pos_emb_vision(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return q and k (seq_length, heads, head_dim) rotated in halves by cos and sin (seq_length,
+    head_dim), every angle twice.
+    """
+    return rope_cupy.apply_rotary_qk(q, k, half_width(cos, sin), interleaved=False)
+
+
+def liger_multimodal_rotary_pos_emb(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mrope_section: list[int],
+    unsqueeze_dim: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Return q and k (batch, heads, seq_len, head_dim) rotated by cos and sin (3, batch, seq_len,
+    head_dim) of three axes, in sections of pairs, with a rounding after every operation.
+    """
+    (cos, sin), positions = by_token_of_three_axes(cos, sin)
+    pairs = cos.shape[-1] // 2
+    first = min(mrope_section[0], pairs)
+    second = min(mrope_section[1], pairs - first)  # what is left is the third's, as there
+    return rope_cupy.apply_rotary_qk(
+        q,
+        k,
+        half_width(cos, sin),
+        positions=positions,
+        mrope_section=(first, second, pairs - first - second),
+        layout="bhsd",
+        interleaved=False,
+        rounding="eager",
+    )
+
+
+def liger_llama4_text_rotary_pos_emb(
+    xq: Tensor, xk: Tensor, freqs_cis: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return xq and xk (batch, seq_len, heads, head_dim) with neighbours rotated by freqs_cis,
+    (seq_len or more, head_dim / 2) or (batch or 1, seq_len or more, head_dim / 2): complex, or real
+    with an axis of size 2 behind.
+    """
+    return _by_complex(xq, xk, freqs_cis)
+
+
+def liger_llama4_vision_rotary_pos_emb(
+    query: Tensor, key: Tensor, freqs_ci: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotate query and key (batch, seq_len, heads, head_dim) as the text's function, by a complex
+    table of (seq_len, head_dim / 2), also with axes of size 1.
+
+    A real table, which a complex one becomes when its model is cast, multiplies as its real part.
+    """
+    freqs = freqs_ci.reshape(-1, freqs_ci.shape[-1])
+    if _is_complex(freqs):
+        return _by_complex(query, key, freqs)
+    table = rope_cupy.RotaryTable(freqs, freqs * 0)
+    return rope_cupy.apply_rotary_qk(query, key, table, interleaved=True)
+
+
+def _by_complex(q: Tensor, k: Tensor, freqs: Any) -> tuple[Tensor, Tensor]:
+    seq_len = q.shape[1]
+    if not _is_complex(freqs):  # the real and the imaginary part of each number side by side
+        cos, sin = freqs[..., 0], freqs[..., 1]
+        table = rope_cupy.RotaryTable(cos[..., :seq_len, :], sin[..., :seq_len, :])
+    else:
+        table = rope_cupy.RotaryTable.from_complex(freqs[..., :seq_len, :])
+    return rope_cupy.apply_rotary_qk(q, k, table, interleaved=True)
+
+
+def _is_complex(x: Any) -> bool:
+    return "complex" in str(x.dtype)

@@ -1,0 +1,325 @@
+"""SGLang: write `rope_cupy.compat.sglang` for `sgl_kernel` (the functions of its pull request
+14302), and for `sglang.kernels.ops` or `sglang.jit_kernel` (all others);
+`apply_rotary_embedding_triton` is the `apply_rotary_embedding` of SGLang's Triton file, whose name
+another function here has.
+
+What differs: any head size and rotary size, strides, dtypes of tables and positions are taken; a
+position that a cache does not hold gives NaN, where SGLang reads past it.
+
+As there, the flag of pull request 14302, `interleaved` or `is_neox`, which are one, means pairs of
+neighbours where cosines and sines are given, and pairs of halves where positions are. Its default
+is True.
+
+Not covered: `fused_qknorm_rope_pack_kv`, which also copies k and v behind a prefix: rope_cupy
+writes each array as a whole.
+
+No gradient is recorded, as there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import rope_cupy
+
+from ._shared import inference_only
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "FusedSetKVBufferArg",
+    "apply_rope_inplace",
+    "apply_rope_inplace_with_kvcache",
+    "apply_rope_with_cos_sin_cache_inplace",
+    "apply_rotary_embedding",
+    "apply_rotary_embedding_triton",
+    "can_use_rotary_embedding_cos_sin",
+    "fused_inplace_qknorm_rope",
+    "fused_qknorm_rope_out_of_place",
+    "rotary_embedding",
+    "rotary_embedding_cos_sin",
+]
+
+
+def can_use_rotary_embedding_cos_sin(rot_dim: int) -> bool:
+    """Say whether `rotary_embedding_cos_sin` takes this rotary size: every even one."""
+    return rot_dim > 0 and rot_dim % 2 == 0
+
+
+@inference_only
+def rotary_embedding_cos_sin(
+    cos: Tensor,
+    sin: Tensor,
+    query: Tensor,
+    key: Tensor | None = None,
+    head_size: int = 0,
+    interleaved: bool | None = None,
+    positions: Tensor | None = None,
+    *,
+    is_neox: bool | None = None,
+) -> None:
+    """Rotate query, and key where there is one, in place, by a row of cos and sin for each token.
+
+    query and key are (tokens, heads * head_size), (tokens, heads, head_size) or (batch, seq_len,
+    heads, head_size). Neighbours are pairs where the flag is True, by cos and sin (tokens, rot /
+    2), or (tokens, head_size), of which cos's even and sin's odd columns are read. Else halves are,
+    by cos and sin (tokens, rot), of which each half is read by its own. With `positions` (tokens,)
+    a token's row is the one of its position.
+    """
+    head_size, of_neighbours = _head_size(query, head_size), _flag(interleaved, is_neox)
+    make: Any = rope_cupy.RotaryTable if of_neighbours else rope_cupy.RotaryTable.from_elementwise
+    if of_neighbours and cos.shape[-1] == head_size:
+        cos, sin = cos[..., ::2], sin[..., 1::2]
+    options: dict[str, Any] = {"interleaved": of_neighbours}
+    if query.ndim == 4 and positions is None:
+        cos, sin = (part.reshape(*query.shape[:2], -1) for part in (cos, sin))
+    elif positions is not None:
+        options["positions"] = positions.reshape(query.shape[:2]) if query.ndim == 4 else positions
+    _in_place(query, key, make(cos, sin), head_size, options)
+
+
+@inference_only
+def rotary_embedding(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor | None = None,
+    head_size: int = 0,
+    interleaved: bool | None = None,
+    *,
+    is_neox: bool | None = None,
+    cos_sin_cache: Tensor,
+) -> None:
+    """Rotate query, and key where there is one, in place, by rows of a cache (max_position, rot).
+
+    Halves are pairs where the flag is True.
+    """
+    options = {"positions": positions, "interleaved": not _flag(interleaved, is_neox)}
+    if query.ndim == 4:
+        options["positions"] = positions.reshape(query.shape[:2])
+    table = rope_cupy.RotaryTable.from_cache(cos_sin_cache)
+    _in_place(query, key, table, _head_size(query, head_size), options)
+
+
+def apply_rotary_embedding(
+    *,
+    mode: str = "cos_sin",
+    query: Tensor,
+    key: Tensor | None = None,
+    head_size: int = 0,
+    interleaved: bool | None = None,
+    is_neox: bool | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    cos_sin_cache: Tensor | None = None,
+) -> None:
+    """Call `rotary_embedding_cos_sin`, or with mode "positions" `rotary_embedding`."""
+    about: dict[str, Any] = {"interleaved": interleaved, "is_neox": is_neox}
+    if mode == "cos_sin":
+        if cos is None or sin is None:
+            raise ValueError("cos and sin must be given with mode='cos_sin', got None")
+        rotary_embedding_cos_sin(cos, sin, query, key, head_size, **about)
+    elif mode == "positions":
+        if positions is None or cos_sin_cache is None:
+            raise ValueError(
+                "positions and cos_sin_cache must be given with mode='positions', got None"
+            )
+        rotary_embedding(positions, query, key, head_size, cos_sin_cache=cos_sin_cache, **about)
+    else:
+        raise ValueError(f"mode must be 'cos_sin' or 'positions', got {mode!r}")
+
+
+@inference_only
+def apply_rope_inplace(
+    q: Tensor,
+    k: Tensor,
+    cos_sin_cache: Tensor,
+    positions: Tensor,
+    *,
+    is_neox: bool,
+    rope_dim: int = 0,
+) -> None:
+    """Rotate q and k (tokens, heads, head_dim) in place by a cache (max_position, rope_dim)."""
+    _check_rope_dim(cos_sin_cache, rope_dim)
+    table = rope_cupy.RotaryTable.from_cache(cos_sin_cache)
+    rope_cupy.apply_rotary_qk(q, k, table, positions=positions, interleaved=not is_neox, out=(q, k))
+
+
+@inference_only
+def apply_rope_inplace_with_kvcache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos_sin_cache: Tensor,
+    positions: Tensor,
+    out_loc: Tensor,
+    *,
+    is_neox: bool,
+    rope_dim: int = 0,
+) -> None:
+    """Rotate q and k in place, and write k and v to rows out_loc of caches (size, heads * dim).
+
+    These are two launches: the caches and q, then k itself.
+    """
+    _check_rope_dim(cos_sin_cache, rope_dim)
+    table = rope_cupy.RotaryTable.from_cache(cos_sin_cache)
+    how: dict[str, Any] = {"positions": positions, "interleaved": not is_neox}
+    rope_cupy.apply_rotary_kv_cache(
+        q, k, v.reshape(k.shape), k_cache, v_cache, table, slot_mapping=out_loc, out=q, **how
+    )
+    rope_cupy.apply_rotary(k, table, out=k, **how)
+
+
+@dataclass
+class FusedSetKVBufferArg:
+    """The values, the caches and the slots of `apply_rope_with_cos_sin_cache_inplace`."""
+
+    value: Tensor
+    k_buffer: Tensor
+    v_buffer: Tensor
+    cache_loc: Tensor
+
+
+def apply_rope_with_cos_sin_cache_inplace(
+    q: Tensor,
+    k: Tensor,
+    cos_sin_cache: Tensor,
+    positions: Tensor,
+    *,
+    is_neox: bool,
+    rope_dim: int = 0,
+    fused_args: FusedSetKVBufferArg | None = None,
+) -> None:
+    """Call `apply_rope_inplace`, or with `fused_args` `apply_rope_inplace_with_kvcache`."""
+    how: dict[str, Any] = {"is_neox": is_neox, "rope_dim": rope_dim}
+    if fused_args is None:
+        apply_rope_inplace(q, k, cos_sin_cache, positions, **how)
+        return
+    v, caches = fused_args.value, (fused_args.k_buffer, fused_args.v_buffer)
+    slots = fused_args.cache_loc
+    apply_rope_inplace_with_kvcache(q, k, v, *caches, cos_sin_cache, positions, slots, **how)
+
+
+@inference_only
+def fused_inplace_qknorm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos_sin_cache: Tensor,
+    positions: Tensor,
+    *,
+    is_neox: bool,
+    eps: float = 1e-6,
+    head_dim: int = 0,
+    rope_dim: int = 0,
+    round_norm_before_rope: bool = False,
+    cache_has_full_width: bool = False,
+) -> None:
+    """Normalise the heads of q and k (tokens, heads, head_dim), then rotate them, in place.
+
+    There is one rounding; with `round_norm_before_rope` there are those of separate operations.
+    """
+    options = _of_norm(is_neox, round_norm_before_rope)
+    table = _cache_table(cos_sin_cache, cache_has_full_width, rope_dim)
+    weights = q_weight, k_weight
+    rope_cupy.apply_qk_norm_rotary(
+        q, k, *weights, table, eps=eps, positions=positions, out=(q, k), **options
+    )
+
+
+@inference_only
+def fused_qknorm_rope_out_of_place(
+    q: Tensor,
+    k: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos_sin_cache: Tensor,
+    positions: Tensor,
+    *,
+    is_neox: bool,
+    eps: float = 1e-6,
+    head_dim: int = 0,
+    rope_dim: int = 0,
+    round_norm_before_rope: bool = False,
+    cache_has_full_width: bool = False,
+) -> None:
+    """Do what `fused_inplace_qknorm_rope` does, from q and k to q_out and k_out."""
+    options = _of_norm(is_neox, round_norm_before_rope)
+    table = _cache_table(cos_sin_cache, cache_has_full_width, rope_dim)
+    weights, out = (q_weight, k_weight), (q_out, k_out)
+    rope_cupy.apply_qk_norm_rotary(
+        q, k, *weights, table, eps=eps, positions=positions, out=out, **options
+    )
+
+
+@inference_only
+def apply_rotary_embedding_triton(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
+    """Return x, (tokens, heads, head_size) or (batch, tokens, heads, head_size), with each pair of
+    neighbours rotated, whatever the flag says.
+
+    cos and sin are (tokens, head_size / 2); with the flag they may be (tokens, head_size), of which
+    the even columns are read.
+    """
+    if interleaved and cos.shape[-1] == x.shape[-1]:
+        cos, sin = cos[..., ::2], sin[..., ::2]
+    return rope_cupy.apply_rotary(x, (cos, sin), interleaved=True)
+
+
+def _flag(interleaved: bool | None, is_neox: bool | None) -> bool:
+    """Return the one flag that has two names."""
+    if interleaved is not None and is_neox is not None and interleaved != is_neox:
+        raise ValueError(
+            f"interleaved and is_neox must be equal where both are given, got {interleaved} and "
+            f"{is_neox}"
+        )
+    if is_neox is None:
+        return interleaved is None or interleaved
+    return is_neox
+
+
+def _head_size(query: Any, head_size: int) -> int:
+    if head_size == 0 and query.ndim < 3:
+        raise ValueError("head_size must be given where query has 2 axes, got 0")
+    return head_size or int(query.shape[-1])
+
+
+def _in_place(query: Any, key: Any, table: Any, head_size: int, options: dict[str, Any]) -> None:
+    if query.ndim == 2:
+        options["head_dim"] = head_size
+    if key is None:
+        rope_cupy.apply_rotary(query, table, out=query, **options)
+    else:
+        rope_cupy.apply_rotary_qk(query, key, table, out=(query, key), **options)
+
+
+def _check_rope_dim(cache: Any, rope_dim: int, full_width: bool = False) -> None:
+    width = cache.shape[-1] // 2 if full_width else cache.shape[-1]
+    if rope_dim not in (0, width):
+        raise ValueError(f"rope_dim must be 0 or that of cos_sin_cache, {width}, got {rope_dim}")
+
+
+def _cache_table(cache: Any, full_width: bool, rope_dim: int) -> rope_cupy.RotaryTable:
+    """Return the table of a cache, of full width where every element has an angle of its own."""
+    _check_rope_dim(cache, rope_dim, full_width)
+    if not full_width:
+        return rope_cupy.RotaryTable.from_cache(cache)
+    width = cache.shape[-1] // 2
+    return rope_cupy.RotaryTable.from_elementwise(cache[..., :width], cache[..., width:])
+
+
+def _of_norm(is_neox: bool, rounded: bool) -> dict[str, Any]:
+    """Return the options that say what is paired, and where is rounded."""
+    return {
+        "interleaved": not is_neox,
+        "round_norm": rounded,
+        "rounding": "eager" if rounded else "once",
+    }

@@ -1,0 +1,53 @@
+"""timm: write `rope_cupy.compat.timm` for `timm.layers` or `timm.layers.pos_embed_sincos`.
+
+What differs: nothing for x of up to four axes; x of more is refused.
+
+As there, sines come before cosines, products are rounded as PyTorch's operations round them one by
+one, and each element of a pair is rotated by the angle at its own place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import rope_cupy
+
+from ._shared import broadcast_axes, with_leading_axes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["apply_rot_embed", "apply_rot_embed_cat", "apply_rot_embed_list"]
+
+
+def apply_rot_embed(x: Tensor, sin_emb: Tensor, cos_emb: Tensor, half: bool = False) -> Tensor:
+    """Return x (..., tokens, dim) rotated by sines and cosines that broadcast to it.
+
+    Neighbours are pairs, or with `half` the two halves.
+    """
+    if x.ndim > 4:
+        raise ValueError(f"x must have at most 4 axes, got shape {tuple(x.shape)}")
+    whole, cos, sin = with_leading_axes(x, 4), cos_emb, sin_emb
+    layout = "bhsd"
+    if cos.ndim != 2 or cos.shape[0] != whole.shape[2]:  # else a row for each token
+        cos, sin = with_leading_axes(cos, 4), with_leading_axes(sin, 4)
+        layout, (cos, sin) = broadcast_axes(whole.shape, cos, sin)
+    table = rope_cupy.RotaryTable.from_elementwise(cos, sin)
+    y: Any = rope_cupy.apply_rotary(
+        whole, table, layout=layout, interleaved=not half, rounding="eager"
+    )
+    return y if x.ndim == 4 else y.reshape(x.shape)  # type: ignore[no-any-return]
+
+
+def apply_rot_embed_list(
+    x: list[Tensor], sin_emb: Tensor, cos_emb: Tensor, half: bool = False
+) -> list[Tensor]:
+    """Rotate each tensor of a list, or one tensor, as `apply_rot_embed`."""
+    each = x if isinstance(x, list | tuple) else [x]
+    return [apply_rot_embed(one, sin_emb, cos_emb, half) for one in each]
+
+
+def apply_rot_embed_cat(x: Tensor, emb: Tensor, half: bool = False) -> Tensor:
+    """Rotate as `apply_rot_embed`, by sines and then cosines in one tensor."""
+    width = emb.shape[-1] // 2
+    return apply_rot_embed(x, emb[..., :width], emb[..., width:], half)

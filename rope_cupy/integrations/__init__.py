@@ -1,0 +1,1 @@
+"""Models of other libraries, switched to rope_cupy by one call."""

@@ -1,0 +1,208 @@
+"""Switch the attention of diffusers' transformers to rope_cupy, and back.
+
+    from rope_cupy.integrations import diffusers
+
+    print(diffusers.enable(pipeline))  # or a transformer
+    diffusers.disable(pipeline)
+
+Every attention whose processor is known gets a stand-in for it. q and k are then normalised,
+rotated and joined by one launch for each stream of tokens, between the model's own projections and
+diffusers' own attention. Results are those of the model but for one rounding; the rotation's
+gradients are recorded. A model may be compiled, copied, adapted by LoRA or quantized before or
+after, for weights are read when a call is made.
+
+`KNOWN` names the processors. They are those of Flux (and Chroma, Bria, LongCat, Ovis), Flux 2 and
+3, Qwen-Image (Edit, Layered), Wan (I2V, VACE, Animate, ChronoEdit), SkyReels, HunyuanVideo 1.0 and
+1.5, HunyuanImage, Motif, Z-Image, LTX, LTX-2, CogVideoX, ConsisID, CogView 4, GLM-Image, Lumina 2,
+Cosmos, HiDream, Kandinsky 5, Mochi, Sana-Video, OmniGen and ERNIE-Image.
+
+A stand-in hands a call that it does not know to the processor that it stands for: one without a
+table, on another device, under autocast, in context parallelism, with norms that have hooks or
+weights of another dtype. What it hands on goes by the logger "rope_cupy" at the level DEBUG.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ._diffusers_image import (
+    BriaFibo2,
+    CogView4,
+    ErnieImage,
+    Flux3,
+    GlmImage,
+    Lumina2,
+    OmniGen,
+    ZImage,
+)
+from ._diffusers_joint import (
+    Flux,
+    Flux2,
+    Flux2KV,
+    Flux2KVParallel,
+    Flux2Parallel,
+    HiDream,
+    HunyuanVideo,
+    HunyuanVideo15,
+    Mochi,
+    QwenImage,
+)
+from ._diffusers_prologue import Tables
+from ._diffusers_stand_in import StandIn, stand_in_of, why_left
+from ._diffusers_video import (
+    LTX,
+    LTX2,
+    CogVideoX,
+    Cosmos,
+    FusedCogVideoX,
+    Kandinsky5,
+    LTX2Perturbed,
+    SanaVideo,
+    Wan,
+)
+
+__all__ = ["KNOWN", "Attention", "Report", "disable", "enable"]
+
+PROCESSOR = "processor"  # the attribute of an attention
+TRANSFORMERS = "diffusers.models.transformers.transformer_"
+
+# By the module below diffusers.models.transformers and the class of a processor.
+KNOWN: dict[str, type[StandIn]] = {
+    TRANSFORMERS + "flux.FluxAttnProcessor": Flux,
+    TRANSFORMERS + "flux2.Flux2AttnProcessor": Flux2,
+    TRANSFORMERS + "flux2.Flux2ParallelSelfAttnProcessor": Flux2Parallel,
+    TRANSFORMERS + "flux2.Flux2KVAttnProcessor": Flux2KV,
+    TRANSFORMERS + "flux2.Flux2KVParallelSelfAttnProcessor": Flux2KVParallel,
+    TRANSFORMERS + "flux3.Flux3AttnProcessor": Flux3,
+    TRANSFORMERS + "bria.BriaAttnProcessor": Flux,
+    TRANSFORMERS + "bria_fibo.BriaFiboAttnProcessor": Flux,
+    TRANSFORMERS + "bria_fibo2.BriaFibo2AttnProcessor": BriaFibo2,
+    TRANSFORMERS + "longcat_image.LongCatImageAttnProcessor": Flux,
+    TRANSFORMERS + "ovis_image.OvisImageAttnProcessor": Flux,
+    TRANSFORMERS + "qwenimage.QwenDoubleStreamAttnProcessor2_0": QwenImage,
+    TRANSFORMERS + "wan.WanAttnProcessor": Wan,
+    TRANSFORMERS + "wan_animate.WanAttnProcessor": Wan,
+    TRANSFORMERS + "chronoedit.WanAttnProcessor": Wan,
+    TRANSFORMERS + "skyreels_v2.SkyReelsV2AttnProcessor": Wan,
+    TRANSFORMERS + "hunyuan_video.HunyuanVideoAttnProcessor2_0": HunyuanVideo,
+    TRANSFORMERS + "hunyuan_video15.HunyuanVideo15AttnProcessor2_0": HunyuanVideo15,
+    TRANSFORMERS + "hunyuanimage.HunyuanImageAttnProcessor": HunyuanVideo,
+    TRANSFORMERS + "motif_video.MotifVideoAttnProcessor2_0": HunyuanVideo,
+    TRANSFORMERS + "z_image.ZSingleStreamAttnProcessor": ZImage,
+    "diffusers.models.controlnets.controlnet_z_image.ZSingleStreamAttnProcessor": ZImage,
+    TRANSFORMERS + "ltx.LTXVideoAttnProcessor": LTX,
+    TRANSFORMERS + "ltx2.LTX2AudioVideoAttnProcessor": LTX2,
+    TRANSFORMERS + "ltx2.LTX2PerturbedAttnProcessor": LTX2Perturbed,
+    TRANSFORMERS + "lumina2.Lumina2AttnProcessor2_0": Lumina2,
+    TRANSFORMERS + "cosmos.CosmosAttnProcessor2_0": Cosmos,
+    TRANSFORMERS + "cogview4.CogView4AttnProcessor": CogView4,
+    TRANSFORMERS + "glm_image.GlmImageAttnProcessor": GlmImage,
+    TRANSFORMERS + "hidream_image.HiDreamAttnProcessor": HiDream,
+    TRANSFORMERS + "kandinsky.Kandinsky5AttnProcessor": Kandinsky5,
+    TRANSFORMERS + "sana_video.SanaLinearAttnProcessor3_0": SanaVideo,
+    TRANSFORMERS + "omnigen.OmniGenAttnProcessor2_0": OmniGen,
+    TRANSFORMERS + "ernie_image.ErnieImageSingleStreamAttnProcessor": ErnieImage,
+    "diffusers.models.attention_processor.MochiAttnProcessor2_0": Mochi,
+    "diffusers.models.attention_processor.CogVideoXAttnProcessor2_0": CogVideoX,
+    "diffusers.models.attention_processor.FusedCogVideoXAttnProcessor2_0": FusedCogVideoX,
+}
+
+
+class Attention(NamedTuple):
+    """An attention of a model: where it is, its processor, and why that was left, if it was."""
+
+    path: str
+    processor: str
+    reason: str = ""
+
+
+class Report(NamedTuple):
+    """What `enable` replaced and what it left; its text counts them by processor."""
+
+    replaced: tuple[Attention, ...]
+    left: tuple[Attention, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{verb} {number} {processor}{reason and ': ' + reason}"
+            for verb, attentions in (("replaced", self.replaced), ("left", self.left))
+            for (processor, reason), number in Counter([each[1:] for each in attentions]).items()
+        ]
+        return "\n".join(lines) or "no attention"
+
+
+def enable(model: Any) -> Report:
+    """Put stand-ins for the attention processors of a model, or of all models of a pipeline.
+
+    Args:
+        model: a module of PyTorch, such as a transformer of diffusers, or a pipeline, which has
+            modules as `components` or as attributes.
+
+    Returns:
+        a Report: `replaced` and `left` are tuples of Attention, each a path in the model, the name
+        of a processor and, where it was left, the reason. Attention that has a stand-in already
+        counts as replaced.
+
+    Raises:
+        TypeError: `model` is neither a module nor has any.
+        ValueError: no attention has a processor that is known. Nothing is changed then.
+    """
+    replaced: list[Attention] = []
+    left: list[Attention] = []
+    stand_ins: list[tuple[torch.nn.Module, StandIn]] = []
+    for owner, part in _models(model):
+        tables = Tables()
+        for path, module in part.named_modules():
+            processor = getattr(module, PROCESSOR, None)
+            if processor is None or not callable(processor):
+                continue
+            kind = type(processor)
+            if isinstance(processor, StandIn):
+                kind, reason = processor.stands_for, ""
+            else:
+                found = KNOWN.get(f"{kind.__module__}.{kind.__qualname__}")
+                reason = "it is not known"
+                if found is not None:
+                    reason = why_left(found, processor, module, path.rpartition(".")[2])
+                if found is not None and not reason:
+                    stand_ins.append((module, stand_in_of(found, processor, tables)))
+            where = ".".join(filter(None, [owner, path]))
+            (left if reason else replaced).append(Attention(where, kind.__name__, reason))
+    report = Report(tuple(replaced), tuple(left))
+    if not replaced:
+        raise ValueError(f"model must have attention of a processor that is known, got: {report}")
+    for module, stand_in in stand_ins:
+        setattr(module, PROCESSOR, stand_in)
+    return report
+
+
+def disable(model: Any) -> None:
+    """Give all attention of a model, or of a pipeline, its own processor back.
+
+    Raises TypeError as `enable` does; a model that has no stand-ins stays as it is.
+    """
+    for _, part in _models(model):
+        for module in part.modules():
+            processor = getattr(module, PROCESSOR, None)
+            if isinstance(processor, StandIn):
+                setattr(module, PROCESSOR, processor.original)
+
+
+def _models(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield the modules of a model or a pipeline, each with its name in the pipeline."""
+    if isinstance(model, torch.nn.Module):
+        yield "", model
+        return
+    parts = getattr(model, "components", None)
+    parts = parts if isinstance(parts, dict) else getattr(model, "__dict__", {})
+    found = [(name, part) for name, part in parts.items() if isinstance(part, torch.nn.Module)]
+    if not found:
+        raise TypeError(
+            "model must be a module of PyTorch or a pipeline that has modules, got "
+            f"{type(model).__name__}"
+        )
+    yield from found
