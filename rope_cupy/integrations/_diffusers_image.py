@@ -47,7 +47,7 @@ class ZImage(StandIn):
     def after_attention(self, attn: Any, x: Any, mask: Any, freqs: Any) -> Any:
         """Return the tokens after self-attention."""
         self.check_call(x)
-        table = self.tables.of(RotaryTable.from_complex, complex_by_token(freqs, x))
+        table = RotaryTable.from_complex(complex_by_token(freqs, x))
         stream = Stream(*projected(attn, x), self.norms_in(attn, x.dtype), table)
         qkv = prologue([stream], stream.q.shape[-1] // attn.heads)
         if mask is not None and mask.ndim == 2:
@@ -94,7 +94,7 @@ class Lumina2(StandIn):
         self.check_call(x)
         if encoder_hidden_states is not x:
             raise UnknownCallError("it is cross-attention")
-        table = self.tables.of(RotaryTable.from_complex, complex_by_token(image_rotary_emb, x))
+        table = RotaryTable.from_complex(complex_by_token(image_rotary_emb, x))
         stream = Stream(*projected(attn, x), self.norms_in(attn, x.dtype), table)
         q, k, v = prologue([stream], stream.q.shape[-1] // attn.heads)
         scale, mask, groups = attn.scale, attention_mask, attn.heads // k.shape[2]
@@ -125,7 +125,7 @@ class Flux3(StandIn):
         """Return the tokens after self-attention."""
         x = hidden_states
         self.check_call(x)
-        table = self.tables.of(full_width, *full_width_by_token(image_rotary_emb, x))
+        table = full_width(*full_width_by_token(image_rotary_emb, x))
         norms = self.norms_in(attn, None)
         if norms is None:
             raise UnknownCallError("it has no norm")
@@ -157,7 +157,7 @@ class ErnieImage(StandIn):
         if angles.ndim != 4 or angles.shape[:3] not in ((1, x.shape[1], 1), (*x.shape[:2], 1)):
             raise UnknownCallError("its angles are not by token")
         norms, q_and_k = self.norms_in(attn, x.dtype), projected(attn, x)
-        table = self.tables.of(_of_angles, angles, dtype=q_and_k[0].dtype)
+        table = _of_angles(angles, dtype=q_and_k[0].dtype)
         stream = Stream(*q_and_k, norms, table)
         head_dim = stream.q.shape[-1] // attn.heads
         qkv = prologue([stream], head_dim, interleaved=False, rounding="eager")
@@ -184,7 +184,7 @@ class OmniGen(StandIn):
         self.check_call(x)
         if encoder_hidden_states is not x:
             raise UnknownCallError("it is cross-attention")
-        table = self.tables.of(full_width, *full_width_by_token(image_rotary_emb, x))
+        table = full_width(*full_width_by_token(image_rotary_emb, x))
         stream = Stream(*projected(attn, x), None, table)
         qkv = prologue([stream], stream.q.shape[-1] // attn.heads, interleaved=False)
         q, k, v = (each.transpose(1, 2) for each in qkv)
@@ -215,7 +215,7 @@ class CogView4(StandIn):
     def by_head(self, attn: Any, x: Any, text: Any, freqs: Any) -> tuple[torch.Tensor, ...]:
         """Return q, k and v of text and image, (b, s, heads, d)."""
         self.check_call(x)
-        table = self.tables.of(full_width, *full_width_by_token(freqs, x))
+        table = full_width(*full_width_by_token(freqs, x))
         both = torch.cat([text, x], dim=1)
         head_dim = attn.inner_dim // attn.heads
         q, k, v = (by_head(each, head_dim) for each in projected(attn, both))

@@ -65,8 +65,8 @@ class Flux(StandIn):
             raise UnknownCallError("its table is not by token")
         norms = self.norms_in(attn, x.dtype)
         added = None if text is None else self.norms_in(attn, text.dtype, *ADDED)
-        table = self.tables.of(full_width, cos, sin)
-        image_table = self.tables.of(full_width, cos, sin, start=length) if length else table
+        table = full_width(cos, sin)
+        image_table = full_width(cos, sin, start=length) if length else table
         project = projected_by_one if attn.fused_projections else projected
         streams = [Stream(*project(attn, x), norms, image_table)]
         if text is not None:
@@ -108,7 +108,7 @@ class Flux2Parallel(StandIn):
         """Return the tokens of the one stream, its MLP's part included."""
         x = hidden_states
         self.check_call(x)
-        table = self.tables.of(full_width, *full_width_by_token(image_rotary_emb, x))
+        table = full_width(*full_width_by_token(image_rotary_emb, x))
         norms = self.norms_in(attn, x.dtype)
         whole = attn.to_qkv_mlp_proj(x)
         attended, mlp = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
@@ -186,7 +186,7 @@ class QwenImage(StandIn):
         for each, tokens in zip(freqs, (x, text), strict=True):
             if not each.is_complex() or each.ndim != 2 or each.shape[0] != tokens.shape[1]:
                 raise UnknownCallError("its tables are not of complex numbers by token")
-        image_table, text_table = (self.tables.of(RotaryTable.from_complex, f) for f in freqs)
+        image_table, text_table = map(RotaryTable.from_complex, freqs)
         norms = self.norms_in(attn, x.dtype)
         added = self.norms_in(attn, text.dtype, *ADDED)
         streams = [
@@ -225,7 +225,7 @@ class HunyuanVideo(StandIn):
         self.check_call(x)
         if text is None:
             raise UnknownCallError("it has no text")
-        table = self.tables.of(full_width, *full_width_by_token(image_rotary_emb, x))
+        table = full_width(*full_width_by_token(image_rotary_emb, x))
         norms = self.norms_in(attn, x.dtype)
         if attn.add_q_proj is None:
             both = torch.cat([x, text], dim=1)
@@ -293,12 +293,12 @@ class HiDream(StandIn):
             raise UnknownCallError("its table has another number of tokens")
         norms = self.norms_in(attn, x.dtype, *self.norms[:2])
         q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-        table = self.tables.of(_rows_of_matrices, freqs, start=0, end=length)
+        table = _rows_of_matrices(freqs, start=0, end=length)
         streams = [Stream(q, k, v, norms, table)]
         if text is not None:
             added = self.norms_in(attn, text.dtype, *self.norms[2:])
             q, k, v = attn.to_q_t(text), attn.to_k_t(text), attn.to_v_t(text)
-            table = self.tables.of(_rows_of_matrices, freqs, start=length, end=tokens)
+            table = _rows_of_matrices(freqs, start=length, end=tokens)
             streams.append(Stream(q, k, v, added, table))
         head_dim, rotary_dim = q.shape[-1] // attn.heads, 2 * freqs.shape[-3]
         if rotary_dim not in (head_dim, head_dim // 2):
@@ -333,7 +333,7 @@ class Mochi(StandIn):
         cos, sin = pair_of(image_rotary_emb, x)
         if cos.ndim != 3 or cos.shape[:2] != (x.shape[1], attn.heads):
             raise UnknownCallError("its table is not by token and head")
-        table = self.tables.of(_by_token_and_head, cos, sin)
+        table = _by_token_and_head(cos, sin)
         stream = Stream(*projected(attn, x), self.norms_in(attn, x.dtype), table)
         head_dim = stream.q.shape[-1] // attn.heads
         video = [each.transpose(1, 2) for each in prologue([stream], head_dim)]

@@ -6,18 +6,15 @@ the tables that a model's tensors stand for, and one call of rope_cupy for each 
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.normalization import MochiRMSNorm
 from diffusers.models.normalization import RMSNorm as DiffusersRMSNorm
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from rope_cupy import RotaryTable, apply_norm_rotary, apply_qk_norm_rotary, apply_rotary_qk
 
-MAX_OF_A_TENSOR = 16  # tables that one tensor stands for
 MOST_IN_A_HEAD = 512  # elements of a head that is normalised
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 PLAIN_TENSORS = torch.Tensor, torch.nn.Parameter
@@ -90,46 +87,6 @@ def why_norm_is_unknown(module: Any) -> str:
 
 
 # Tables.
-
-Form = Callable[..., RotaryTable]
-
-
-class Tables:
-    """The tables of the tensors that a model hands to all of its blocks, made once for all.
-
-    One belongs to one model. A table lives as long as the tensor that it views; a copy of a model
-    begins with none.
-    """
-
-    def __init__(self) -> None:
-        self._known: Any = WeakTensorKeyDictionary()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Tables, ()
-
-    def of(self, form: Form, *arrays: torch.Tensor, **sizes: Any) -> RotaryTable:
-        """Return the table that a form makes of tensors, and of what else it needs."""
-        if torch.compiler.is_compiling():
-            return form(*arrays, **sizes)
-        first, *others = arrays
-        key = form, *sizes.values()
-        by_form = self._known.get(first)
-        if by_form is not None and key in by_form:
-            references, values, table = by_form[key]
-            same = all([ref() is each for ref, each in zip(references, others, strict=True)])
-            if same and values == [_state_of(each) for each in arrays]:
-                return table  # type: ignore[no-any-return]
-        table = form(*[each.detach() for each in arrays], **sizes)
-        if by_form is None or len(by_form) == MAX_OF_A_TENSOR:
-            by_form = self._known[first] = {}
-        values = [_state_of(each) for each in arrays]
-        by_form[key] = [weakref.ref(each) for each in others], values, table
-        return table
-
-
-def _state_of(array: torch.Tensor) -> tuple[int, int]:
-    """Return what changes when a tensor is given other memory or other values."""
-    return array.data_ptr(), 0 if array.is_inference() else array._version
 
 
 def full_width(cos: torch.Tensor, sin: torch.Tensor, start: int = 0) -> RotaryTable:

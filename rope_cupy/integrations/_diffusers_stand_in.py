@@ -10,11 +10,9 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from ._diffusers_prologue import Norms, Tables, UnknownCallError, norms_of, why_norm_is_unknown
+from ._diffusers_prologue import Norms, UnknownCallError, norms_of, why_norm_is_unknown
 
 logger = logging.getLogger(__name__)
-
-OWN = "original", "tables"
 
 _classes: dict[tuple[type[Any], type[Any]], type[StandIn]] = {}  # as many as are known
 
@@ -28,23 +26,21 @@ class StandIn:
     """
 
     original: Any
-    tables: Tables
     stands_for: ClassVar[type]
     norms: ClassVar[tuple[str, ...]] = ()  # attributes of the attention, in pairs of q and k
     says_cross: ClassVar[bool] = True  # cross-attention says of itself that it is
     cross: ClassVar[tuple[str, ...]] = ()  # names of cross-attention that does not say so
 
-    def __init__(self, original: Any = None, tables: Tables | None = None) -> None:
+    def __init__(self, original: Any = None) -> None:
         # Loaders of diffusers make a new processor of the class of one that they take off.
         self.__dict__["original"] = type(self).stands_for() if original is None else original
-        self.__dict__["tables"] = Tables() if tables is None else tables
 
     def attend(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the original would, or raise UnknownCallError."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
-        if name in OWN or name.startswith("__"):
+        if name == "original" or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.original, name)
 
@@ -52,7 +48,7 @@ class StandIn:
         setattr(self.original, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return stand_in_of, (type(self).__mro__[1], self.original, self.tables)
+        return stand_in_of, (type(self).__mro__[1], self.original)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} in place of {self.original!r}>"
@@ -82,9 +78,9 @@ class StandIn:
         return dispatch_attention_fn(q, k, v, attn_mask=mask, **options).flatten(2, 3).to(q.dtype)
 
 
-def stand_in_of(kind: type[StandIn], original: Any, tables: Tables) -> StandIn:
+def stand_in_of(kind: type[StandIn], original: Any) -> StandIn:
     """Return a stand-in of a kind for a processor."""
-    return class_of(kind, type(original))(original, tables)
+    return class_of(kind, type(original))(original)
 
 
 def class_of(kind: type[StandIn], stands_for: type) -> type[StandIn]:

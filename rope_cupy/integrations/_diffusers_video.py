@@ -50,7 +50,7 @@ class Wan(StandIn):
         cos, sin = pair_of(rotary_emb, x)
         if cos.ndim != 4 or cos.shape[:3] not in ((1, x.shape[1], 1), (*x.shape[:2], 1)):
             raise UnknownCallError("its table is not by token")
-        norms, table = self.norms_in(attn, x.dtype), self.tables.of(full_width, cos, sin)
+        norms, table = self.norms_in(attn, x.dtype), full_width(cos, sin)
         project = projected_by_one if attn.fused_projections else projected
         q, k, v = project(attn, x)
         qkv = prologue([Stream(q, k, v, norms, table)], q.shape[-1] // attn.heads, norm="heads")
@@ -111,10 +111,10 @@ class LTX(StandIn):
         if split:
             if cos.ndim != 4 or cos.shape[0] not in batches or cos.shape[2] != x.shape[1]:
                 raise UnknownCallError("its table is not by head and token")
-            return self.tables.of(_halves_of_heads, cos, sin)
+            return _halves_of_heads(cos, sin)
         if cos.ndim != 3 or cos.shape[0] not in batches or cos.shape[1] != x.shape[1]:
             raise UnknownCallError("its table is not by token")
-        return self.tables.of(_neighbours_of_heads, cos, sin, heads=attn.heads)
+        return _neighbours_of_heads(cos, sin, heads=attn.heads)
 
 
 class LTX2(LTX):
@@ -182,7 +182,7 @@ class CogVideoX(StandIn):
         """Return the video's tokens and the text's."""
         x, text, mask = hidden_states, encoder_hidden_states, attention_mask
         self.check_call(x)
-        table = self.tables.of(full_width, *full_width_by_token(image_rotary_emb, x))
+        table = full_width(*full_width_by_token(image_rotary_emb, x))
         if attn.is_cross_attention:
             raise UnknownCallError("it is cross-attention")
         both = torch.cat([text, x], dim=1)
@@ -230,7 +230,7 @@ class Cosmos(StandIn):
         self.check_call(x)
         if encoder_hidden_states is not None:
             raise UnknownCallError("it is cross-attention")
-        table = self.tables.of(full_width, *full_width_by_token(image_rotary_emb, x))
+        table = full_width(*full_width_by_token(image_rotary_emb, x))
         stream = Stream(*projected(attn, x), self.norms_in(attn, x.dtype), table)
         head_dim = stream.q.shape[-1] // attn.heads
         if stream.norms is None or stream.k.shape[-1] // attn.heads != head_dim:
@@ -266,7 +266,7 @@ class Kandinsky5(StandIn):
             raise UnknownCallError("its table is not of matrices by token")
         if freqs.shape[batched] != x.shape[1] or (batched and freqs.shape[0] not in (1, len(x))):
             raise UnknownCallError("its table has another number of tokens")
-        norms, table = self.norms_in(attn, None, *self.norms), self.tables.of(matrices, freqs)
+        norms, table = self.norms_in(attn, None, *self.norms), matrices(freqs)
         stream = Stream(attn.to_query(x), attn.to_key(x), attn.to_value(x), norms, table)
         qkv = prologue([stream], stream.q.shape[-1] // attn.num_heads)
         return attn.out_layer(self.dispatch(*qkv, None))
@@ -291,7 +291,7 @@ class SanaVideo(StandIn):
         cos, sin = pair_of(rotary_emb, x)
         if cos.ndim != 4 or cos.shape[:3] not in ((1, x.shape[1], 1), (*x.shape[:2], 1)):
             raise UnknownCallError("its table is not by token")
-        table = self.tables.of(full_width, cos, sin)
+        table = full_width(cos, sin)
         q, k, v = projected(attn, x)
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)

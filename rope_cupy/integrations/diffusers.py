@@ -51,7 +51,6 @@ from ._diffusers_joint import (
     Mochi,
     QwenImage,
 )
-from ._diffusers_prologue import Tables
 from ._diffusers_stand_in import StandIn, stand_in_of, why_left
 from ._diffusers_video import (
     LTX,
@@ -155,7 +154,6 @@ def enable(model: Any) -> Report:
     left: list[Attention] = []
     stand_ins: list[tuple[torch.nn.Module, StandIn]] = []
     for owner, part in _models(model):
-        tables = Tables()
         for path, module in part.named_modules():
             processor = getattr(module, PROCESSOR, None)
             if processor is None or not callable(processor):
@@ -169,7 +167,7 @@ def enable(model: Any) -> Report:
                 if found is not None:
                     reason = why_left(found, processor, module, path.rpartition(".")[2])
                 if found is not None and not reason:
-                    stand_ins.append((module, stand_in_of(found, processor, tables)))
+                    stand_ins.append((module, stand_in_of(found, processor)))
             where = ".".join(filter(None, [owner, path]))
             (left if reason else replaced).append(Attention(where, kind.__name__, reason))
     report = Report(tuple(replaced), tuple(left))

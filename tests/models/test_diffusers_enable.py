@@ -20,7 +20,6 @@ from tiny_diffusers import (
     output_of,
 )
 
-from rope_cupy.integrations import _diffusers_prologue as prologue
 from rope_cupy.integrations import diffusers as integration
 from rope_cupy.integrations._diffusers_stand_in import StandIn
 
@@ -71,9 +70,6 @@ def test_a_copy_is_switched_with_weights_of_its_own(copied, calls):
     with torch.no_grad():
         expected = output_of(model, inputs)
         other = copied(model)
-        tables = {id(m.processor.tables) for m in other.modules() if hasattr(m, "processor")}
-        assert len(tables) == 1
-        assert tables != {id(model.transformer_blocks[0].attn.processor.tables)}
         for parameter in other.parameters():
             parameter.mul_(1.1)
         assert torch.equal(output_of(model, inputs), expected)
@@ -92,43 +88,14 @@ def test_fused_projections_are_used(tiny, calls):
     assert torch.isfinite(assert_switched(model, inputs, calls, tiny.calls)).all()
 
 
-# Tables.
-
-
 @torch.no_grad()
-def test_a_table_is_made_once_for_all_blocks_and_lives_as_long_as_its_tensor(monkeypatch):
+def test_tables_are_those_of_the_call():
     model, inputs = build(FLUX)
     integration.enable(model)
-    made, own = [], prologue.RotaryTable.from_full_width
-
-    def counted(*arrays, **options):
-        made.append(arrays)
-        return own(*arrays, **options)
-
-    monkeypatch.setattr(prologue.RotaryTable, "from_full_width", counted)
     first = output_of(model, inputs)
-    assert len(made) == 2  # from the first token on, and from the first one of the image
-    tables = model.transformer_blocks[0].attn.processor.tables
-    assert len(tables._known) == 0
     other = inputs | {"img_ids": inputs["img_ids"] + 3}
     assert not torch.equal(output_of(model, other), first)
-    assert len(made) == 4 and torch.equal(output_of(model, inputs), first)
-
-
-def test_a_table_sees_what_becomes_of_its_tensors():
-    tables, cos, sin = prologue.Tables(), torch.ones(4, 8), torch.zeros(4, 8)
-    table = tables.of(prologue.full_width, cos, sin)
-    assert tables.of(prologue.full_width, cos, sin) is table
-    assert tables.of(prologue.full_width, cos, sin.clone()) is not table
-    cos.data = torch.full((4, 8), 2.0)
-    moved = tables.of(prologue.full_width, cos, sin)
-    assert moved is not table and tables.of(prologue.full_width, cos, sin) is moved
-    sin.add_(1.0)
-    assert tables.of(prologue.full_width, cos, sin) is not moved
-    cos, sin = torch.ones(2, 50, 8)
-    for start in range(50):
-        tables.of(prologue.full_width, cos, sin, start=start)
-    assert len(tables._known[cos]) <= prologue.MAX_OF_A_TENSOR
+    assert torch.equal(output_of(model, inputs), first)
 
 
 # Calls that are left to the original.
