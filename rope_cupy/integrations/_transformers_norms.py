@@ -1,0 +1,236 @@
+"""Norms that stand before a rotation: a value that is not computed until it is asked for.
+
+Within a method that has been compiled again, the norm of q or k gives a `Deferred`. The rotation
+takes what the norm was given, and its weight, and makes one call of both. Wherever else the method
+uses the value, it asks for that of the model's own module: no `Deferred` leaves the method.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.modules import module as hooks
+
+from rope_cupy import RotaryTable, apply_norm_rotary
+
+EPS_NAMES = "variance_epsilon", "eps", "norm_eps", "epsilon"
+TENSORS = torch.Tensor, torch.nn.Parameter  # a subclass may mean something else by an operation
+WIDTH, ROWS = 16, 64  # of a probe
+TOLERANCE = 1e-5  # of float32 numbers near 1
+MOST_ASTRAY = 0.01  # of a probe's elements, by the order in which squares are added
+
+
+class NormKind(NamedTuple):
+    """How rope_cupy says what a norm's module does."""
+
+    module: type[torch.nn.Module]
+    eps_name: str
+    has_weight: bool
+    weight_offset: float
+    round_norm: bool | str  # with rounding="eager"; None where it does not give the module's bits
+    keeps_dtype: bool  # the result has the dtype of x, whatever that of the weight
+
+
+def probe_norm(module: Any, rounding: str) -> NormKind | str:
+    """Return the kind of a norm's module, or why it is none that can be deferred.
+
+    What is probed is a copy of the module with a weight of its own: the model's own weight is not
+    read, so it may be on any device, or nowhere yet.
+    """
+    eps_name = next((name for name in EPS_NAMES if hasattr(module, name)), None)
+    if not isinstance(module, torch.nn.Module) or eps_name is None:
+        return ""  # no norm at all, such as a projection
+    weight, others = getattr(module, "weight", None), dict(module.named_parameters())
+    others.pop("weight", None)
+    if others or (weight is not None and getattr(weight, "ndim", 0) != 1):
+        return "it is no RMSNorm"
+    generator = torch.Generator().manual_seed(5)
+    numbers = torch.randn(ROWS + 1, WIDTH, generator=generator, device="cpu", dtype=torch.float32)
+    x, weights = numbers[:ROWS] * 3, None if weight is None else numbers[ROWS]
+    for offset in (0.0,) if weight is None else (0.0, 1.0):
+        kind = NormKind(type(module), eps_name, weight is not None, offset, True, False)
+        if not _agrees(module, kind, x, weights):
+            continue
+        half, half_weights = x.bfloat16(), None if weights is None else weights.bfloat16()
+        mixed = _result(module, half, weights)
+        kind = kind._replace(keeps_dtype=mixed is not None and mixed.dtype == half.dtype)
+        if rounding != "eager":  # one rounding in all, at the store
+            return kind._replace(round_norm=False)
+        for round_norm in ("before_weight", True):
+            kind = kind._replace(round_norm=round_norm)
+            if _agrees(module, kind, half, half_weights, MOST_ASTRAY):
+                return kind
+        return 'it rounds in a way that rounding="eager" does not have'
+    return "it is no RMSNorm"
+
+
+def _agrees(
+    module: torch.nn.Module, kind: NormKind, x: Any, weight: Any, astray: float | None = None
+) -> bool:
+    """Whether a kind gives a module's results: within rounding, or all bits but a share."""
+    wanted = _result(module, x, weight)
+    if wanted is None or wanted.shape != x.shape:
+        return False
+    cos = torch.ones(1, 1, dtype=x.dtype, device="cpu")
+    table = RotaryTable(cos.expand(len(x), 1), 0 * cos.expand(len(x), 1))
+    options: dict[str, Any] = options_of(module, kind, "head")
+    options |= {"rounding": "eager", "layout": "shd"}
+    found: torch.Tensor = apply_norm_rotary(x[:, None], weight, table, **options)[:, 0]
+    if astray is None:
+        return bool(torch.allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE))
+    astray_ones = int((found != wanted).sum())
+    return bool(wanted.dtype == x.dtype and astray_ones <= astray * x.numel())
+
+
+def _result(module: torch.nn.Module, x: Any, weight: Any) -> torch.Tensor | None:
+    """Return what a copy of a module with this weight gives, None where it refuses."""
+    probed = copy.copy(module)
+    own = dict(module._parameters)
+    if weight is not None:
+        own["weight"] = torch.nn.Parameter(weight)
+    probed.__dict__ |= {"_parameters": own}
+    if isinstance(getattr(module, "normalized_shape", None), tuple):  # of PyTorch's RMSNorm
+        probed.__dict__["normalized_shape"] = (WIDTH,)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            result = type(module).forward(probed, x)
+    except Exception:  # of the model's code: any error says that it takes no such arguments
+        return None
+    return result if isinstance(result, torch.Tensor) else None
+
+
+def options_of(module: Any, kind: NormKind, norm: str) -> dict[str, Any]:
+    """Return the options of a call of rope_cupy, as the module has them now."""
+    eps = getattr(module, kind.eps_name)
+    return {
+        "eps": eps,
+        "norm": norm,
+        "weight_offset": kind.weight_offset,
+        "round_norm": kind.round_norm,
+    }
+
+
+def defer(owner: Any, name: str, x: torch.Tensor) -> Any:
+    """Return the value of a norm of a module, deferred where that is what `enable` has seen."""
+    norm, kind = getattr(owner, name), owner._rope_cupy_norms.get(name)
+    if kind is None or type(norm) is not kind.module:
+        return norm(x)
+    if not isinstance(x, torch.Tensor) or _has_hooks(norm) or "forward" in norm.__dict__:
+        return norm(x)
+    return Deferred(norm, kind, x, x, ())
+
+
+def _has_hooks(norm: Any) -> bool:
+    return bool(
+        norm._forward_hooks
+        or norm._forward_pre_hooks
+        or norm._backward_hooks
+        or norm._backward_pre_hooks
+        or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
+
+
+def is_plain(x: Any) -> bool:
+    """Whether something is a tensor, or stands for one of a graph, and is of no other subclass."""
+    if type(x) in TENSORS:
+        return True
+    return isinstance(x, torch.Tensor) and type(x).__module__.startswith("torch._subclasses.")
+
+
+def value(x: Any) -> Any:
+    """Return a tensor, that of the model's own norm where it was deferred."""
+    return x.value() if isinstance(x, Deferred) else x
+
+
+class Deferred:
+    """The value of a norm that has not been computed, and the views that were made of it."""
+
+    def __init__(self, norm: Any, kind: NormKind, source: Any, x: Any, views: Any) -> None:
+        self.norm, self.kind, self.source, self.x, self.views = norm, kind, source, x, views
+
+    def value(self) -> Any:
+        """Return the value, by the model's own module."""
+        result = self.norm(self.source)
+        for name, arguments in self.views:
+            result = getattr(result, name)(*arguments)
+        return result
+
+    def _viewed(self, name: str, arguments: tuple[Any, ...], x: Any) -> Any:
+        return Deferred(self.norm, self.kind, self.source, x, (*self.views, (name, arguments)))
+
+    def view(self, *shape: Any) -> Any:
+        """Return a view in which each row that is normalised is a row still, or is split."""
+        x = self.x.view(*shape)
+        if x.shape[-1] == self.x.shape[-1] or x.shape[:-2] == self.x.shape[:-1]:
+            return self._viewed("view", shape, x)
+        return self.value().view(*shape)
+
+    def reshape(self, *shape: Any) -> Any:
+        """Return a view, as `view`."""
+        x = self.x.reshape(*shape)
+        if x.shape[-1] == self.x.shape[-1] or x.shape[:-2] == self.x.shape[:-1]:
+            return self._viewed("reshape", shape, x)
+        return self.value().reshape(*shape)
+
+    def transpose(self, first: int, second: int) -> Any:
+        """Return a view with other axes than the last exchanged."""
+        last = self.x.ndim - 1
+        if first % self.x.ndim == last or second % self.x.ndim == last:
+            return self.value().transpose(first, second)
+        return self._viewed("transpose", (first, second), self.x.transpose(first, second))
+
+    @property
+    def shape(self) -> Any:
+        """The shape of the value."""
+        return self.x.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the value."""
+        return self.x.ndim  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> Any:
+        """The device of the value."""
+        return self.x.device
+
+    def size(self, *dim: int) -> Any:
+        """Return the shape of the value."""
+        return self.x.size(*dim)
+
+    def dim(self) -> int:
+        """Return the number of axes of the value."""
+        return self.x.dim()  # type: ignore[no-any-return]
+
+
+def fused_options(deferred: tuple[Any, ...], promotes: Callable[[Any, Any], bool]) -> Any:
+    """Return the weights and options of one call that normalises and rotates, or None.
+
+    `promotes` says whether an operation of two dtypes would give another one than the first.
+    """
+    kinds, weights = [], []
+    for each in deferred:
+        weight = each.norm.weight if each.kind.has_weight else None
+        if weight is not None:
+            if not is_plain(weight) or weight.ndim != 1:
+                return None
+            if weight.device != each.x.device or weight.layout != torch.strided:
+                return None
+            if not each.kind.keeps_dtype and promotes(each.x, weight):
+                return None
+        rows = each.source.shape[-1]
+        norm = "head" if rows == each.x.shape[-1] else "heads"
+        if weight is not None and weight.shape[0] != rows:
+            return None
+        options = options_of(each.norm, each.kind, norm)
+        if type(options["eps"]) is not float:
+            return None
+        kinds.append(options)
+        weights.append(weight)
+    return (weights, kinds[0]) if all(kind == kinds[0] for kind in kinds) else None
