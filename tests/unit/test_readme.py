@@ -96,12 +96,29 @@ def test_one_pass_before_attention_gives_the_exact_values():
         np.testing.assert_allclose(codes[2], written, rtol=2**-4, atol=0.02 * 2**-10)
 
 
-def test_the_processor_shown_is_the_one_that_is_measured():
+def test_the_models_shown_are_switched_and_give_what_they_gave(capsys):
     pytest.importorskip("diffusers")
-    import bench_blocks
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    names = run(code("In a model"))
+    said, model = capsys.readouterr().out, names["model"].eval()
+    assert "replaced 2 FluxAttnProcessor" in said
+    assert "Qwen3Attention.q_norm: one call with the rotation" in said
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        enabled = model(tokens).logits
+        names["transformers"].disable(model)
+        names["diffusers"].disable(names["image"])
+        before = model(tokens).logits
+    assert not torch.equal(enabled, before)
+    torch.testing.assert_close(enabled, before, rtol=1e-4, atol=1e-4)
 
-    assert inspect.getsource(bench_blocks.QwenImageProcessor) in code("In a diffusion model")
-    run(code("In a diffusion model"))
+
+def test_the_function_shown_of_another_library_gives_the_exact_values():
+    names = run(code("In place of another library's function"))
+    angles = numbers(names["angles"])
+    exact = rotate(numbers(names["q"]), np.cos(angles), np.sin(angles))
+    np.testing.assert_allclose(numbers(names["q_out"]), exact, atol=2e-6)
 
 
 def test_the_error_shown_is_the_error_raised():
