@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from rope_cupy import apply_norm_rotary, apply_qk_norm_rotary
 
 from ._transformers_forms import Probed, as_given, fused, options_of, rotary_dim, table_of
 from ._transformers_norms import Deferred, fused_options, is_plain, value
+
+logger = logging.getLogger(__name__)
 
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 COMPLEX = torch.complex64, torch.complex128
@@ -30,11 +33,14 @@ def stand_in(probed: Probed, rounding: str) -> Callable[..., Any]:
         given = dict(zip(names, args, strict=False))
         given.update(kwargs)
         layout = layout_of(probed, given)
+        reason: object = "its arguments are not those that were probed"
         if layout is not None:
             try:
                 return rotate_known(probed, rounding, layout, given)
-            except (TypeError, ValueError):
-                pass
+            except (TypeError, ValueError) as refusal:
+                reason = refusal
+        if not torch.compiler.is_compiling():
+            logger.debug("left to %s: %s", original.__name__, reason)
         plain = [value(each) for each in args]
         return original(*plain, **{name: value(each) for name, each in kwargs.items()})
 

@@ -43,13 +43,16 @@ def probe_norm(module: Any, rounding: str) -> NormKind | str:
     eps_name = next((name for name in EPS_NAMES if hasattr(module, name)), None)
     if not isinstance(module, torch.nn.Module) or eps_name is None:
         return ""  # no norm at all, such as a projection
+    if type(getattr(module, eps_name)) is not float:
+        return "its eps is no float"
     weight, others = getattr(module, "weight", None), dict(module.named_parameters())
     others.pop("weight", None)
     if others or (weight is not None and getattr(weight, "ndim", 0) != 1):
         return "it is no RMSNorm"
     generator = torch.Generator().manual_seed(5)
     numbers = torch.randn(ROWS + 1, WIDTH, generator=generator, device="cpu", dtype=torch.float32)
-    x, weights = numbers[:ROWS] * 3, None if weight is None else numbers[ROWS]
+    sizes = torch.logspace(-4, 1, ROWS, device="cpu", dtype=torch.float32)  # eps matters to some
+    x, weights = numbers[:ROWS] * sizes[:, None], None if weight is None else numbers[ROWS]
     for offset in (0.0,) if weight is None else (0.0, 1.0):
         kind = NormKind(type(module), eps_name, weight is not None, offset, True, False)
         if not _agrees(module, kind, x, weights):

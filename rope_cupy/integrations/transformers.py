@@ -20,8 +20,9 @@ are read when a call is made. `disable` gives every module its class back.
 
 What is not recognised calls the original: a function that the probe does not find, which the report
 names, and when a call is made all arguments that the probe has not covered, such as those of other
-layouts or dtypes, tensor subclasses, and tensors within torch.func.vmap. A norm that is followed by
-no rotation, has hooks or has been replaced is called as the model calls it.
+layouts or dtypes, tensor subclasses, and tensors within torch.func.vmap: the logger "rope_cupy"
+names them at the level DEBUG. A norm that is not followed by the rotation, has hooks or has been
+replaced is called as the model calls it.
 """
 
 from __future__ import annotations

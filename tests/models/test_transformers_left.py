@@ -63,7 +63,8 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("case", [*FITTING, *UNUSUAL])
-def test_arguments_that_the_probe_has_not_covered_go_to_the_function_itself(case, calls):
+def test_arguments_that_the_probe_has_not_covered_go_to_the_function_itself(case, calls, caplog):
+    caplog.set_level("DEBUG", "rope_cupy")
     q, k, angles, options = (FITTING | UNUSUAL)[case]
     module = Rotating()
     module.options.update(options)
@@ -72,6 +73,8 @@ def test_arguments_that_the_probe_has_not_covered_go_to_the_function_itself(case
     switched(module, calls)
     found = rotated(module, *given)
     assert counted(calls) == ({ROTATE: 1} if case in FITTING else {})
+    said = [each.message.partition(":")[0] for each in caplog.records]
+    assert said == ([] if case in FITTING else [f"left to {apply_rotary_pos_emb.__name__}"])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

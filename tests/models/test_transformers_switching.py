@@ -244,6 +244,64 @@ def test_a_norm_that_is_called_by_others_gives_a_tensor():
     assert type(norm(x)) is torch.Tensor
 
 
+class Misnamed(nn.Module):
+    """An RMSNorm with another eps than it says."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(32)), 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * self.weight
+
+
+class Grouped(nn.Module):
+    """An RMSNorm of each half of a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(16)), 1e-6
+
+    def forward(self, x):
+        halves = x.unflatten(-1, (2, -1))
+        return nn.functional.rms_norm(halves, halves.shape[-1:], self.weight, self.eps).flatten(-2)
+
+
+OTHER_NORMS = {
+    "it is no RMSNorm": [
+        nn.LayerNorm(32),
+        nn.LayerNorm(32, bias=False),
+        nn.GroupNorm(4, 32),
+        Misnamed(),
+        Grouped(),
+    ],
+    "its eps is no float": [nn.RMSNorm(32)],
+}
+
+
+@pytest.mark.parametrize("why", OTHER_NORMS)
+def test_norms_of_other_kinds_are_left_and_named(why, calls):
+    for norm in OTHER_NORMS[why]:
+        model = built("Qwen3")
+        model.model.layers[1].self_attn.q_norm = norm
+        report = switched(model, calls)
+        assert report.left == {"Qwen3Attention.q_norm": why}
+        assert report.norms == {"Qwen3Attention.q_norm": 1, "Qwen3Attention.k_norm": 2}
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_of_pytorch_are_one_call_with_the_rotation(affine, calls):
+    model = built("Qwen3")
+    for layer in model.model.layers:
+        for name in ("q_norm", "k_norm"):
+            norm = nn.RMSNorm(32, eps=1e-5, elementwise_affine=affine)
+            setattr(layer.self_attn, name, norm)
+    expected = logits(model)
+    switched(model, calls)
+    assert_close(logits(model), expected)
+    assert counted(calls) == NORMED
+
+
 class Asking(nn.Module):
     """Norms whose values are asked for in many ways before the rotation, and after it."""
 
