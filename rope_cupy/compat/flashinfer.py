@@ -248,7 +248,7 @@ def _table(
         inv_freq = _inverse_frequencies(rotary_dim, rope_scale, rope_theta, scaling)
         table = rope_cupy.RotaryTable.from_inverse_frequencies(inv_freq, like=q, precompute=False)
         if len(_tables) >= MAX_TABLES:
-            _tables.clear()
+            _tables.pop(next(iter(_tables)), None)
         _tables[about] = table
     return table
 
