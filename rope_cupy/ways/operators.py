@@ -115,6 +115,11 @@ def check_traced(call: Call) -> None:
     call = call.with_extra(extra)
     table = [("table", part) for part in call.table.arrays]
     outlines = [outline(name, array) for name, array in (*table, *call.named)]
+    offset: Any = call.position_offset
+    if isinstance(offset, torch.SymInt):  # which is compared as it is now, without a guard
+        offset = offset.node.hint
+        if offset is None:
+            return
     if any(each is None for each in outlines):
         return
     kept = iter(outlines)
@@ -126,7 +131,11 @@ def check_traced(call: Call) -> None:
     table_source = TableSource(form, taken(len(table)))
     xs, arrays = taken(len(call.xs)), taken(len(extra))
     outs = None if call.out is None else taken(len(call.out))
-    eager.check(call._replace(xs=xs, table=table_source, extra_arrays=arrays, out=outs))
+    eager.check(
+        call._replace(
+            xs=xs, table=table_source, extra_arrays=arrays, position_offset=offset, out=outs
+        )
+    )
 
 
 def _run_new(x: torch.Tensor, *arguments: Any) -> torch.Tensor:

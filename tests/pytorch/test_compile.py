@@ -249,6 +249,25 @@ def test_starts_of_sequences_are_not_compiled_again(device):
     assert counter.frame_count == 1
 
 
+def test_a_start_that_is_a_size_is_not_compiled_again(device):
+    """As of tokens behind those of a text, whose number changes."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def behind_text(q, k, text, table):
+        return apply_rotary_qk(q, k, table, positions=text.shape[0])
+
+    compiled = torch.compile(behind_text, fullgraph=True, backend=counter, dynamic=True)
+    table, (q, k) = RotaryTable(*parts(device)), q_and_k(device)
+    for length in (5, 6, 9, 40):
+        text = torch.ones(length, device=device)
+        assert_same(compiled(q, k, text, table), behind_text(q, k, text, table))
+    assert counter.frame_count == 1
+    with pytest.raises(ValueError, match="table must hold the positions"):
+        behind_text(q, k, torch.ones(1000, device=device), table)
+    with pytest.raises(ValueError, match="table must hold the positions"):
+        compiled(q, k, torch.ones(1000, device=device), table)
+
+
 OTHER_ARRAYS = (None,) * 5  # weights, slots and scales
 NO_PARTS = (None, 0.0, 0.0, "False", None, None, None, None, None)  # no norm, no caches
 SAMPLES = {  # what is behind the table and its form
