@@ -307,7 +307,7 @@ def test_the_command_prints_the_readmes_table_and_draws_the_same_plot_each_time(
     figures.main([*paths, "--readme"])
     printed = capsys.readouterr().out
     (run,) = figures.read(paths[0])
-    assert printed.startswith(figures.readme(run) + "\n\n| host time of | call | microseconds |")
+    assert printed.startswith(figures.readme(run) + "\n\n| host time of | call, in us | plain |")
     plot = Path(paths[0]).with_suffix(".svg")
     before = plot.read_bytes()
     assert len(before) < 200e3
