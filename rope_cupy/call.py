@@ -15,7 +15,7 @@ from .tables import source_of
 
 AN_INT_OR_ARRAY = "None, an int or an int32 or int64 array"  # positions are
 SECTION = Options._fields.index("mrope_section")
-MAX_KINDS = 1024  # of calls that are known: names, forms of tables, options
+MAX_KINDS = 256  # of calls that are known: names, forms of tables, options
 Named = tuple[tuple[str, Any], ...]  # arrays by their names
 Extra = tuple[tuple[str, ...], tuple[Any, ...]]  # names, and arrays that have them
 NO_EXTRA: Extra = ((), ())
@@ -133,10 +133,12 @@ def parse(
     if parts is not NO_PARTS:
         parts = check_parts(*parts)
     section = options[SECTION]
-    types = () if section is None else map(type, section)
     try:
+        types = () if section is None else map(type, section)
         kind = _known_kind(names, source.form, extra_names, parts, *options, *types)
-    except TypeError:  # an option of a wrong type, or a list of sections, which cannot be hashed
+    except (
+        TypeError
+    ):  # an option of a wrong type, or sections that cannot be hashed, such as a list
         kind = _kind(names, source.form, extra_names, parts, *options)
     # What Call(...) does too, by a function of Python.
     call: Call = _new_tuple(Call, (kind, xs, source, extra_arrays, offset, out))

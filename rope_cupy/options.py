@@ -107,24 +107,24 @@ def check_options(
         raise ValueError(
             f"layout must end in 'hd' where head_dim splits the last axis, got {layout!r}"
         )
-    _check_choice("out_of_range", out_of_range, ("nan", "keep"))
+    out_of_range = _choice("out_of_range", out_of_range, ("nan", "keep"))
     offset = index("rotary_offset", rotary_offset)
     if not isinstance(mrope_interleaved, bool):
         raise TypeError(f"mrope_interleaved must be True or False, got {mrope_interleaved!r}")
     sections = _checked_sections(mrope_section)
     if mrope_interleaved and sections is None:
         raise ValueError("mrope_section must be given with mrope_interleaved=True, got None")
-    _check_choice("rounding", rounding, ROUNDINGS)
+    rounding = _choice("rounding", rounding, ROUNDINGS)
     return Options(
         interleaved,
-        layout,
+        None if layout is None else "".join(layout),  # no longer of an enumeration of strings
         head_dim,
         offset,
         conjugate,
-        str(out_of_range),
+        out_of_range,
         sections,
         mrope_interleaved,
-        str(rounding),
+        rounding,
         *parts,
     )
 
@@ -140,12 +140,14 @@ def _checked_sections(mrope_section: object) -> tuple[int, int, int] | None:
     return first, second, third
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return the choice that a value is equal to, which may be of an enumeration of strings."""
     wanted = " or ".join(map(repr, choices))
     if not isinstance(value, str):
         raise TypeError(f"{name} must be {wanted}, got {described(value)}")
     if value not in choices:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return choices[choices.index(value)]
 
 
 def _remembered(check: Callable[..., Part]) -> Callable[..., Part]:
@@ -184,7 +186,7 @@ def check_round_norm(round_norm: object) -> None:
 @_remembered
 def check_norm(norm: object, eps: Any, weight_offset: Any, round_norm: Any) -> Norm:
     """Check the fields of Norm."""
-    _check_choice("norm", norm, NORMS)
+    kind = _choice("norm", norm, NORMS)
     check_round_norm(round_norm)
     eps, weight_offset = _number("eps", eps), _number("weight_offset", weight_offset)
     if eps < 0:
@@ -194,7 +196,8 @@ def check_norm(norm: object, eps: Any, weight_offset: Any, round_norm: Any) -> N
             raise ValueError(
                 f"{name} must be at most {MOST_FLOAT32:.6g}, the largest float32, got {number}"
             )
-    return Norm(str(norm), eps, weight_offset, round_norm)
+    is_bool = isinstance(round_norm, bool)
+    return Norm(kind, eps, weight_offset, round_norm if is_bool else BEFORE_WEIGHT)
 
 
 @_remembered
@@ -206,16 +209,15 @@ def check_packed(num_heads: object, num_kv_heads: object) -> Packed:
 @_remembered
 def check_cache(layout: object, dtype: object, k_scale: Any, v_scale: Any) -> Cache:
     """Check the fields of Cache, of which scales are numbers, or None for 1."""
-    _check_choice("cache_layout", layout, CACHE_LAYOUTS)
-    if dtype is not None:
-        _check_choice("cache_dtype", dtype, FLOATS_8)
+    layout = _choice("cache_layout", layout, CACHE_LAYOUTS)
+    dtype = None if dtype is None else _choice("cache_dtype", dtype, FLOATS_8)
     scales = []
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         number = 1.0 if scale is None else _number(name, scale)
         if not LEAST_SCALE <= number <= 1 / LEAST_SCALE:
             raise ValueError(f"{name} must be from 2^-126 to 2^126, got {scale}")
         scales.append(float(np.float32(number)))  # as in memory
-    return Cache(str(layout), None if dtype is None else str(dtype), *scales)
+    return Cache(layout, dtype, *scales)
 
 
 def _number(name: str, value: Any) -> float:

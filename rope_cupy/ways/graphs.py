@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ast import literal_eval
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -193,6 +192,7 @@ class Arguments(NamedTuple):
 
 
 NUM_ARGUMENTS = len(Arguments._fields)
+BOOLS = {"True": True, "False": False}  # of round_norm, which is a text else
 
 
 def _traced_arguments(call: Call) -> tuple[Any, ...]:
@@ -210,7 +210,7 @@ def _traced_arguments(call: Call) -> tuple[Any, ...]:
         call.position_offset,
         extra.get("weight", extra.get("q_weight")),
         *[extra.get(name) for name in OF_OTHERS],
-        *(*plain, *of_norm, repr(round_norm)),
+        *(*plain, *of_norm, round_norm if isinstance(round_norm, str) else repr(round_norm)),
         *(None if packed is None else list(packed), *(cache or (None,) * 4)),
         VERSION,
     )
@@ -224,7 +224,7 @@ def _traced_call(
     options = [tuple(each) if isinstance(each, list) else each for each in flat]
     plain, norm, packed, cache = options[:-9], options[-9:-5], options[-5], options[-4:]
     parts = check_parts(
-        None if norm[0] is None else (*norm[:3], literal_eval(str(norm[3]))),
+        None if norm[0] is None else (*norm[:3], BOOLS.get(str(norm[3]), norm[3])),
         packed,
         None if cache[0] is None else cache,
     )

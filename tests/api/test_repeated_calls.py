@@ -4,6 +4,7 @@ Equal shapes, dtypes, strides and options are recognised; addresses, gradients, 
 looked at every time.
 """
 
+import enum
 import importlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,15 @@ from arrays import hold
 from forgetting import forget
 from reference import check, rotate, to_float64
 
-from rope_cupy import RotaryTable, apply_rotary, apply_rotary_qk, arrays, eager, table_forms
+from rope_cupy import (
+    RotaryTable,
+    apply_norm_rotary,
+    apply_rotary,
+    apply_rotary_qk,
+    arrays,
+    eager,
+    table_forms,
+)
 from rope_cupy.call import parse
 
 TOKENS, HEADS, HEAD_DIM, PAIRS = 6, 3, 16, 6  # the last 4 elements of a head pass through
@@ -212,6 +221,34 @@ def test_an_option_of_a_wrong_type_is_refused_after_its_equal(wrong):
     apply_rotary(x, table, interleaved=True)
     with pytest.raises(TypeError, match="interleaved must be None, True or False"):
         apply_rotary(x, table, interleaved=wrong)
+
+
+class Name(str, enum.Enum):
+    """Options as a program may keep them."""
+
+    BEFORE, KEEP, ONCE, HEAD, LAYOUT = "before_weight", "keep", "once", "head", "bshd"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_option_of_an_enumeration_of_strings_is_its_string(device):
+    x, table = torch.randn(1, 4, 2, 8), torch.randn(2, 4, 4)
+    weight, (cos, sin) = torch.rand(8) + 1, (part.to(device) for part in table)
+    given = {"round_norm": Name.BEFORE, "out_of_range": Name.KEEP, "rounding": Name.ONCE}
+    given |= {"norm": Name.HEAD, "layout": Name.LAYOUT}
+    plain = {name: each.value for name, each in given.items()}
+    results = [
+        apply_norm_rotary(x.to(device), weight.to(device), (cos, sin), **options)
+        for options in (given, plain, given)
+    ]
+    assert all(each.shape == x.shape and each.device.type == device for each in results)
+    if device == "cpu":
+        assert torch.equal(results[0], results[1]) and torch.equal(results[2], results[1])
+
+
+@pytest.mark.parametrize("wrong", [5, True, 1.0, object, torch.tensor(3)], ids=repr)
+def test_sections_that_are_no_sections_are_refused_by_name(wrong):
+    with pytest.raises(TypeError, match="mrope_section must be None or three ints, got"):
+        apply_rotary(fresh()[0], make_table(), mrope_section=wrong)
 
 
 def test_an_option_that_cannot_be_hashed_is_refused_by_name():

@@ -805,7 +805,7 @@ SAMPLES = {  # which weights there are, and what is behind all arrays
     "heads": ((True, True), (*PLAIN, "head", 1e-6, 1.0, "True", None, *NO_CACHE)),
     "one weight": ((False, True), (*PLAIN, "head", 1e-6, 0.0, "False", None, *NO_CACHE)),
     "all heads": ((False, False), (*PLAIN, "heads", 1e-5, 0.0, "True", None, *NO_CACHE)),
-    "before": ((True, True), (*PLAIN, "head", 1e-6, 1.0, "'before_weight'", None, *NO_CACHE)),
+    "before": ((True, True), (*PLAIN, "head", 1e-6, 1.0, "before_weight", None, *NO_CACHE)),
     "eager": ((False, False), (*PLAIN[:-1], "eager", *NO_NORM, None, *NO_CACHE)),
     "packed": ((True, False), (*PLAIN, "head", 1e-6, 0.0, "True", [4, 2], *NO_CACHE)),
 }
