@@ -2,10 +2,9 @@
 
 A model here is the positions of its tokens on some axes, how many elements of a head each axis
 rotates, and a base. What a builder returns goes to
-`apply_rotary_qk(q, k, table, interleaved=True)`, or with ``interleaved=False`` for the two vision
-encoders; the docstring of each builder says what
-the rows of its table are. Models whose positions are added to their tokens, such as Stable
-Diffusion 3, have no table.
+`apply_rotary_qk(q, k, table, interleaved=True)`, or with ``interleaved=False`` where the docstring
+of its builder says so, as for vision encoders; the docstring also says what the rows of the table
+are. Models whose positions are added to their tokens, such as Stable Diffusion 3, have no table.
 
 Arguments of every builder:
 
@@ -18,7 +17,7 @@ Arguments of every builder:
   Each docstring says in which dtype they compute. Where it is float64, the default has the numbers
   of theirs. Where it is float32, their angles are off by up to some 2 ** -21 of their size: cos
   and sin by 1e-5 for Qwen-Image at 1328 x 1328, by 4e-3 for LTX-Video. With "float32" and a PyTorch
-  tensor as `like` the table has the bits of theirs.
+  tensor as `like` the table has the bits of theirs. `vision_encoder` computes in float64 alone.
 
 A grid is counted in tokens: the latent's frames, height and width divided by the patch size.
 
@@ -36,6 +35,7 @@ import numpy as np
 from .arrays import is_kind_of_array
 from .checks import count, positive
 from .frequencies import axial
+from .image_tables import cogview4, ernie_image, hunyuan_image, qwen_image21, vision_encoder
 from .model_tables import (
     computed_in_order,
     crop_of,
@@ -53,18 +53,30 @@ from .model_tables import (
     three_of,
 )
 from .tables import RotaryTable
+from .video_tables import cosmos, kandinsky5, ltx2_audio, ltx2_video, ltx2_video_cross, mochi
 
 __all__ = [
     "cogvideox",
+    "cogview4",
+    "cosmos",
+    "ernie_image",
     "flux",
     "flux2",
+    "hunyuan_image",
     "hunyuan_video",
+    "kandinsky5",
+    "ltx2_audio",
+    "ltx2_video",
+    "ltx2_video_cross",
     "ltx_video",
     "lumina2",
+    "mochi",
     "pixtral_vision",
     "qwen2_vl_vision",
     "qwen_image",
+    "qwen_image21",
     "qwen_image_layered",
+    "vision_encoder",
     "wan",
     "z_image",
 ]
