@@ -11,6 +11,7 @@ from .arrays import placed
 from .checks import count, positive
 from .frequencies import axial, axial_from_config
 from .model_tables import (
+    check_dims,
     computed_in_order,
     grid_of,
     head_size,
@@ -228,10 +229,3 @@ def vision_encoder(config: Any, grids: Any, *, like: Any, merge_size: int = 1) -
         image = image.reshape(-1, len(rotation.inv_freq))
         angles.append(image if len(rotation.names) == 3 else np.tile(image, (frames, 1)))
     return RotaryTable.from_angles(np.concatenate(angles), like=like)
-
-
-def check_dims(dims: Any, axes: int) -> None:
-    if not isinstance(dims, list | tuple):
-        raise TypeError(f"dims must be a tuple of {axes} even ints, got {dims!r}")
-    if len(dims) != axes:
-        raise ValueError(f"dims must be {axes} even ints, one for each axis, got {dims}")

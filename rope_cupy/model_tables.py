@@ -227,3 +227,10 @@ def is_exact(compute_dtype: Any) -> bool:
             f'compute_dtype must be "float64" or "float32", got {described(compute_dtype)}'
         )
     return bool(compute_dtype == "float64")
+
+
+def check_dims(dims: Any, axes: int) -> None:
+    if not isinstance(dims, list | tuple):
+        raise TypeError(f"dims must be a tuple of {axes} even ints, got {dims!r}")
+    if len(dims) != axes:
+        raise ValueError(f"dims must be {axes} even ints, one for each axis, got {dims}")

@@ -11,9 +11,9 @@ import numpy as np
 from .arrays import check_gradient, is_kind_of_array, library_of
 from .checks import count, positive
 from .frequencies import axial
-from .image_tables import check_dims
 from .model_tables import (
     Positions,
+    check_dims,
     computed_in_order,
     grid_of,
     head_size,

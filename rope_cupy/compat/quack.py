@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import rope_cupy
 
 from ._autograd import in_place
-from ._shared import inference_only
-from .flash_attn import check_packed, keywords, parts
+from .flash_attn import apply_rotary as flash_attn_rotary
+from .flash_attn import apply_rotary_emb_kv_ as flash_attn_rotary_kv_
+from .flash_attn import keywords, parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,6 @@ __all__ = [
 ]
 
 
-@inference_only
 def apply_rotary(
     x: Tensor,
     cos: Tensor,
@@ -42,10 +42,9 @@ def apply_rotary(
     conjugate: bool = False,
 ) -> Tensor:
     """Rotate x as `apply_rotary_emb`, or the other way, without a gradient."""
-    options = keywords(seqlen_offsets, cu_seqlens, interleaved)
-    options |= {"out": x if inplace else None, "conjugate": conjugate}
-    y: Tensor = rope_cupy.apply_rotary(x, (cos, sin), **options)
-    return y
+    start = 0 if seqlen_offsets is None else seqlen_offsets
+    of_sequences = start, cu_seqlens, max_seqlen
+    return flash_attn_rotary(x, cos, sin, *of_sequences, interleaved, inplace, conjugate)
 
 
 def apply_rotary_emb(
@@ -117,13 +116,5 @@ def apply_rotary_emb_kv_(
     seqlen_offsets: Tensor | None = None,
 ) -> Tensor:
     """Rotate k of kv, (batch, seqlen, 2, nheads, headdim), in place."""
-    options = keywords(seqlen_offsets, None, interleaved)
-    check_packed("kv", kv, 2)
-
-    def rotate(x: Tensor, out: Tensor, *, conjugate: bool) -> None:
-        k_out = out[:, :, 0]
-        rope_cupy.apply_rotary(x[:, :, 0], (cos, sin), out=k_out, conjugate=conjugate, **options)
-        if out is not x:
-            out[:, :, 1] = x[:, :, 1]
-
-    return in_place(kv, rotate)
+    start = 0 if seqlen_offsets is None else seqlen_offsets
+    return flash_attn_rotary_kv_(kv, cos, sin, interleaved, start)

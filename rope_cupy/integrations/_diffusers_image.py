@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from rope_cupy import RotaryTable
 
 from ._diffusers_prologue import (
+    Q_AND_K,
     Stream,
     UnknownCallError,
     by_head,
@@ -24,8 +25,6 @@ from ._diffusers_prologue import (
     rotate_behind,
 )
 from ._diffusers_stand_in import StandIn
-
-Q_AND_K = "norm_q", "norm_k"
 
 
 class ZImage(StandIn):

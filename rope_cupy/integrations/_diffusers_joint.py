@@ -293,12 +293,12 @@ class HiDream(StandIn):
             raise UnknownCallError("its table has another number of tokens")
         norms = self.norms_in(attn, x.dtype, *self.norms[:2])
         q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-        table = _rows_of_matrices(freqs, start=0, end=length)
+        table = matrices(freqs[:, :length])
         streams = [Stream(q, k, v, norms, table)]
         if text is not None:
             added = self.norms_in(attn, text.dtype, *self.norms[2:])
             q, k, v = attn.to_q_t(text), attn.to_k_t(text), attn.to_v_t(text)
-            table = _rows_of_matrices(freqs, start=length, end=tokens)
+            table = matrices(freqs[:, length:tokens])
             streams.append(Stream(q, k, v, added, table))
         head_dim, rotary_dim = q.shape[-1] // attn.heads, 2 * freqs.shape[-3]
         if rotary_dim not in (head_dim, head_dim // 2):
@@ -333,7 +333,7 @@ class Mochi(StandIn):
         cos, sin = pair_of(image_rotary_emb, x)
         if cos.ndim != 3 or cos.shape[:2] != (x.shape[1], attn.heads):
             raise UnknownCallError("its table is not by token and head")
-        table = _by_token_and_head(cos, sin)
+        table = RotaryTable(cos, sin, axes="sh")
         stream = Stream(*projected(attn, x), self.norms_in(attn, x.dtype), table)
         head_dim = stream.q.shape[-1] // attn.heads
         video = [each.transpose(1, 2) for each in prologue([stream], head_dim)]
@@ -355,11 +355,3 @@ class Mochi(StandIn):
         out, text = y[:, : x.shape[1]], y[:, x.shape[1] :]
         out = attn.to_out[1](attn.to_out[0](out))
         return out, attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
-
-
-def _rows_of_matrices(freqs: torch.Tensor, start: int, end: int) -> RotaryTable:
-    return matrices(freqs[:, start:end])
-
-
-def _by_token_and_head(cos: torch.Tensor, sin: torch.Tensor) -> RotaryTable:
-    return RotaryTable(cos, sin, axes="sh")

@@ -15,6 +15,7 @@ from diffusers.models.normalization import RMSNorm as DiffusersRMSNorm
 
 from rope_cupy import RotaryTable, apply_norm_rotary, apply_qk_norm_rotary, apply_rotary_qk
 
+Q_AND_K = "norm_q", "norm_k"  # what most attention calls its norms
 MOST_IN_A_HEAD = 512  # elements of a head that is normalised
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 PLAIN_TENSORS = torch.Tensor, torch.nn.Parameter
@@ -119,6 +120,14 @@ def full_width_by_token(freqs: Any, x: torch.Tensor) -> tuple[torch.Tensor, torc
     """Return the (cos, sin) of shape (s, d) that a model hands to its blocks beside x."""
     cos, sin = pair_of(freqs, x)
     if cos.ndim != 2 or cos.shape[0] != x.shape[1]:
+        raise UnknownCallError("its table is not by token")
+    return cos, sin
+
+
+def full_width_of_all_heads(freqs: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the (cos, sin) of shape (1 or b, s, 1, d) that a model hands to its blocks."""
+    cos, sin = pair_of(freqs, x)
+    if cos.ndim != 4 or cos.shape[:3] not in ((1, x.shape[1], 1), (*x.shape[:2], 1)):
         raise UnknownCallError("its table is not by token")
     return cos, sin
 

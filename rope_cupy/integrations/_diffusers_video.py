@@ -10,12 +10,14 @@ import torch.nn.functional as F  # noqa: N812
 from rope_cupy import RotaryTable
 
 from ._diffusers_prologue import (
+    Q_AND_K,
     Stream,
     UnknownCallError,
     by_head,
     checked,
     full_width,
     full_width_by_token,
+    full_width_of_all_heads,
     matrices,
     pair_of,
     projected,
@@ -25,8 +27,6 @@ from ._diffusers_prologue import (
     rotated_apart,
 )
 from ._diffusers_stand_in import StandIn
-
-Q_AND_K = "norm_q", "norm_k"
 
 
 class Wan(StandIn):
@@ -47,10 +47,8 @@ class Wan(StandIn):
         self.check_call(x)
         if encoder_hidden_states is not None or attn.add_k_proj is not None:
             raise UnknownCallError("it is cross-attention")
-        cos, sin = pair_of(rotary_emb, x)
-        if cos.ndim != 4 or cos.shape[:3] not in ((1, x.shape[1], 1), (*x.shape[:2], 1)):
-            raise UnknownCallError("its table is not by token")
-        norms, table = self.norms_in(attn, x.dtype), full_width(cos, sin)
+        table = full_width(*full_width_of_all_heads(rotary_emb, x))
+        norms = self.norms_in(attn, x.dtype)
         project = projected_by_one if attn.fused_projections else projected
         q, k, v = project(attn, x)
         qkv = prologue([Stream(q, k, v, norms, table)], q.shape[-1] // attn.heads, norm="heads")
@@ -111,10 +109,11 @@ class LTX(StandIn):
         if split:
             if cos.ndim != 4 or cos.shape[0] not in batches or cos.shape[2] != x.shape[1]:
                 raise UnknownCallError("its table is not by head and token")
-            return _halves_of_heads(cos, sin)
+            return RotaryTable(cos.transpose(1, 2), sin.transpose(1, 2))
         if cos.ndim != 3 or cos.shape[0] not in batches or cos.shape[1] != x.shape[1]:
             raise UnknownCallError("its table is not by token")
-        return _neighbours_of_heads(cos, sin, heads=attn.heads)
+        head_dim = cos.shape[-1] // attn.heads
+        return RotaryTable.from_full_width(by_head(cos, head_dim), by_head(sin, head_dim))
 
 
 class LTX2(LTX):
@@ -288,10 +287,7 @@ class SanaVideo(StandIn):
         self.check_call(x)
         if encoder_hidden_states is not None:
             raise UnknownCallError("it is cross-attention")
-        cos, sin = pair_of(rotary_emb, x)
-        if cos.ndim != 4 or cos.shape[:3] not in ((1, x.shape[1], 1), (*x.shape[:2], 1)):
-            raise UnknownCallError("its table is not by token")
-        table = full_width(cos, sin)
+        table = full_width(*full_width_of_all_heads(rotary_emb, x))
         q, k, v = projected(attn, x)
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
@@ -307,12 +303,3 @@ class SanaVideo(StandIn):
         y = torch.matmul(scores, q_rotated.float()) * shares
         y = y.flatten(1, 2).transpose(1, 2).to(x.dtype)
         return attn.to_out[1](attn.to_out[0](y))
-
-
-def _neighbours_of_heads(cos: torch.Tensor, sin: torch.Tensor, heads: int) -> RotaryTable:
-    cos, sin = (by_head(each, each.shape[-1] // heads) for each in (cos, sin))
-    return RotaryTable.from_full_width(cos, sin)
-
-
-def _halves_of_heads(cos: torch.Tensor, sin: torch.Tensor) -> RotaryTable:
-    return RotaryTable(cos.transpose(1, 2), sin.transpose(1, 2))

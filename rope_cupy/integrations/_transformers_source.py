@@ -92,8 +92,7 @@ def rewritten(
 def _compiled(source: ast.FunctionDef, free: dict[str, Any], like: FunctionType) -> FunctionType:
     """Compile a function of the names `free`, with all else that a function has from `like`."""
     parameters = [ast.arg(name) for name in free]
-    factory = ast.parse(f"def {FACTORY}(): return {source.name}").body[0]
-    assert isinstance(factory, ast.FunctionDef)
+    factory: Any = ast.parse(f"def {FACTORY}(): return {source.name}").body[0]
     factory.args.args = parameters
     factory.body.insert(0, source)
     module = ast.fix_missing_locations(ast.Module([factory], []))

@@ -17,13 +17,12 @@ import torch
 
 from .. import eager
 from ..arrays.torch import outline
-from ..call import Call, Kind, kind_of
+from ..call import MAX_KINDS, Call, Kind, kind_of
 from ..options import Cache, Norm, Options, Packed, check_options, check_parts
 from ..private_torch import is_schema
 from ..problem import OF_POSITIONS
 from ..table_forms import FORMS, TableSource, complex_numbers, complex_pairs
 
-MAX_KNOWN = 1024  # kinds of calls that are remembered by their texts
 KINDS = Options, Norm, Packed, Cache  # of which a text holds the fields
 OF_OTHERS = "k_weight", "slot_mapping", "k_scale", "v_scale"  # what extra arrays are called
 
@@ -50,7 +49,7 @@ def text_of(kind: Kind) -> str:
     return repr((kind.names, kind.form.__name__, kind.extra_names, *plain, *parts))
 
 
-@lru_cache(maxsize=MAX_KNOWN)
+@lru_cache(maxsize=MAX_KINDS)
 def kind_of_text(text: str) -> tuple[Kind, bool]:
     """Return the kind that a text stands for, and whether arrays tell positions.
 
