@@ -7,6 +7,7 @@
 //                                itself does: cosines in one array, sines in another
 //   Matrices<kStep>              a pair is multiplied by [[m00, m01], [m10, m11]]: four neighbours
 //                                where kStep is 4, numbers that lie apart where it is 1
+//   NoTable                      nothing is rotated: all elements lie outside the slice
 //
 // A frequency is the angle between two neighbouring positions, in full turns, without its whole
 // turns. The product of frequency and position, modulo 2^64, is the angle without its whole turns.
@@ -161,6 +162,8 @@ struct Matrices<1> {
     return angles;
   }
 };
+
+struct NoTable : OneAngle<1, 0> {};
 
 // The cosine and the sine of a part of a turn, in units of 2^-64 turns.
 __device__ __forceinline__ void cos_sin(unsigned long long part, double& cos, double& sin) {

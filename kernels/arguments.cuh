@@ -54,6 +54,22 @@ struct TensorsAndTable {
   long long num_pair_lanes;
   View token;  // of an array that would hold the index of every token
   PositionArguments position_arguments;
+  long long head_axis;            // of coordinates: 0, 1 or 2
+  Divisor table_heads[kTensors];  // of a tensor, to those that one head of the table stands for
+
+  // Where the table has the angles of a row of a tensor.
+  __device__ __forceinline__ Coordinates in_table(Coordinates at, int tensor) const {
+    const Divisor& heads = table_heads[tensor];
+    if (heads.value > 1) {
+      const int head = heads.divide(head_axis == 0   ? at.outer
+                                    : head_axis == 1 ? at.middle
+                                                     : at.inner);
+      at.outer = head_axis == 0 ? head : at.outer;
+      at.middle = head_axis == 1 ? head : at.middle;
+      at.inner = head_axis == 2 ? head : at.inner;
+    }
+    return at;
+  }
 };
 
 // The bases lie one behind the other. An empty base takes no place.
@@ -64,6 +80,43 @@ struct Arguments : TensorsAndTable<T, Table, kTensors>,
                    Destination::template Arguments<Compute<T, Table>>,
                    Form::Arguments {};
 
+// What several launches of one kernel are given that are run as one. The blocks of each follow on
+// those of the one before.
+template <typename Arguments, int kMembers>
+struct Joint {
+  Arguments members[kMembers];
+  long long first_blocks[kMembers];
+  long long rotates[kMembers];  // whether it has a table
+};
+
+template <typename Arguments, int kMembers>
+using Given = typename Conditional<kMembers == 1, Arguments, Joint<Arguments, kMembers>>::Type;
+
+// The launch that a block is of, and the number of the block among all blocks of this launch.
+template <typename Arguments>
+struct BlockOfLaunch {
+  const Arguments& args;
+  unsigned number;
+  bool rotates;
+};
+
+template <typename Arguments>
+__device__ __forceinline__ BlockOfLaunch<Arguments> block_of_launch(const Arguments& given) {
+  return {given, blockIdx.x, true};
+}
+
+template <typename Arguments, int kMembers>
+__device__ __forceinline__ BlockOfLaunch<Arguments> block_of_launch(
+    const Joint<Arguments, kMembers>& given) {
+  int which = 0;
+#pragma unroll
+  for (int i = 1; i < kMembers; ++i) {
+    which += blockIdx.x >= static_cast<unsigned>(given.first_blocks[i]);
+  }
+  return {given.members[which], blockIdx.x - static_cast<unsigned>(given.first_blocks[which]),
+          given.rotates[which] != 0};
+}
+
 // The tensor whose rows a block has, and the number of the block among all blocks of this tensor.
 struct BlockOfTensor {
   int tensor;
@@ -72,9 +125,9 @@ struct BlockOfTensor {
 
 template <typename T, typename Table, int kTensors>
 __device__ __forceinline__ BlockOfTensor
-block_of_tensor(const TensorsAndTable<T, Table, kTensors>& args) {
-  const unsigned period = args.period.divide(blockIdx.x);
-  const int block = blockIdx.x - period * static_cast<unsigned>(args.period.value);
+block_of_tensor(const TensorsAndTable<T, Table, kTensors>& args, unsigned block_of_launch) {
+  const unsigned period = args.period.divide(block_of_launch);
+  const int block = block_of_launch - period * static_cast<unsigned>(args.period.value);
   const int q_blocks = static_cast<int>(args.tensors[0].blocks);
   int which = block >= q_blocks;
   int first_block = which * q_blocks;

@@ -8,7 +8,7 @@
 //
 // A thread of a norm waits for all of its row, while others go on: the compiler is told of 1,024
 // threads, or of 640 where each needs more registers for its elements. Off the common path it takes
-// as many registers as it wants.
+// as many registers as it wants, and so it does where it has biases or rotates before it waits.
 //
 // Eight pairs and their angles fill 24 registers. On the common path without positions a thread can
 // ask for all of them at once, and the compiler is told of 1,280 threads: without this it loads
@@ -26,12 +26,14 @@ __device__ constexpr int fewest_blocks() {
   if constexpr (Norm::kEnabled) {
     constexpr bool kIsLight = kCommon && !kIsDouble<T, Table> && !kIsFrequency<Table> &&
                               !kIsInterleavedMrope<Position> &&
-                              sizeof(typename Norm::Weight) <= 4 && kCopyWidth == 0;
+                              sizeof(typename Norm::Weight) <= 4 && kCopyWidth == 0 &&
+                              !Norm::kIsCentred && !Norm::kIsAfter;
     constexpr int kThreads = kRows * 2 * kPairs * sizeof(T) > 80 ? 640 : 1024;
     return kIsNew && kIsLight && Norm::kMostThreads < kThreads ? kThreads / Norm::kMostThreads : 1;
   } else if constexpr (!kIsNew) {
     return 0;
   } else if constexpr (kCommon) {
+    if constexpr (kIsDouble<T, Table> && PositionsOf<Position>::kSearches) return 1;
     return !kIsDouble<T, Table> && kIsVoid<Position> && kPairs >= 8 ? 2 : 0;
   } else {
     using Positions = PositionsOf<Position>;

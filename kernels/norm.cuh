@@ -1,21 +1,28 @@
 // RMSNorm: elements are divided by the root of the mean of their squares and multiplied by weights.
+// LayerNorm: their mean is subtracted first, and biases are added at the end.
 //
 //   NoNorm                       leaves elements as they are
 //   RmsNorm<Weight, 0, ...>      normalises each head, with weights (head_dim,)
 //   RmsNorm<Weight, kTokenThreads, ...>
 //                                normalises all heads of a token together, with weights
 //                                (num_heads * head_dim,), in a block of up to kTokenThreads threads
+//   LayerNorm<Weight, ...>       normalises each head, with weights and biases (head_dim,)
+//   AfterRotation<Norm>          normalises what has been rotated, and not what is rotated then
 //
-// Weight is the type of the weights. Without weights all of them are 1.
+// Weight is the type of weights and biases. Without weights all of them are 1, without biases 0.
 //
-// B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
+// B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4. J. L. Ba, J.
+// R. Kiros and G. E. Hinton, "Layer Normalization" (2016), equation 3.
 //
 // The threads of a head, or of a token, are neighbours in one block. kSpan of them, a power of two,
 // add up their sums by shuffles. kCrossWarp: there are more threads, which add up the spans' sums
-// through shared memory. Threads without a row have ended before, and no thread waits for them.
+// through shared memory. Short spans have many sums, whose roundings are made good: W. Kahan,
+// "Further remarks on reducing truncation errors" (1965). Threads without a row have ended before,
+// and no thread waits for them.
 //
 // kRoundings: how often a normalised number is rounded to the tensor's type: never (0), after the
-// multiplication by its weight (1), or before it as well (2).
+// multiplication by its weight (1), or before it as well (2). Unless it is 0, numbers that have been
+// rotated are rounded before they are normalised.
 #pragma once
 
 #include "views.cuh"
@@ -45,7 +52,10 @@ struct NoNorm {
 
   using Weight = float;
   static constexpr bool kEnabled = false;
+  static constexpr bool kIsCentred = false;
+  static constexpr bool kIsAfter = false;
   static constexpr bool kPerToken = false;
+  static constexpr bool kRounds = false;
   static constexpr int kMostThreads = 640;
 };
 
@@ -62,7 +72,10 @@ struct RmsNorm {
 
   using Weight = Weight_;
   static constexpr bool kEnabled = true;
+  static constexpr bool kIsCentred = false;
+  static constexpr bool kIsAfter = false;
   static constexpr bool kPerToken = kTokenThreads > 0;
+  static constexpr bool kRounds = kRoundings > 0;
   static constexpr int kMostThreads = kPerToken ? kTokenThreads : 512;
 
   // Replace the sums of each thread by those of all threads of its head, or of its token. These are
@@ -83,7 +96,18 @@ struct RmsNorm {
       shared[(threadIdx.y * blockDim.x + threadIdx.x) / kSpan] = sums[0];
       __syncthreads();
       Real sum = 0;
-      for (int i = 0; i < num_threads / kSpan; ++i) sum = add(sum, shared[first / kSpan + i]);
+      [[maybe_unused]] Real excess = 0;  // of the sum over what has been added to it
+      for (int i = 0; i < num_threads / kSpan; ++i) {
+        const Real each = shared[first / kSpan + i];
+        if constexpr (kSpan >= 8) {
+          sum = add(sum, each);
+        } else {
+          const Real rest = subtract(each, excess);
+          const Real next = add(sum, rest);
+          excess = subtract(subtract(next, sum), rest);
+          sum = next;
+        }
+      }
       sums[0] = sum;
     }
   }
@@ -128,6 +152,71 @@ struct RmsNorm {
     return kRoundings > 0 ? widen<Real>(narrow<T>(numbers)) : numbers;
   }
 };
+
+// The mean is found first and then the variance around it, both from registers: a sum of squares
+// would lose the variance of numbers that are far from 0.
+template <typename Weight_, int kSpan, bool kCrossWarp, int kRoundings>
+struct LayerNorm : RmsNorm<Weight_, 0, kSpan, kCrossWarp, kRoundings> {
+  using Base = RmsNorm<Weight_, 0, kSpan, kCrossWarp, kRoundings>;
+  using Weight = Weight_;
+
+  template <typename Real>
+  struct Arguments : Base::template Arguments<Real> {
+    Weights bias_layout[2];
+    const void* biases[2];  // at the rotated slice; null where all are 0
+  };
+
+  static constexpr bool kIsCentred = true;
+
+  // Replace the sums of each thread by the means of its rows.
+  template <int kRows, typename Real>
+  static __device__ __forceinline__ void find_means(Real (&sums)[kRows], Real inverse_count) {
+    Base::add_up(sums, threadIdx.y * blockDim.x, blockDim.x);
+    if constexpr (kCrossWarp) __syncthreads();  // before shared memory holds other sums
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) sums[i] = multiply(sums[i], inverse_count);
+  }
+
+  // The numbers of a run, from which the mean has been subtracted, multiplied by a scale and by
+  // their weights, plus their biases, which are 0 if there are none.
+  template <typename T, int kSize, typename Real>
+  static __device__ __forceinline__ Numbers<Real, kSize> normalised(
+      Numbers<Real, kSize> numbers, Real scale, const Vec<Weight, kSize>& weights, bool has_weights,
+      Real offset, const Vec<Weight, kSize>& biases) {
+    const auto weight = widen<Real>(weights), bias = widen<Real>(biases);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      Real number = multiply(numbers.values[i], scale);
+      if constexpr (kRoundings == 2) number = widen<Real>(narrow<T>(number));
+      const Real factor = has_weights ? add(weight.values[i], offset) : static_cast<Real>(1);
+      numbers.values[i] = multiply_add(number, factor, bias.values[i]);
+    }
+    if constexpr (kRoundings > 0) numbers = widen<Real>(narrow<T>(numbers));
+    return numbers;
+  }
+};
+
+template <typename Norm>
+struct AfterRotation : Norm {
+  static constexpr bool kIsAfter = true;
+};
+
+template <typename Real, int kSize>
+__device__ __forceinline__ Real sum_of(const Numbers<Real, kSize>& numbers) {
+  Real sum = 0;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) sum = add(sum, numbers.values[i]);
+  return sum;
+}
+
+// The numbers of a run, from which a mean is subtracted.
+template <typename T, int kSize, typename Real>
+__device__ __forceinline__ Numbers<Real, kSize> centred(const Vec<T, kSize>& run, Real mean) {
+  auto numbers = widen<Real>(run);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) numbers.values[i] = subtract(numbers.values[i], mean);
+  return numbers;
+}
 
 template <typename Real, int kSize>
 __device__ __forceinline__ Real sum_of_squares(const Numbers<Real, kSize>& numbers) {

@@ -1,14 +1,16 @@
 // Normalise every head of q and k (or of one tensor), rotate a slice of it by the angles of its
-// token's position, and write it: to a tensor of its own or, of k, with v beside it, to a cache.
+// token's position, or normalise it then, and write it: to a tensor of its own or, of k, with v
+// beside it, to a cache.
 //
 //   x, out      (outer, middle, inner, head_dim)   T      strided; a tensor's out may be its x; a
 //                                                         third tensor is copied
 //   cos, sin    (..., num_pairs) or more           Table  strided; of a Form: see angles.cuh. With
 //                                                         frequencies cos holds these, and sin the
-//                                                         double that scales sines and cosines
+//                                                         double that scales sines and cosines.
+//                                                         With NoTable there are none
 //   positions   (outer, middle, inner)             Position  see positions.cuh; void where every
 //                                                         token has a row of its own in the table
-//   weights                                        Norm   see norm.cuh
+//   weights, biases                                Norm   see norm.cuh
 //   slots                                          Destination  see destinations.cuh
 //
 // outer, middle and inner are the batch, token and head axes in the order that the host found best.
@@ -45,14 +47,17 @@ __device__ __forceinline__ Vec<T, kSize> nans() {
 // kInPlace: an output is its input.
 //
 // kPastL1: x and out are not kept in L1, which is left to the table.
+//
+// kMembers: how many launches, each over tensors and a table of its own, are run as one.
 template <typename T, typename Table, typename Position, typename Norm, typename Destination,
           int kTensors, bool kInterleaved, bool kConjugate, bool kEager, int kRows, int kPairs,
-          typename Form, int kCopyWidth, bool kInPlace, bool kPastL1, bool kCommon>
+          typename Form, int kCopyWidth, bool kInPlace, bool kPastL1, bool kCommon, int kMembers>
 __global__ void __launch_bounds__(
     Norm::kMostThreads,
     fewest_blocks<T, Table, Position, Norm, Form::kAngles, kRows, kPairs, kCopyWidth, kCommon>())
-    rotary_kernel(
-        const __grid_constant__ Arguments<T, Table, Form, Norm, Destination, kTensors> args) {
+    rotary_kernel(const __grid_constant__
+                      Given<Arguments<T, Table, Form, Norm, Destination, kTensors>, kMembers>
+                          given) {
   using Real = Compute<T, Table>;
   using Positions = PositionsOf<Position>;
   using Product =
@@ -60,7 +65,9 @@ __global__ void __launch_bounds__(
                            void>::Type;
   constexpr bool kComplex = kEager && Form::kIsComplex;
 
-  const BlockOfTensor block = block_of_tensor(args);
+  const auto of_launch = block_of_launch(given);
+  const auto& args = of_launch.args;
+  const BlockOfTensor block = block_of_tensor(args, of_launch.number);
   const int which = block.tensor;
   const Tensor& tensor = args.tensors[which];
   const unsigned row_groups_of_block =
@@ -97,9 +104,10 @@ __global__ void __launch_bounds__(
   [[maybe_unused]] const typename Positions::Index* position_of_row = nullptr;
   [[maybe_unused]] int token = 0;
   if constexpr (Positions::kAxes == 0) {
-    const long long cos_offset = args.cos.template offset<kCommon>(at);
+    const Coordinates in_table = kCommon ? at : args.in_table(at, which);
+    const long long cos_offset = args.cos.template offset<kCommon>(in_table);
     table_run.cos += cos_offset;
-    table_run.sin += kCommon ? cos_offset : args.sin.template offset<kCommon>(at);
+    table_run.sin += kCommon ? cos_offset : args.sin.template offset<kCommon>(in_table);
   } else {
     position_of_row = static_cast<const typename Positions::Index*>(args.positions) +
                       args.position.template offset<kCommon>(at);
@@ -147,7 +155,7 @@ __global__ void __launch_bounds__(
 
   // The lanes behind those that rotate copy elements from outside the slice.
   const int copy_lane = lane - static_cast<int>(args.num_pair_lanes);
-  const bool copies = kCopyWidth > 0 && copy_lane >= 0;
+  const bool copies = kIsSame<Form, NoTable> || (kCopyWidth > 0 && copy_lane >= 0);
   int element = copy_lane * kCopyWidth - static_cast<int>(args.rotary_offset);
   if (element >= 0) element += 2 * num_pairs;
   constexpr int kCopied = kCopyWidth ? kCopyWidth : 1;
@@ -178,7 +186,9 @@ __global__ void __launch_bounds__(
     }
   } else {
     // A search for the token's sequence has more registers before the tensors are loaded.
-    if constexpr (Positions::kSearches) read_positions();
+    if constexpr (Positions::kSearches) {
+      if (of_launch.rotates) read_positions();
+    }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       pairs[i] =
@@ -235,11 +245,99 @@ __global__ void __launch_bounds__(
     return;
   }
 
+  // The angles of the lane's pairs, at positions that the table holds.
+  [[maybe_unused]] const auto find_angles = [&] {
+    if constexpr (Positions::kAxes == 0) {
+      return Form::template load_angles<kInterleaved, kPairs, Real>(
+          args, table_run.cos, table_run.cos_access, table_run.sin, table_run.sin_access,
+          num_pairs);
+    } else {
+      const auto position_of = [&](int of) {
+        if constexpr (kAxes == 1) {
+          return position[0];
+        } else {
+          const int axis = Positions::axis_of(args.position_arguments, of);
+          return axis == 0 ? position[0] : axis == 1 ? position[1] : position[2];
+        }
+      };
+      if constexpr (kIsFrequency<Table>) {
+        const auto scale = bit_cast<double>(*args.sin_data);
+        return angles_at<Real, kPairs>(
+            load<kPairs>(table_run.cos, table_run.cos_access), narrow<Real>(scale),
+            [&](int i) { return position_of(kIsInterleavedMrope<Position> ? pair + i : pair); });
+      } else {
+        const auto row_angles = [&](long long row) {
+          return angles_of_row<Form, kInterleaved, kCommon, kPairs, Real>(args, table_run, row,
+                                                                          num_pairs);
+        };
+        if constexpr (kIsInterleavedMrope<Position>) {
+          auto angles = row_angles(position[0]);
+#pragma unroll
+          for (int axis = 1; axis < kAxes; ++axis) {
+            const auto others = row_angles(position[axis]);
+#pragma unroll
+            for (int i = 0; i < kPairs; ++i) {
+              const bool is_of_axis = Positions::axis_of(args.position_arguments, pair + i) == axis;
+#pragma unroll
+              for (int of = i; of < Form::kAngles * kPairs; of += kPairs) {
+                angles.cos[of] = is_of_axis ? others.cos[of] : angles.cos[of];
+                angles.sin[of] = is_of_axis ? others.sin[of] : angles.sin[of];
+              }
+            }
+          }
+          return angles;
+        } else {
+          return row_angles(position_of(pair));
+        }
+      }
+    }
+  };
+
+  // A norm is that of the pairs as they were loaded, or as they have been rotated.
+  using Rotated = typename Conditional<Norm::kRounds, T, Real>::Type;
+  [[maybe_unused]] Vec<Rotated, 2 * kPairs> rotated[kRows];
+  if constexpr (Norm::kIsAfter) {
+    if (!copies) {
+      if constexpr (kAxes > 0 && !Positions::kSearches) {
+        if (of_launch.rotates) read_positions();
+      }
+      if (of_launch.rotates && is_inside) {
+        const auto angles = find_angles();
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const auto numbers =
+              rotate<kInterleaved, kConjugate, Product, kComplex>(widen<Real>(pairs[i]), angles);
+          if constexpr (kEager && !Norm::kRounds) {  // sums are rounded as products are
+            rotated[i] = narrow<Rotated>(widen<Real>(narrow<Product>(numbers)));
+          } else {
+            rotated[i] = narrow_by<kEager, Rotated>(numbers);
+          }
+        }
+      } else {
+        const bool keeps = !of_launch.rotates || args.keep_out_of_range;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          rotated[i] = keeps ? narrow<Rotated>(widen<Real>(pairs[i])) : nans<Rotated, 2 * kPairs>();
+        }
+      }
+    }
+  }
+  [[maybe_unused]] const auto normal_pairs = [&](int i) {
+    if constexpr (Norm::kIsAfter) {
+      return rotated[i];
+    } else {
+      return pairs[i];
+    }
+  };
+
   // Every lane of a row takes part in its norm. The weights are loaded beside the elements.
   using Weight = typename Norm::Weight;
   constexpr int kWeights = Norm::kPerToken ? kRows : 1;
   [[maybe_unused]] Vec<Weight, 2 * kPairs> pair_weights[kWeights] = {};
   [[maybe_unused]] Vec<Weight, kCopied> copied_weights[kWeights] = {};
+  [[maybe_unused]] Vec<Weight, 2 * kPairs> pair_biases = {};
+  [[maybe_unused]] Vec<Weight, kCopied> copied_biases = {};
+  [[maybe_unused]] Real means[kRows];
   [[maybe_unused]] Real scales[kRows];
   [[maybe_unused]] bool has_weights = false;
   if constexpr (Norm::kEnabled) {
@@ -260,16 +358,43 @@ __global__ void __launch_bounds__(
         }
       }
     }
+    if constexpr (Norm::kIsCentred) {
+      const auto* biases = static_cast<const Weight*>(args.biases[which]);
+      if (biases != nullptr) {
+        const Access access = args.bias_layout[which].template access<Weight, kCommon>();
+        if (copies) {
+          copied_biases = load<kCopied>(biases + element * access.stride, access);
+        } else {
+          biases += run_of<kInterleaved>(pair) * access.stride;
+          pair_biases = load_pairs<kInterleaved, kPairs, false>(biases, access, num_pairs);
+        }
+      }
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      scales[i] =
-          copies ? sum_of_squares(widen<Real>(copied[i])) : sum_of_squares(widen<Real>(pairs[i]));
+      for (int i = 0; i < kRows; ++i) {
+        means[i] = copies ? sum_of(widen<Real>(copied[i])) : sum_of(widen<Real>(normal_pairs(i)));
+      }
+      Norm::find_means(means, args.inverse_count[which].value);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        scales[i] = copies ? sum_of_squares(centred(copied[i], means[i]))
+                           : sum_of_squares(centred(normal_pairs(i), means[i]));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        scales[i] = copies ? sum_of_squares(widen<Real>(copied[i]))
+                           : sum_of_squares(widen<Real>(normal_pairs(i)));
+      }
     }
     find_scales<Norm, kEager>(args, which, row_groups_of_block, scales);
   }
   const auto numbers_of = [&](int i) {
-    if constexpr (Norm::kEnabled) {
-      return Norm::normalised(pairs[i], scales[i], pair_weights[i % kWeights], has_weights,
+    if constexpr (Norm::kIsCentred) {
+      return Norm::template normalised<T>(centred(normal_pairs(i), means[i]), scales[i],
+                                          pair_weights[0], has_weights, args.weight_offset.value,
+                                          pair_biases);
+    } else if constexpr (Norm::kEnabled) {
+      return Norm::normalised(normal_pairs(i), scales[i], pair_weights[i % kWeights], has_weights,
                               args.weight_offset.value);
     } else {
       return widen<Real>(pairs[i]);
@@ -277,65 +402,40 @@ __global__ void __launch_bounds__(
   };
 
   if (!copies) {
-    Angles<Real, kPairs, Form::kAngles> angles;
-    if constexpr (Positions::kAxes == 0) {
-      angles = Form::template load_angles<kInterleaved, kPairs, Real>(
-          args, table_run.cos, table_run.cos_access, table_run.sin, table_run.sin_access,
-          num_pairs);
+    if constexpr (Norm::kIsAfter) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) write_pairs(i, numbers_of(i));
     } else {
-      if constexpr (!Positions::kSearches) read_positions();
-      if (!is_inside) {
+      if (!of_launch.rotates) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          if (Norm::kEnabled && args.keep_out_of_range) {
+          if constexpr (Norm::kEnabled) {
             write_pairs(i, numbers_of(i));
           } else {
-            copy_pairs(i, args.keep_out_of_range ? pairs[i] : nans<T, 2 * kPairs>());
+            copy_pairs(i, pairs[i]);
           }
         }
         return;
       }
-      const auto position_of = [&](int of) {
-        if constexpr (kAxes == 1) {
-          return position[0];
-        } else {
-          const int axis = Positions::axis_of(args.position_arguments, of);
-          return axis == 0 ? position[0] : axis == 1 ? position[1] : position[2];
-        }
-      };
-      if constexpr (kIsFrequency<Table>) {
-        const auto scale = bit_cast<double>(*args.sin_data);
-        angles = angles_at<Real, kPairs>(
-            load<kPairs>(table_run.cos, table_run.cos_access), narrow<Real>(scale),
-            [&](int i) { return position_of(kIsInterleavedMrope<Position> ? pair + i : pair); });
-      } else {
-        const auto row_angles = [&](long long row) {
-          return angles_of_row<Form, kInterleaved, kCommon, kPairs, Real>(args, table_run, row,
-                                                                          num_pairs);
-        };
-        if constexpr (kIsInterleavedMrope<Position>) {
-          angles = row_angles(position[0]);
+      if constexpr (kAxes > 0) {
+        if constexpr (!Positions::kSearches) read_positions();
+        if (!is_inside) {
 #pragma unroll
-          for (int axis = 1; axis < kAxes; ++axis) {
-            const auto others = row_angles(position[axis]);
-#pragma unroll
-            for (int i = 0; i < kPairs; ++i) {
-              const bool is_of_axis = Positions::axis_of(args.position_arguments, pair + i) == axis;
-#pragma unroll
-              for (int of = i; of < Form::kAngles * kPairs; of += kPairs) {
-                angles.cos[of] = is_of_axis ? others.cos[of] : angles.cos[of];
-                angles.sin[of] = is_of_axis ? others.sin[of] : angles.sin[of];
-              }
+          for (int i = 0; i < kRows; ++i) {
+            if (Norm::kEnabled && args.keep_out_of_range) {
+              write_pairs(i, numbers_of(i));
+            } else {
+              copy_pairs(i, args.keep_out_of_range ? pairs[i] : nans<T, 2 * kPairs>());
             }
           }
-        } else {
-          angles = row_angles(position_of(pair));
+          return;
         }
       }
-    }
+      const auto angles = find_angles();
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      write_pairs(i, rotate<kInterleaved, kConjugate, Product, kComplex>(numbers_of(i), angles));
+      for (int i = 0; i < kRows; ++i) {
+        write_pairs(i, rotate<kInterleaved, kConjugate, Product, kComplex>(numbers_of(i), angles));
+      }
     }
   }
 
@@ -343,7 +443,11 @@ __global__ void __launch_bounds__(
     if (copies) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if constexpr (Norm::kEnabled) {
+        if constexpr (Norm::kIsCentred) {
+          write_elements(i, Norm::template normalised<T>(centred(copied[i], means[i]), scales[i],
+                                                         copied_weights[0], has_weights,
+                                                         args.weight_offset.value, copied_biases));
+        } else if constexpr (Norm::kEnabled) {
           write_elements(i, Norm::normalised(copied[i], scales[i], copied_weights[i % kWeights],
                                              has_weights, args.weight_offset.value));
         } else {

@@ -115,10 +115,12 @@ class TensorsAndTable(NamedTuple):
     num_pair_lanes: int
     token: View
     position_arguments: PositionArguments
+    head_axis: int
+    table_heads: tuple[Divisor, ...]
 
 
 class Weights(NamedTuple):
-    """Where the weights of a tensor's norm lie."""
+    """Where the weights, or the biases, of a tensor's norm lie."""
 
     head: int
     step: int
@@ -127,13 +129,25 @@ class Weights(NamedTuple):
 
 
 class RmsNormArguments(NamedTuple):
-    """What a norm needs."""
+    """What RMSNorm needs."""
 
     layout: tuple[Weights, Weights]
     inverse_count: tuple[float, float]
     eps: float
     weight_offset: float
     weights: tuple[Patched, Patched]
+
+
+class LayerNormArguments(NamedTuple):
+    """What LayerNorm needs: the fields of RMSNorm's, and then its own."""
+
+    layout: tuple[Weights, Weights]
+    inverse_count: tuple[float, float]
+    eps: float
+    weight_offset: float
+    weights: tuple[Patched, Patched]
+    bias_layout: tuple[Weights, Weights]
+    biases: tuple[Patched, Patched]
 
 
 class SlotsArguments(NamedTuple):
@@ -159,9 +173,17 @@ class Arguments(NamedTuple):
     """The whole struct: its bases, one behind the other. A base that is missing takes no place."""
 
     tensors_and_table: TensorsAndTable
-    norm: RmsNormArguments | None
+    norm: RmsNormArguments | LayerNormArguments | None
     destination: SlotsArguments | None
     form: MatricesArguments | None
+
+
+class Joint(NamedTuple):
+    """What several launches are given that are run as one."""
+
+    members: tuple[Arguments, ...]
+    first_blocks: tuple[int, ...]  # of each, among the blocks of all
+    rotates: tuple[int, ...]  # whether each has a table
 
 
 class Field(NamedTuple):
@@ -194,17 +216,22 @@ class ArgumentPacker(NamedTuple):
     fields: tuple[Field, ...]
     size: int  # of the block, in bytes
     items: tuple[Patched | bytes, ...]  # what is patched, and what lies between, in order
+    owners: tuple[int, ...]  # of which of the launches that are run as one an item is
     pack_into: Callable[..., None]  # (buffer, offset, *items), each patched one by its value
 
-    def pack(self, pointers: Pointers) -> bytes:
-        """Return the block for these addresses."""
-        block, named = bytearray(self.size), pointers.by_name()
+    def pack(self, *pointers: Pointers) -> bytes:
+        """Return the block for the addresses of each launch that it is for."""
+        block, named = bytearray(self.size), [each.by_name() for each in pointers]
         items = [
-            item if isinstance(item, bytes) else named[item.name] and named[item.name] + item.offset
-            for item in self.items
+            item if isinstance(item, bytes) else self._value(item, named[owner])
+            for item, owner in zip(self.items, self.owners, strict=True)
         ]
         self.pack_into(block, 0, *items)
         return bytes(block)
+
+    @staticmethod
+    def _value(item: Patched, named: dict[str, int]) -> int:
+        return named[item.name] and named[item.name] + item.offset
 
 
 def divisor(value: int) -> Divisor:
@@ -216,18 +243,31 @@ def divisor(value: int) -> Divisor:
     return Divisor(value, multiplier=(1 << 31 + shift) // value + 1, shift=shift)
 
 
-def argument_packer(arguments: Arguments) -> ArgumentPacker:
+def argument_packer(arguments: Arguments | Joint) -> ArgumentPacker:
     """Return what packs blocks of these arguments; the constants are packed here."""
     leaves: list[Any] = []
-    _collect(arguments, leaves)
+    owners: list[int] = []
+    for i, member in enumerate(_members(arguments)):
+        _collect(member, leaves)
+        owners += [i] * (len(leaves) - len(owners))
+    if isinstance(arguments, Joint):
+        _collect(arguments[1:], leaves)
+        owners += [owners[-1]] * (len(leaves) - len(owners))
     layout = _layout(arguments)
-    items, done = [], 0
+    items, of_items, done = [], [], 0
     for fields, packed in layout.constants:
         items += leaves[done : fields.start]
         items.append(packed.pack(*leaves[fields]))
+        of_items += owners[done : fields.start + 1]
         done = fields.stop
     items += leaves[done:]
-    return ArgumentPacker(layout.fields, layout.block.size, (*items,), layout.block.pack_into)
+    of_items += owners[done:]
+    packer = layout.fields, layout.block.size, (*items,), (*of_items,), layout.block.pack_into
+    return ArgumentPacker(*packer)
+
+
+def _members(arguments: Arguments | Joint) -> tuple[Arguments, ...]:
+    return arguments.members if isinstance(arguments, Joint) else (arguments,)
 
 
 def _collect(value: Any, leaves: list[Any]) -> None:
@@ -239,22 +279,26 @@ def _collect(value: Any, leaves: list[Any]) -> None:
             _collect(each, leaves)
 
 
-_layouts: dict[tuple[object, ...], Layout] = {}  # there are 24 of them
+_layouts: dict[tuple[object, ...], Layout] = {}  # there are 120 of them
 
 
-def _layout(arguments: Arguments) -> Layout:
-    """Return the layout of the struct, which depends on its bases and on the type of its reals."""
-    tensors, norm, destination, form = arguments
+def _layout(arguments: Arguments | Joint) -> Layout:
+    """Return the layout of the struct, which depends on its bases and on the type of its reals.
+
+    All launches that are run as one have the same of these.
+    """
+    members = _members(arguments)
+    tensors, norm, destination, form = members[0]
     real = type(norm.eps) if norm else None
-    key = len(tensors.tensors), real, destination is None, form is None
+    key = len(members), len(tensors.tensors), type(norm), real, destination is None, form is None
     layout = _layouts.get(key)
     if layout is None:
         layout = _layouts[key] = _describe(arguments)
     return layout
 
 
-def _describe(arguments: Arguments) -> Layout:
-    named = [leaf for base in arguments if base for leaf in _named("", base)]
+def _describe(arguments: Arguments | Joint) -> Layout:
+    named = [*_named("", arguments)]
     fields = tuple(
         Field(name, FIELD_BYTES * i, type, is_patched)
         for i, (name, type, is_patched) in enumerate(named)
@@ -279,6 +323,9 @@ def _named(name: str, value: Any) -> Iterator[tuple[str, CType, bool]]:
         yield name, value.type, True
     elif type(value) in C_TYPES:
         yield name, C_TYPES[type(value)], False
+    elif isinstance(value, Arguments):  # whose parts are bases
+        for base in value:
+            yield from _named(name, base or ())
     elif hasattr(value, "_fields"):
         for part, each in zip(value._fields, value, strict=True):
             yield from _named(f"{name}.{part}" if name else part, each)

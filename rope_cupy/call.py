@@ -8,11 +8,19 @@ from typing import Any, NamedTuple
 
 from .arrays import is_kind_of_array
 from .checks import described, index
-from .options import NO_PARTS, Options, Parts, check_options, check_parts
+from .options import (
+    NO_PARTS,
+    Options,
+    Parts,
+    check_options,
+    check_parts,
+    check_without_table,
+)
 from .problem import OF_POSITIONS, OF_WEIGHTS, output_names
-from .table_forms import OF_NEIGHBOURS, TableSource
+from .table_forms import OF_NEIGHBOURS, TableSource, no_table
 from .tables import source_of
 
+QKV = "q", "k", "v"
 AN_INT_OR_ARRAY = "None, an int or an int32 or int64 array"  # positions are
 SECTION = Options._fields.index("mrope_section")
 MAX_KINDS = 256  # of calls that are known: names, forms of tables, options
@@ -73,7 +81,7 @@ class Call(NamedTuple):
 
     @property
     def weights(self) -> Named:
-        """Those that are weights of a norm."""
+        """Those that are weights or biases of a norm."""
         return tuple((name, array) for name, array in self.extra if name in OF_WEIGHTS)
 
     @property
@@ -170,7 +178,12 @@ def _kind(
     """
     paired = form in OF_NEIGHBOURS if interleaved is None else interleaved
     others = others_and_types[: len(Options._fields) - len(parts) - 1]
-    return kind_of(names, form, extra_names, check_options(paired, *others, parts=parts))
+    options = check_options(paired, *others, parts=parts)
+    if form is no_table:
+        norm, _, cache = parts
+        copies = len(names) == len(QKV) and cache is None  # as a stream of `join_qkv` may be
+        check_without_table(norm is not None or copies, interleaved, options)
+    return kind_of(names, form, extra_names, options)
 
 
 _known_kind = lru_cache(maxsize=MAX_KINDS, typed=True)(_kind)

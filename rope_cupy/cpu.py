@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .memory import FLOATS_8, ITEMSIZE, ndarray_at
-from .options import NUM_AXES, TOKEN_NORM
+from .options import LAYER_NORM, NUM_AXES, TOKEN_NORM
 from .problem import (
     BY_ELEMENT,
     FREQUENCY,
@@ -27,6 +26,7 @@ from .problem import (
     RotaryTensor,
     View,
 )
+from .words import STORAGE, narrow, narrow_to_8_bits, widen
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
@@ -36,17 +36,6 @@ if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
 
 BLOCK_ELEMENTS = 1 << 17  # of x at a time, so that the intermediate arrays stay in the cache
 
-_STORAGE = {
-    "float16": "f2",
-    "bfloat16": "u2",
-    "float32": "f4",
-    "float64": "f8",
-    "int32": "i4",
-    "int64": "i8",
-    FREQUENCY: "u8",
-    "float8_e4m3fn": "u1",
-    "float8_e5m2": "u1",
-}
 COPIED = 2  # the number of the tensor that is copied
 RADIANS = 2 * np.pi / 2**64  # of a unit of 2^-64 turns
 
@@ -60,6 +49,12 @@ class Angles(NamedTuple):
     sin_b: Doubles
 
 
+def rotate_all(problems: Sequence[RotaryProblem], pointers: Sequence[Pointers]) -> None:
+    """Solve problems of calls that are written together."""
+    for problem, each in zip(problems, pointers, strict=True):
+        rotate(problem, each)
+
+
 def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
     """Solve the problem on arrays at these addresses, which the caller keeps alive."""
     sizes = problem.batch, problem.num_tokens
@@ -71,13 +66,17 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
         x = _heads(problem, tensor, x_at, tensor.x)
         stored = _to_words(problem, pointers, i)
         if problem.cache and i:
-            out = np.empty(x.shape, _STORAGE[problem.cache.dtype])
+            out = np.empty(x.shape, STORAGE[problem.cache.dtype])
         else:
             out = _heads(problem, tensor, out_at, tensor.out)
-        angles_at = _angles(problem, pointers, tensor.num_heads)
+        angles_at = _angles(problem, pointers, tensor.num_heads) if problem.rotary_dim else None
         for block in _blocks(*sizes, tensor.num_heads * problem.head_dim):
             if i == COPIED:
                 out[block] = stored.as_they_are(x[block])
+                continue
+            if angles_at is None:
+                numbers = widen(x[block], problem.dtype)
+                out[block] = stored.of(_normalised(problem, pointers, i, numbers))
                 continue
             rows: Any = block
             in_range = None
@@ -86,8 +85,15 @@ def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
                 inside = (of_block >= 0) & (of_block < problem.num_positions)
                 in_range = np.logical_and.reduce(inside)
                 rows = _of_pairs(problem, np.where(in_range, of_block, 0))
-            norm = _normalised(problem, pointers, i, x[block])
-            _rotate_block(problem, x[block], out[block], angles_at(rows), in_range, norm, stored)
+            norm, angles = None, angles_at(rows)
+            if problem.norm and problem.norm.norm.after:
+                numbers = _rotated_heads(problem, x[block], angles, in_range)
+                out[block] = stored.of(_normalised(problem, pointers, i, numbers))
+                continue
+            if problem.norm:
+                numbers = widen(x[block], problem.dtype)
+                norm = _normalised(problem, pointers, i, numbers)
+            _rotate_block(problem, x[block], out[block], angles, in_range, norm, stored)
         if problem.cache and i:
             _write_slots(problem, problem.cache, pointers, tensor, out_at, out)
 
@@ -96,7 +102,7 @@ def _heads(problem: RotaryProblem, tensor: RotaryTensor, pointer: int, view: Vie
     """View a tensor, which may begin at a later head of its array, as storage words."""
     shape = problem.batch, problem.num_tokens, tensor.num_heads, problem.head_dim
     start = pointer + tensor.start * view.strides[2] * ITEMSIZE[problem.dtype]
-    return ndarray_at(start, _STORAGE[problem.dtype], shape, view.strides)
+    return ndarray_at(start, STORAGE[problem.dtype], shape, view.strides)
 
 
 class _Words(NamedTuple):
@@ -110,17 +116,18 @@ class _Words(NamedTuple):
     def of(self, numbers: Array) -> Array:
         """Return numbers as words: rounded once, but twice on the way from double in PyTorch."""
         if self.dtype in FLOATS_8:
-            return _narrow_to_8_bits(numbers / self.scale, self.dtype)
-        if self.eager and ITEMSIZE[self.dtype] == 2:
-            numbers = numbers.astype(np.float32)
-        return _narrow(numbers.astype(np.float64), self.dtype)
+            return narrow_to_8_bits(numbers / self.scale, self.dtype)
+        with np.errstate(all="ignore"):
+            if self.eager and ITEMSIZE[self.dtype] == 2:
+                numbers = numbers.astype(np.float32)
+            return narrow(numbers.astype(np.float64), self.dtype)
 
     def as_they_are(self, words: Array) -> Array:
         """Return words of the input as those of the result."""
         if self.dtype == self.x_dtype:
             return words
         with np.errstate(all="ignore"):
-            return self.of(_widen(words, self.x_dtype))
+            return self.of(widen(words, self.x_dtype))
 
 
 def _to_words(problem: RotaryProblem, pointers: Pointers, i: int) -> _Words:
@@ -131,21 +138,28 @@ def _to_words(problem: RotaryProblem, pointers: Pointers, i: int) -> _Words:
         pointer = (pointers.k_scale, pointers.v_scale)[i - 1]
         if pointer:
             kind = problem.cache.scale_dtype
-            words = ndarray_at(pointer, _STORAGE[kind], (1,), (1,))
+            words = ndarray_at(pointer, STORAGE[kind], (1,), (1,))
             with np.errstate(all="ignore"):
-                scale = float(_widen(words, kind)[0].astype(np.float32))
+                scale = float(widen(words, kind)[0].astype(np.float32))
     return _Words(dtype, problem.dtype, scale, problem.eager)
 
 
-def _normalised(problem: RotaryProblem, pointers: Pointers, i: int, x: Array) -> Doubles | None:
-    """Return (batch, tokens, heads, head_dim) of words normalised, None where there is no norm."""
-    if problem.norm is None:
-        return None
-    norm, pointer = problem.norm.norm, (pointers.q_weight, pointers.k_weight)[i]
+def _normalised(problem: RotaryProblem, pointers: Pointers, i: int, numbers: Array) -> Doubles:
+    """Return the numbers of (batch, tokens, heads, head_dim) normalised, where there is a norm."""
+    of = problem.norm
+    if of is None:
+        return numbers
+    norm, pointer = of.norm, (pointers.q_weight, pointers.k_weight)[i]
+    bias = (pointers.q_bias, pointers.k_bias)[i]
     of_token = norm.kind == TOKEN_NORM
     axes = (2, 3) if of_token else 3
     with np.errstate(all="ignore"):
-        numbers: Array = _widen(x, problem.dtype)
+        if norm.kind == LAYER_NORM:
+            centre = np.mean(numbers, axis=axes, keepdims=True)
+            if problem.eager:
+                real = _eager_dtype(problem)
+                numbers, centre = numbers.astype(real), centre.astype(real)
+            numbers = (numbers - centre).astype(np.float64)
         mean = np.mean(numbers * numbers, axis=axes, keepdims=True)
         if problem.eager:  # step by step in the dtype in which PyTorch's operations do it
             real = _eager_dtype(problem)
@@ -155,12 +169,19 @@ def _normalised(problem: RotaryProblem, pointers: Pointers, i: int, x: Array) ->
             numbers = numbers / np.sqrt(mean + norm.eps)
         if norm.num_roundings == 2:
             numbers = _rounded(numbers, problem.dtype).astype(numbers.dtype)
+
+        def of_norm(pointer: int, stride: int | None) -> Array:
+            """Return weights or biases, as (heads, head_dim)."""
+            heads, step = numbers.shape[2] if of_token else 1, stride or 0
+            shape, strides = (heads, problem.head_dim), (problem.head_dim * step, step)
+            words = ndarray_at(pointer, STORAGE[of.dtype], shape, strides)
+            return widen(words, of.dtype).astype(numbers.dtype)
+
         if pointer:
-            stride, heads = problem.norm.strides[i] or 0, x.shape[2] if of_token else 1
-            shape, strides = (heads, problem.head_dim), (problem.head_dim * stride, stride)
-            weights = ndarray_at(pointer, _STORAGE[problem.norm.dtype], shape, strides)
-            factors = _widen(weights, problem.norm.dtype).astype(numbers.dtype)
+            factors = of_norm(pointer, of.strides[i])
             numbers = numbers * (factors + numbers.dtype.type(norm.weight_offset))
+        if bias:
+            numbers = numbers + of_norm(bias, of.strides[2 + i])
         if norm.num_roundings:
             numbers = _rounded(numbers, problem.dtype)
     return numbers.astype(np.float64)
@@ -168,7 +189,7 @@ def _normalised(problem: RotaryProblem, pointers: Pointers, i: int, x: Array) ->
 
 def _rounded(numbers: Array, dtype: str) -> Doubles:
     """Return what is left of numbers in a dtype."""
-    return _widen(_narrow(numbers.astype(np.float64), dtype), dtype)
+    return widen(narrow(numbers.astype(np.float64), dtype), dtype)
 
 
 def _eager_dtype(problem: RotaryProblem) -> type[np.floating[Any]]:
@@ -186,9 +207,9 @@ def _write_slots(
 ) -> None:
     """Write the rows of tokens to their slots, but for those that the cache does not hold."""
     sizes = problem.batch, problem.num_tokens
-    slots = ndarray_at(pointers.slots, _STORAGE[cache.slot_dtype], sizes, cache.slot_strides)
+    slots = ndarray_at(pointers.slots, STORAGE[cache.slot_dtype], sizes, cache.slot_strides)
     shape = cache.num_blocks, cache.block_size, tensor.num_heads, problem.head_dim
-    at = ndarray_at(pointer, _STORAGE[cache.dtype], shape, tensor.out.strides)
+    at = ndarray_at(pointer, STORAGE[cache.dtype], shape, tensor.out.strides)
     held = (slots >= 0) & (slots < cache.num_blocks * cache.block_size)
     at[np.divmod(slots[held], max(1, cache.block_size))] = words[held]
 
@@ -212,7 +233,7 @@ def _positions(problem: RotaryProblem, pointers: Pointers) -> Array | None:
         )
     if kind == PACKED:
         return _packed_positions(problem, pointers)
-    storage = _STORAGE[problem.position_dtype or ""]
+    storage = STORAGE[problem.position_dtype or ""]
     if kind in (GIVEN, OFFSET):
         given = ndarray_at(pointers.positions, storage, sizes, problem.position_strides)[None]
         if kind == GIVEN:
@@ -224,7 +245,7 @@ def _positions(problem: RotaryProblem, pointers: Pointers) -> Array | None:
 
 def _packed_positions(problem: RotaryProblem, pointers: Pointers) -> Array:
     """Return the place of every token in its sequence: -1 in none."""
-    num_sequences, cu_storage = problem.num_sequences, _STORAGE[problem.cu_dtype or ""]
+    num_sequences, cu_storage = problem.num_sequences, STORAGE[problem.cu_dtype or ""]
     begins = ndarray_at(pointers.cu_seqlens, cu_storage, (num_sequences + 1,), (problem.cu_stride,))
     tokens = np.arange(problem.num_tokens)
     sequences = np.searchsorted(begins, tokens, side="right") - 1
@@ -232,7 +253,7 @@ def _packed_positions(problem: RotaryProblem, pointers: Pointers) -> Array:
     sequences = np.where(found, sequences, 0)
     parts = [tokens + 1, ~begins[sequences], np.int64(pointers.position_offset)]  # ~n is -n - 1
     if pointers.positions and num_sequences:
-        storage = _STORAGE[problem.position_dtype or ""]
+        storage = STORAGE[problem.position_dtype or ""]
         shape, strides = (num_sequences,), (problem.position_axis,)
         parts.append(ndarray_at(pointers.positions, storage, shape, strides)[sequences])
     return np.where(found, _sum_of(*parts), -1)[None, None]
@@ -266,7 +287,7 @@ def _of_pairs(problem: RotaryProblem, positions: Array) -> Array:
 
 def _angles(problem: RotaryProblem, pointers: Pointers, num_heads: int) -> Callable[[Any], Angles]:
     """Return what finds angles of (batch, tokens, heads, pairs), by block or row."""
-    num_pairs, storage = problem.rotary_dim // 2, _STORAGE[problem.table_dtype]
+    num_pairs, storage = problem.rotary_dim // 2, STORAGE[problem.table_dtype]
     if problem.table_dtype == FREQUENCY:
         turns = ndarray_at(pointers.cos, storage, (num_pairs,), problem.cos.strides[3:])
         scale = ndarray_at(pointers.sin, "f8", (1,), (1,))
@@ -283,10 +304,10 @@ def _angles(problem: RotaryProblem, pointers: Pointers, num_heads: int) -> Calla
     def read(at: Any) -> Angles:
         if problem.position_kind != IMPLICIT:
             at = at[..., 0, 0] if at.shape[-1] < num_pairs else (at, 0, np.arange(num_pairs))
-        cos, sin = (_widen(part[at], problem.table_dtype) for part in first)
+        cos, sin = (widen(part[at], problem.table_dtype) for part in first)
         if problem.table_form == ONE_ANGLE:
             return Angles(cos, sin, cos, sin)
-        others = [_widen(part[at], problem.table_dtype) for part in second]
+        others = [widen(part[at], problem.table_dtype) for part in second]
         if problem.table_form == BY_ELEMENT:
             return Angles(cos, sin, *others)
         return Angles(cos, -others[0], others[1], sin)  # of rows [cos, -sin] and [sin, cos]
@@ -301,15 +322,16 @@ def _table(
 
     They are those of the first angle of each pair, or of the second.
     """
-    num_pairs, storage = problem.rotary_dim // 2, _STORAGE[problem.table_dtype]
+    num_pairs, storage = problem.rotary_dim // 2, STORAGE[problem.table_dtype]
 
     def part(pointer: int, view: View, row: int) -> Array:
         step, to_second = problem.table_steps(view)
         pointer += of_second * to_second * ITEMSIZE[problem.table_dtype]
         if problem.position_kind == IMPLICIT:
-            heads = num_heads if view.strides[2] else 1
+            heads = problem.table_heads if view.strides[2] else 1
             by_token = (problem.batch, problem.num_tokens, heads, num_pairs)
-            return ndarray_at(pointer, storage, by_token, (*view.strides[:3], step))
+            part = ndarray_at(pointer, storage, by_token, (*view.strides[:3], step))
+            return part.repeat(num_heads // heads, axis=2) if heads > 1 else part
         if not problem.num_positions:
             return np.zeros((1, 1, num_pairs), storage)  # every token is out of range
         by_position = (problem.num_positions, 1, num_pairs)
@@ -334,27 +356,18 @@ def _rotate_block(
 
     `norm` are the numbers of the words once they are normalised, None where that is not asked.
     """
-    start, num_pairs = problem.rotary_offset, problem.rotary_dim // 2
+    start, places = problem.rotary_offset, _places(problem)
     end = start + problem.rotary_dim
-    if problem.interleaved:
-        places = slice(start, end, 2), slice(start + 1, end, 2)
-    else:
-        places = slice(start, start + num_pairs), slice(start + num_pairs, end)
 
     def kept(place: slice) -> Array:
         return stored.as_they_are(x[..., place]) if norm is None else stored.of(norm[..., place])
 
     with np.errstate(all="ignore"):
         first, second = (
-            _widen(x[..., place], problem.dtype) if norm is None else norm[..., place]
+            widen(x[..., place], problem.dtype) if norm is None else norm[..., place]
             for place in places
         )
-    if problem.conjugate:  # the transpose
-        angles = Angles(angles.cos_a, -angles.sin_b, angles.cos_b, -angles.sin_a)
-    rotate_pairs = _rotated_eagerly if problem.eager else _rotated
-    with np.errstate(all="ignore"):
-        results = rotate_pairs(problem, first, second, angles)
-        rotated = [stored.of(numbers) for numbers in results]
+        rotated = [stored.of(each) for each in _rotated_pairs(problem, first, second, angles)]
     if not problem.in_place or norm is not None:
         for place in (slice(0, start), slice(end, None)):
             out[..., place] = kept(place)
@@ -366,12 +379,57 @@ def _rotate_block(
         out[..., place] = values
 
 
+def _rotated_heads(
+    problem: RotaryProblem, x: Array, angles: Angles, in_range: Array | None
+) -> Doubles:
+    """Return the numbers of (batch, tokens, heads, head_dim) of words, rotated before a norm."""
+    numbers, places = widen(x, problem.dtype), _places(problem)
+    with np.errstate(all="ignore"):
+        first, second = (numbers[..., place] for place in places)
+        rotated = _rotated_pairs(problem, first, second, angles)
+    for place, values in zip(places, rotated, strict=True):
+        if in_range is not None:
+            lost = numbers[..., place] if problem.keep_out_of_range else np.nan
+            values = np.where(in_range[..., None, None], values, lost)
+        numbers[..., place] = values
+    rounds = problem.norm and problem.norm.norm.num_roundings
+    if problem.eager and not rounds:  # sums are rounded as products are
+        return _rounded(numbers, problem.dtype) if _rounds_products(problem) else numbers
+    if rounds:
+        numbers = widen(_Words(problem.dtype, "", 1.0, problem.eager).of(numbers), problem.dtype)
+    return numbers
+
+
+def _places(problem: RotaryProblem) -> tuple[slice, slice]:
+    """Return where the first and the second elements of pairs lie in a head."""
+    start, num_pairs = problem.rotary_offset, problem.rotary_dim // 2
+    end = start + problem.rotary_dim
+    if problem.interleaved:
+        return slice(start, end, 2), slice(start + 1, end, 2)
+    return slice(start, start + num_pairs), slice(start + num_pairs, end)
+
+
+def _rotated_pairs(
+    problem: RotaryProblem, first: Doubles, second: Doubles, angles: Angles
+) -> tuple[Array, Array]:
+    """Return both elements of every pair, rotated as the problem wants it."""
+    if problem.conjugate:  # the transpose
+        angles = Angles(angles.cos_a, -angles.sin_b, angles.cos_b, -angles.sin_a)
+    rotate_pairs = _rotated_eagerly if problem.eager else _rotated
+    return rotate_pairs(problem, first, second, angles)
+
+
 def _rotated(
     problem: RotaryProblem, first: Doubles, second: Doubles, angles: Angles
 ) -> tuple[Array, Array]:
     """Return both elements of every pair, rotated."""
     cos_a, sin_a, cos_b, sin_b = angles
     return first * cos_a - second * sin_a, second * cos_b + first * sin_b
+
+
+def _rounds_products(problem: RotaryProblem) -> bool:
+    """Return whether PyTorch's operations round products to q's dtype."""
+    return problem.dtype == problem.table_dtype
 
 
 def _rotated_eagerly(
@@ -383,62 +441,7 @@ def _rotated_eagerly(
     a, b, cos_a, sin_a, cos_b, sin_b = parts
 
     def product(x: Array, y: Array) -> Array:
-        if problem.dtype != problem.table_dtype:
-            return x * y
-        return _rounded(x * y, problem.dtype).astype(real)
+        rounds = _rounds_products(problem)
+        return _rounded(x * y, problem.dtype).astype(real) if rounds else x * y
 
     return product(a, cos_a) - product(b, sin_a), product(b, cos_b) + product(a, sin_b)
-
-
-def _widen(words: Array, dtype: str) -> Doubles:
-    """Return storage words as float64, exactly."""
-    if dtype == "bfloat16":
-        words = (words.astype(np.uint32) << 16).view(np.float32)
-    return words.astype(np.float64)
-
-
-def _narrow(values: Doubles, dtype: str) -> Array:
-    """Round float64 to storage words, once, to nearest even."""
-    if dtype != "bfloat16":
-        return values.astype(_STORAGE[dtype])
-    bits = _round_to_odd(values).view(np.uint32)
-    rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
-
-
-def _narrow_to_8_bits(values: Doubles, dtype: str) -> Array:
-    """Round float64 to the words of 8 bits, to nearest even, and to the largest what is larger."""
-    numbers = _numbers_of_8_bits(dtype)
-    magnitude = np.minimum(np.abs(values), numbers[-1])
-    below = np.searchsorted(numbers, magnitude, side="right") - 1
-    below = np.minimum(below, len(numbers) - 2)
-    middle = (numbers[below] + numbers[below + 1]) / 2
-    up = (magnitude > middle) | ((magnitude == middle) & (below % 2 == 1))
-    words = np.where(np.isnan(values), 0x7F, (below + up) | np.where(np.signbit(values), 0x80, 0))
-    return words.astype(np.uint8)
-
-
-@cache
-def _numbers_of_8_bits(dtype: str) -> Doubles:
-    """Return the numbers of 8 bits that are not negative, each at the place that its word is."""
-    mantissa_bits, bias, largest = {"float8_e4m3fn": (3, 7, 0x7E), "float8_e5m2": (2, 15, 0x7B)}[
-        dtype
-    ]
-    exponent, fraction = np.divmod(np.arange(largest + 1), 1 << mantissa_bits)
-    significand = (fraction + np.where(exponent, 1 << mantissa_bits, 0)).astype(np.float64)
-    numbers: Doubles = np.ldexp(significand, np.maximum(exponent, 1) - bias - mantissa_bits)
-    return numbers
-
-
-def _round_to_odd(values: Doubles) -> NDArray[np.float32]:
-    """Round to float32, to odd where inexact: rounding again to 16 bits is then as good as once."""
-    nearest = values.astype(np.float32)
-    bits = nearest.view(np.uint32)
-    widened = nearest.astype(np.float64)
-    away = np.abs(widened) > np.abs(values)
-    odd = (bits - away.astype(np.uint32)) | np.uint32(1)
-    return (
-        np.where((widened == values) | np.isnan(values), bits, odd)
-        .astype(np.uint32)
-        .view(np.float32)
-    )

@@ -10,9 +10,11 @@ a call ──┬── traced by torch.compile ───────────
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
-from . import arrays, eager
+from . import arrays, eager, joint, together
 from .call import NO_EXTRA, Call, Extra, parse
 from .options import NO_PARTS
 from .ways import UNTRACED
@@ -49,9 +51,102 @@ def rotate(
     return outs
 
 
+def rotate_each(*given: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
+    """Rotate what several calls are given, as `rotate` is: by one launch, where one kernel serves.
+
+    All are checked before an output is written. Messages begin with the name of what is rotated.
+    """
+    labels = [each[0][0] for each in given]
+    calls = [*map(_labelled, labels, repeat(_parsed), given)]
+    _check_alike(calls)
+    ready = [*map(_labelled, labels, repeat(_ready), calls)]
+    plain = [each for each in ready if each]
+    if len(plain) == len(calls):
+        together.write(plain)
+        return tuple([each.results() for each in plain])
+    if any([call.out is not None for call in calls]):
+        _check_each(calls)
+    return tuple([*map(_labelled, labels, repeat(_by_way), calls)])
+
+
+def _parsed(given: tuple[Any, ...]) -> Call:
+    return parse(*given)
+
+
+def _labelled(label: str, function: Callable[[Any], Any], given: Any) -> Any:
+    """Return what a function makes of one of several calls, whose refusals tell which it is."""
+    try:
+        return function(given)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{label}: {error}") from error
+
+
+def _check(call: Call) -> None:
+    """Check all of a call on tensors in memory, whether a gradient is recorded or not."""
+    _check_transforms(call)
+    eager.ready(call, *eager.find(call))
+
+
+def _check_alike(calls: Sequence[Call]) -> None:
+    (q,), (k,) = (call.xs for call in calls)
+    options = calls[0].options
+    joint.check_k(q, k, options.layout, options.head_dim is not None)
+
+
+def _ready(call: Call) -> eager.Ready | None:
+    """Return a call on arrays in memory, checked, or None where it goes by another way."""
+    found = prepared, _, signature = eager.find(call)
+    asks = prepared.requires_grad if prepared else True
+    if asks and _wants_gradient(call):
+        return None
+    if prepared is None and signature is None:
+        if _is_distributed(call) or _is_traced(call):
+            return None
+        _check_transforms(call)
+    return eager.ready(call, *found)
+
+
+def _check_each(calls: Sequence[Call]) -> None:
+    """Check calls that do not go together, before the first is written."""
+    for call in calls:
+        if _wants_gradient(call) and not _is_traced(call) and not _is_distributed(call):
+            from .ways import autograd
+
+            autograd.check(call)
+    in_memory = [call for call in calls if not (_is_traced(call) or _is_distributed(call))]
+    together.check([eager.ready(call, *eager.find(call)) for call in in_memory])
+
+
+def join(given: Sequence[tuple[Any, ...]], out: tuple[Any, ...] | None) -> tuple[Any, ...]:
+    """Rotate what calls are given of q, k and v, and write all behind one another.
+
+    `out` are the joint arrays, or None for new ones. Gradients are those of calls on their own,
+    whose results are put behind one another.
+    """
+    labels = joint.labels(len(given))
+    calls = [*map(_labelled, labels, repeat(_parsed), given)]
+    if any(map(_is_traced, calls)):
+        from .ways import joins
+
+        return joins.join(calls, out, *joint.traced_tokens(calls))
+    axis, sizes = joint.tokens(calls)
+    if not any(map(_is_distributed, calls)):
+        outs = joint.outputs(calls, out, axis, sizes)
+        written = joint.parts(calls, outs, axis, sizes)
+        ready = [*map(_labelled, labels, repeat(_ready), written)]
+        plain = [each for each in ready if each]
+        if len(plain) == len(calls):
+            together.write(plain, labels, are_apart=out is None)
+            return joint.results(calls, out, outs)
+        [*map(_labelled, labels, repeat(_check), written)]  # v too, which PyTorch alone joins
+    from .ways import joins
+
+    return joins.of_each(calls, out, axis, lambda label, call: _labelled(label, _by_way, call))
+
+
 def _by_way(call: Call) -> tuple[Any, ...]:
     """Rotate by the way that the arrays of a call want."""
-    if any([arrays.asked_of(x).is_distributed(x) for x in call.xs]):
+    if _is_distributed(call):
         from .ways import dtensor
 
         local, whole = dtensor.local_call(call)
@@ -78,7 +173,12 @@ def _traced(*given: Any) -> tuple[Any, ...]:
     """Rotate in a graph that torch.compile traces, in place of `rotate`."""
     from .ways import graphs
 
-    call = graphs.parse(*given)
+    return _traced_call(graphs.parse(*given))
+
+
+def _traced_call(call: Call) -> tuple[Any, ...]:
+    from .ways import graphs
+
     if any([hasattr(x, "device_mesh") for x in call.xs]):
         from .ways import dtensor
 
@@ -87,9 +187,31 @@ def _traced(*given: Any) -> tuple[Any, ...]:
     return graphs.rotate(call)
 
 
-# torch.compile traces this in place of `rotate`, which so need not ask whether it is traced.
-rotate._torchdynamo_inline = _traced  # type: ignore[attr-defined]
-UNTRACED.append(rotate)
+def _traced_each(*given: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
+    """Rotate in a graph that torch.compile traces, in place of `rotate_each`."""
+    from .ways import graphs
+
+    calls = [graphs.parse(*each) for each in given]
+    _check_alike(calls)
+    return tuple([_traced_call(call) for call in calls])
+
+
+def _traced_join(given: Sequence[tuple[Any, ...]], out: tuple[Any, ...] | None) -> tuple[Any, ...]:
+    """Join in a graph that torch.compile traces, in place of `join`."""
+    from .ways import graphs, joins
+
+    calls = [graphs.parse(*each) for each in given]
+    axis, sizes = joint.traced_tokens(calls)
+    if any([hasattr(x, "device_mesh") for call in calls for x in call.xs]):
+        return joins.of_each(calls, out, axis, lambda _, call: _traced_call(call))
+    return joins.join(calls, out, axis, sizes)
+
+
+# torch.compile traces these in place of functions that so need not ask whether they are traced.
+_in_graphs: dict[Any, Any] = {rotate: _traced, rotate_each: _traced_each, join: _traced_join}
+for _function, _other in _in_graphs.items():
+    _function._torchdynamo_inline = _other
+    UNTRACED.append(_function)
 
 
 def _check_transforms(call: Call) -> None:
@@ -98,9 +220,15 @@ def _check_transforms(call: Call) -> None:
         arrays.asked_of(array).check_transform(name, array)
 
 
+def _is_distributed(call: Call) -> bool:
+    return any([arrays.asked_of(x).is_distributed(x) for x in call.xs])
+
+
 def _is_traced(call: Call) -> bool:
     """Return whether the call stands for one of a graph: table and all, or beside constants."""
     x = call.xs[0]
+    if not arrays.asked_of(x).is_traced(x):
+        return False
     return all([arrays.asked_of(each).is_traced(each) for each in call.xs]) and (
         arrays.asked_of(x).is_beside_real(x)
         or all([arrays.asked_of(part).is_traced(part) for part in call.table.arrays])
@@ -108,4 +236,6 @@ def _is_traced(call: Call) -> bool:
 
 
 def _wants_gradient(call: Call) -> bool:
+    if not arrays.records_gradients():
+        return False
     return any([arrays.asked_of(array).wants_gradient(array) for array in call.arrays])

@@ -9,7 +9,6 @@ depends on them: alignments, memory that arrays share, and the positions that an
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -112,27 +111,58 @@ def run(call: Call, prepared: Prepared, at: Addresses) -> tuple[Any, ...]:
         prepared.write(at, call.position_offset)
         prepared.mark_written(out)
         return out
-    inputs = prepared.inputs
-    outs = tuple([library.empty_like(x) for library, x in zip(inputs, call.xs, strict=True)])
-    out_at = inputs[0].addresses(outs)
-    if out_at is None or any([address % ACCESS_BYTES for address in out_at]):
+    outs, out_at = _new(call, prepared)
+    if out_at is None:
         return rotate_new(call, None)
     prepared.write(at + out_at, call.position_offset)
     return outs
 
 
-def bind(call: Call) -> tuple[Callable[[], None], Any]:
-    """Check all of a call that writes, and write nothing yet.
+def _new(call: Call, prepared: Prepared) -> tuple[tuple[Any, ...], Addresses | None]:
+    """Return new outputs and their addresses, None where these are not what is prepared for."""
+    inputs = prepared.inputs
+    outs = tuple([library.empty_like(x) for library, x in zip(inputs, call.xs, strict=True)])
+    at = inputs[0].addresses(outs)
+    if at is None or any([address % ACCESS_BYTES for address in at]):
+        return outs, None
+    return outs, at
 
-    Returns what writes, and what owns the memory till then.
-    """
-    prepared, at, signature = find(call)
-    owners = None
-    if prepared:
-        prepared.first_row(call.position_offset)
-    else:
-        prepared, at, _, owners = _prepare(call, signature)
-    return partial(prepared.write, at, call.position_offset), owners
+
+class Ready(NamedTuple):
+    """A call that has been checked, and whose outputs have memory, of which none is written yet."""
+
+    call: Call
+    prepared: Prepared
+    at: Addresses
+    outs: tuple[Any, ...]
+    owners: Any  # what keeps the memory of arrays till they are written
+
+    def write(self) -> None:
+        """Write the outputs."""
+        self.prepared.write(self.at, self.call.position_offset)
+
+    def results(self) -> tuple[Any, ...]:
+        """Tell that the outputs are written, and return what the caller gets for them."""
+        if self.call.out is not None:
+            self.prepared.mark_written(self.outs)
+            return self.outs
+        three = self.prepared.inputs, self.outs, self.call.xs
+        return tuple([library.result(y, x) for library, y, x in zip(*three, strict=True)])
+
+
+def ready(
+    call: Call, prepared: Prepared | None, at: Addresses, signature: Signature | None
+) -> Ready:
+    """Check all of a call for which `find` has found this, and write nothing yet."""
+    if prepared is None:
+        return Ready(call, *_prepare(call, signature))
+    prepared.first_row(call.position_offset)
+    if call.out is not None:
+        return Ready(call, prepared, at, call.out, None)
+    outs, out_at = _new(call, prepared)
+    if out_at is None:
+        return Ready(call, *_prepare(call, None))
+    return Ready(call, prepared, at + out_at, outs, None)
 
 
 def check(call: Call) -> None:
@@ -151,14 +181,9 @@ def check(call: Call) -> None:
 
 def rotate_new(call: Call, signature: Signature | None) -> tuple[Any, ...]:
     """Rotate a call of which nothing is prepared, and keep what is prepared for its signature."""
-    prepared, at, outs, owners = _prepare(call, signature)
-    prepared.write(at, call.position_offset)
-    del owners  # which have kept the memory till here
-    if call.out is not None:
-        prepared.mark_written(outs)
-        return outs
-    inputs = prepared.inputs
-    return tuple(library.result(y, x) for library, y, x in zip(inputs, outs, call.xs, strict=True))
+    prepared = Ready(call, *_prepare(call, signature))
+    prepared.write()
+    return prepared.results()
 
 
 def _prepare(

@@ -15,7 +15,7 @@ from .memory import FLOATS_8
 DEFAULT_LAYOUTS = {3: "shd", 4: "bshd"}
 NUM_AXES = 3  # of positions with mrope_section
 ROUNDINGS = "once", "eager"
-NORMS = HEAD_NORM, TOKEN_NORM = "head", "heads"
+NORMS = HEAD_NORM, TOKEN_NORM, LAYER_NORM = "head", "heads", "layer"
 CACHE_LAYOUTS = "NHD", "HND"
 BEFORE_WEIGHT = "before_weight"
 NO_PARTS = None, None, None  # the last of Options, of a call that only rotates
@@ -24,16 +24,17 @@ Part = TypeVar("Part")  # of Options
 
 
 class Norm(NamedTuple):
-    """RMSNorm of q and k before they turn."""
+    """RMSNorm or LayerNorm of q and k, before they are rotated or after it."""
 
     kind: str  # of NORMS
     eps: float
     weight_offset: float
     round_norm: bool | str  # or BEFORE_WEIGHT
+    after: bool = False
 
     @property
     def num_roundings(self) -> int:
-        """How often what is normalised is rounded to q's dtype before it is rotated."""
+        """How often what is normalised is rounded to q's dtype, before weights and behind them."""
         return 2 if self.round_norm == BEFORE_WEIGHT else int(self.round_norm)
 
 
@@ -129,6 +130,25 @@ def check_options(
     )
 
 
+def check_without_table(is_asked: bool, interleaved: object, options: Options) -> None:
+    """Refuse a call without a table of which nothing else is asked, or what a table alone gives a
+    meaning. `interleaved` is what the call was given.
+    """
+    if not is_asked:
+        raise TypeError(
+            "table must be a RotaryTable or a tuple (cos, sin) where there is no norm, got None"
+        )
+    given = (
+        ("interleaved", interleaved, None),
+        ("rotary_offset", options.rotary_offset, 0),
+        ("conjugate", options.conjugate, False),
+        ("mrope_section", options.mrope_section, None),
+    )
+    for name, value, default in given:
+        if value != default:
+            raise ValueError(f"{name} must be {default} without a table, got {value!r}")
+
+
 def _checked_sections(mrope_section: object) -> tuple[int, int, int] | None:
     if mrope_section is None:
         return None
@@ -183,11 +203,20 @@ def check_round_norm(round_norm: object) -> None:
         raise ValueError(f"round_norm must be True, False or {BEFORE_WEIGHT!r}, got {round_norm!r}")
 
 
+def check_norm_after(norm_after: object) -> None:
+    """Refuse what does not say whether a norm comes after the rotation."""
+    if not isinstance(norm_after, bool):
+        raise TypeError(f"norm_after must be True or False, got {described(norm_after)}")
+
+
 @_remembered
-def check_norm(norm: object, eps: Any, weight_offset: Any, round_norm: Any) -> Norm:
+def check_norm(
+    norm: object, eps: Any, weight_offset: Any, round_norm: Any, norm_after: object = False
+) -> Norm:
     """Check the fields of Norm."""
     kind = _choice("norm", norm, NORMS)
     check_round_norm(round_norm)
+    check_norm_after(norm_after)
     eps, weight_offset = _number("eps", eps), _number("weight_offset", weight_offset)
     if eps < 0:
         raise ValueError(f"eps must be 0 or more, got {eps}")
@@ -197,7 +226,8 @@ def check_norm(norm: object, eps: Any, weight_offset: Any, round_norm: Any) -> N
                 f"{name} must be at most {MOST_FLOAT32:.6g}, the largest float32, got {number}"
             )
     is_bool = isinstance(round_norm, bool)
-    return Norm(kind, eps, weight_offset, round_norm if is_bool else BEFORE_WEIGHT)
+    rounds = round_norm if is_bool else BEFORE_WEIGHT
+    return Norm(kind, eps, weight_offset, rounds, norm_after is True)
 
 
 @_remembered
@@ -230,9 +260,13 @@ def _number(name: str, value: Any) -> float:
 
 def axis_names(rank: int, options: Options) -> str:
     """Return the names of an array's axes, "h" for a last one that head_dim splits, t as s."""
-    split = options.head_dim is not None
-    layout = options.layout or DEFAULT_LAYOUTS.get(rank + split, "")
-    return layout.replace("t", "s")[: -1 if split else None]
+    return names_of_axes(rank, options.layout, options.head_dim is not None)
+
+
+def names_of_axes(rank: int, layout: str | None, splits: bool) -> str:
+    """Return the names of an array's axes; the last one holds all heads where that `splits`."""
+    layout = layout or DEFAULT_LAYOUTS.get(rank + splits, "")
+    return layout.replace("t", "s")[: -1 if splits else None]
 
 
 def _axes(layout: str) -> list[str]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from . import arguments
 from .access import Widths, access_widths
-from .arguments import ArgumentPacker, Double, Patched, Single, argument_packer, divisor
+from .arguments import ArgumentPacker, argument_packer
+from .launch_arguments import Launch, Member, ThreadWork, arguments_of
 from .memory import ACCESS_BYTES, FLOATS_8, ITEMSIZE
-from .options import TOKEN_NORM
+from .options import LAYER_NORM, TOKEN_NORM
 from .problem import (
     BY_ELEMENT,
     FREQUENCY,
     IMPLICIT,
     INTERLEAVED_MROPE,
+    NO_TABLE,
     ONE_ANGLE,
     SECTIONED_MROPE,
     TOKEN_INDEX,
@@ -24,10 +27,23 @@ from .problem import (
     RotaryProblem,
     View,
 )
-from .row_order import HEAD, RowOrder, out_strides, row_order
-from .template import C_TYPES, RmsNorm, RotaryKernel, destination_type, form_type, position_type
+from .row_order import HEAD, RowOrder, row_order
+from .template import (
+    C_TYPES,
+    AfterRotation,
+    LayerNorm,
+    RmsNorm,
+    RotaryKernel,
+    destination_type,
+    form_type,
+    position_type,
+)
 
 WARP = 32
+OF_FORM = (  # what problems have in common whose tables one kernel reads
+    *("rotary_dim", "rotary_offset", "table_dtype", "table_form", "table_step", "sin_offset"),
+    *("position_kind", "position_dtype", "cu_dtype", "section_ends", "interleaved", "conjugate"),
+)
 BLOCK_BYTES = 4096  # of x: with less, GPUs cannot start blocks as fast as the memory serves them
 BLOCK_THREADS = range(128, 257)  # wanted threads; a block of whole warps may have up to 512
 MAX_LANES = 256  # of a block
@@ -51,60 +67,124 @@ class LaunchPlan(NamedTuple):
         return self.packer.pack(pointers)
 
 
-class ThreadWork(NamedTuple):
-    """What one thread does."""
-
-    rows: int  # heads of a token, for which it loads the angles once: a row group
-    pairs: int  # of each row
-    copy_width: int  # elements of each row that other threads copy from outside the slice; or 0
-
-
-class Launch(NamedTuple):
-    """How a launch is divided."""
-
-    num_pair_lanes: int  # threads of a row that rotate it
-    num_lanes: int  # these and the threads behind them, which copy
-    grid: tuple[int, int]
-    block: tuple[int, int]
-    blocks: tuple[int, ...]  # of each tensor, in a period
-    token_threads: int  # that a block with a whole token may have; 0 for other blocks
-
-
 @lru_cache(maxsize=4096)
 def launch_plan(problem: RotaryProblem) -> LaunchPlan:
     """Choose how wide threads read and write, how rows are numbered, and the launch over them."""
     widths, order = access_widths(problem), row_order(problem)
-    work, launch = _launch(problem, widths, order)
-    template = _template(problem, widths, work, order, launch)
+    work = _thread_work(problem, widths, order)
+    member = Member(problem, widths, order, work, _launch(problem, work))
+    template = _template(member)
     return LaunchPlan(
         template=template,
         kernel=template.name,
-        grid=launch.grid,
-        block=launch.block,
-        packer=argument_packer(_arguments(problem, widths, work, order, launch)),
+        grid=member.launch.grid,
+        block=member.launch.block,
+        packer=argument_packer(arguments_of(member, template.tensors)),
     )
 
 
-def _launch(problem: RotaryProblem, widths: Widths, order: RowOrder) -> tuple[ThreadWork, Launch]:
-    """Choose what a thread does, and the blocks of threads."""
+@lru_cache(maxsize=1024)
+def joint_plan(problems: tuple[RotaryProblem, ...]) -> LaunchPlan | None:
+    """Plan one launch that solves several problems; None where they need several kernels."""
+    alike = _alike(problems)
+    planned = [(each, access_widths(each), row_order(each)) for each in alike]
+    works = zip(*(_thread_work(*each) for each in planned), strict=True)
+    work = ThreadWork(*(math.gcd(*numbers) for numbers in works))
+    members = [Member(*each, work, _launch(each[0], work)) for each in planned]
+    templates = [_template(member) for member in members]
+    is_common = all(template.common for template in templates)
+    templates = [
+        template._replace(
+            tensors=max(template.tensors for template in templates),
+            in_place=all(template.in_place for template in templates),
+            past_l1=is_common and template.past_l1,
+            common=is_common,
+            members=len(members),
+        )
+        for template in templates
+    ]
+    template, launches = templates[0], [member.launch for member in members]
+    shapes = {(launch.block, launch.grid[1]) for launch in launches}
+    threads = math.prod(launches[0].block)
+    if {*templates} != {template} or len(shapes) > 1 or threads > _most_threads(problems[0]):
+        return None
+    first_blocks = (0, *accumulate(launch.grid[0] for launch in launches))
+    joint = arguments.Joint(
+        members=tuple(arguments_of(member, template.tensors) for member in members),
+        first_blocks=first_blocks[:-1],
+        rotates=tuple(int(problem.table_form != NO_TABLE) for problem in problems),
+    )
+    return LaunchPlan(
+        template=template,
+        kernel=template.name,
+        grid=(first_blocks[-1], launches[0].grid[1]),
+        block=launches[0].block,
+        packer=argument_packer(joint),
+    )
+
+
+def _alike(problems: tuple[RotaryProblem, ...]) -> tuple[RotaryProblem, ...]:
+    """Return problems of which those without a table, or weights, have the form of other ones'.
+
+    The kernel reads nothing of them then.
+    """
+    form: dict[str, Any] = {}
+    dtype = None
+    is_after = any(problem.norm and problem.norm.norm.after for problem in problems)
+    for problem in problems:
+        if problem.table_form != NO_TABLE and not form:
+            form = {name: getattr(problem, name) for name in OF_FORM}
+            view = View((0, 0, 0, problem.cos.strides[3]), ACCESS_BYTES)
+            form |= {"cos": view, "sin": view, "cos_row": 0, "sin_row": 0}
+        if problem.norm and any(stride is not None for stride in problem.norm.strides):
+            dtype = dtype or problem.norm.dtype
+    alike = []
+    for problem in problems:
+        if problem.table_form == NO_TABLE:
+            problem = problem._replace(**form)
+        norm = problem.norm
+        if norm and dtype and all(stride is None for stride in norm.strides):
+            norm = norm._replace(dtype=dtype)
+        if norm and is_after:  # which it is of what is not rotated as well as before it
+            norm = norm._replace(norm=norm.norm._replace(after=True))
+        alike.append(problem._replace(norm=norm))
+    return tuple(alike)
+
+
+def _thread_work(problem: RotaryProblem, widths: Widths, order: RowOrder) -> ThreadWork:
+    """Choose what a thread does."""
     copy_width = _copy_width(problem)
     pairs = _pairs_per_thread(problem, widths, copy_width)
-    num_lanes = num_pair_lanes = problem.rotary_dim // 2 // pairs
-    if copy_width:
-        num_lanes += (problem.head_dim - problem.rotary_dim) // copy_width
+    _, num_lanes = _lanes(problem, pairs, copy_width)
     if problem.norm_kind == TOKEN_NORM:
-        work = ThreadWork(_rows_of_whole_tokens(problem, pairs, num_lanes), pairs, copy_width)
+        rows = _rows_of_whole_tokens(problem, pairs, num_lanes)
+    else:
+        rows = _rows_per_thread(problem, pairs, num_lanes, order)
+    return ThreadWork(rows, pairs, copy_width)
+
+
+def _lanes(problem: RotaryProblem, pairs: int, copy_width: int) -> tuple[int, int]:
+    """Return how many threads rotate a row, and how many it has with those that copy."""
+    num_pair_lanes = problem.rotary_dim // 2 // pairs
+    copied = (problem.head_dim - problem.rotary_dim) // copy_width if copy_width else 0
+    return num_pair_lanes, num_pair_lanes + copied
+
+
+def _launch(problem: RotaryProblem, work: ThreadWork) -> Launch:
+    """Choose the blocks of threads."""
+    num_pair_lanes, num_lanes = _lanes(problem, work.pairs, work.copy_width)
+    token_threads = 0
+    if problem.norm_kind == TOKEN_NORM:
         num_row_groups = max(tensor.num_heads for tensor in problem.tensors) // work.rows
         block, grid_y = (num_lanes, num_row_groups), 1
         tokens = problem.batch * problem.num_tokens
         needed = tuple(tokens if tensor.num_heads else 0 for tensor in problem.tensors)
         blocks, num_periods = _interleaved_blocks(needed, needed)
         limits = 128, 256, 512, _most_threads(problem)
-        token_threads = next(limit for limit in limits if num_row_groups * num_lanes <= limit)
+        threads = num_row_groups * num_lanes
+        token_threads = next((limit for limit in limits if threads <= limit), threads)
     else:
-        token_threads = 0
-        work = ThreadWork(_rows_per_thread(problem, pairs, num_lanes, order), pairs, copy_width)
-        thread_bytes = work.rows * 2 * pairs * ITEMSIZE[problem.dtype]
+        thread_bytes = work.rows * 2 * work.pairs * ITEMSIZE[problem.dtype]
         block, grid_y = _block(num_lanes, thread_bytes, whole_rows=problem.norm is not None)
         rows_of_a_block = work.rows * block[1]
         needed = tuple(-(-problem.num_rows_of(t) // rows_of_a_block) for t in problem.tensors)
@@ -112,7 +192,7 @@ def _launch(problem: RotaryProblem, widths: Widths, order: RowOrder) -> tuple[Th
             needed, tuple(t.num_heads for t in problem.tensors)
         )
     grid = num_periods * sum(blocks), grid_y
-    return work, Launch(num_pair_lanes, num_lanes, grid, block, blocks, token_threads)
+    return Launch(num_pair_lanes, num_lanes, grid, block, blocks, token_threads)
 
 
 def _most_threads(problem: RotaryProblem) -> int:
@@ -136,10 +216,18 @@ def _rows_of_whole_tokens(problem: RotaryProblem, pairs: int, num_lanes: int) ->
             f"up to {MOST_ROWS} heads, got {max(heads)} heads of {num_lanes} threads each, for as "
             "wide an access as all arrays' alignments allow"
         )
-    row_bytes = 2 * pairs * ITEMSIZE[problem.dtype]
+    row_bytes = 2 * pairs * _bytes_held(problem)
     light = [rows for rows in choices if rows * row_bytes <= TOKEN_BYTES] or choices[:1]
     wanted = [rows for rows in light if max(heads) // rows * num_lanes <= TOKEN_THREADS]
     return (wanted or light[-1:])[0]
+
+
+def _bytes_held(problem: RotaryProblem) -> int:
+    """Return how many bytes a thread holds of an element: of what is rotated first, all."""
+    norm = problem.norm and problem.norm.norm
+    if norm and norm.after and not norm.num_roundings:
+        return 8 if problem.is_double else 4
+    return ITEMSIZE[problem.dtype]
 
 
 def _span(problem: RotaryProblem, work: ThreadWork, num_lanes: int) -> tuple[int, bool]:
@@ -156,8 +244,11 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, copy_width: int) -
 
     In the half pairing it rotates half as many where other lanes copy one access each, the launch
     is table-bound, or what is written has 8 bits. It also rotates fewer where no tensor moves as
-    many elements at once, and where two angles a pair, in double, need too many registers.
+    many elements at once, and where two angles a pair, in double, need too many registers. Without
+    a table, no thread rotates any, and pairs say how many elements a thread copies.
     """
+    if not problem.rotary_dim:
+        return max(1, copy_width // 2)
     most = ACCESS_BYTES // ITEMSIZE[problem.dtype]
     outs = [width for i, width in enumerate(widths.out) if problem.out_dtype(i) == problem.dtype]
     widest = min(most, max(*widths.x, *outs))
@@ -168,6 +259,8 @@ def _pairs_per_thread(problem: RotaryProblem, widths: Widths, copy_width: int) -
     pairs = widest // 2 if one_access else widest
     if problem.table_form != ONE_ANGLE and problem.is_double:
         pairs = min(pairs, 2)
+    if _is_heavy(problem):
+        pairs = min(pairs, 4)
     ends = problem.section_ends if problem.position_kind == SECTIONED_MROPE else ()
     return math.gcd(max(1, pairs), problem.rotary_dim // 2, *ends)  # all pairs are of one section
 
@@ -185,8 +278,15 @@ def _rows_per_thread(problem: RotaryProblem, pairs: int, num_lanes: int, order: 
         return 1
     if problem.norm and num_lanes > WARP:  # shared memory holds one sum of a thread
         return 1
+    if _is_heavy(problem):
+        return 1
     rows = 4 if _is_table_bound(problem) else 2
     return math.gcd(rows, *(tensor.num_heads for tensor in problem.tensors))
+
+
+def _is_heavy(problem: RotaryProblem) -> bool:
+    """Return whether weights, biases and means, in double, need too many registers."""
+    return problem.is_double and problem.norm_kind == LAYER_NORM
 
 
 def _is_table_bound(problem: RotaryProblem) -> bool:
@@ -228,13 +328,8 @@ def _interleaved_blocks(
     return blocks, max(-(-num // each) for num, each in zip(needed, blocks, strict=True) if each)
 
 
-def _template(
-    problem: RotaryProblem,
-    widths: Widths,
-    work: ThreadWork,
-    order: RowOrder,
-    launch: Launch,
-) -> RotaryKernel:
+def _template(member: Member) -> RotaryKernel:
+    problem, widths, order, work, launch = member
     is_common = _is_common(problem, widths, work)
     # With positions, launches that leave L1 to the table are faster alone, and as fast with
     # attention behind them. Without positions they are not: see benchmarks/results of 2026-11-25.
@@ -260,17 +355,17 @@ def _template(
     )
 
 
-def _norm_type(problem: RotaryProblem, work: ThreadWork, launch: Launch) -> RmsNorm | str:
+def _norm_type(
+    problem: RotaryProblem, work: ThreadWork, launch: Launch
+) -> RmsNorm | LayerNorm | AfterRotation | str:
     if problem.norm is None:
         return "NoNorm"
-    span, cross_warp = _span(problem, work, launch.num_lanes)
-    return RmsNorm(
-        weight=C_TYPES[problem.norm.dtype],
-        token_threads=launch.token_threads,
-        span=span,
-        cross_warp=cross_warp,
-        roundings=problem.norm.norm.num_roundings,
-    )
+    norm, weight = problem.norm.norm, C_TYPES[problem.norm.dtype]
+    how = *_span(problem, work, launch.num_lanes), norm.num_roundings
+    policy: RmsNorm | LayerNorm = RmsNorm(weight, launch.token_threads, *how)
+    if norm.kind == LAYER_NORM:
+        policy = LayerNorm(weight, *how)
+    return AfterRotation(policy) if norm.after else policy
 
 
 def _is_common(problem: RotaryProblem, widths: Widths, work: ThreadWork) -> bool:
@@ -307,142 +402,3 @@ def _is_common(problem: RotaryProblem, widths: Widths, work: ThreadWork) -> bool
 def _has_common_weights(norm: NormProblem, widths: Widths, *runs: int) -> bool:
     whole = min(max(runs), ACCESS_BYTES // ITEMSIZE[norm.dtype])
     return widths.weights >= whole and all(stride in (None, 1) for stride in norm.strides)
-
-
-def _slice_offsets(problem: RotaryProblem, i: int) -> tuple[int, int]:
-    """Return the bytes from where x and out of a tensor begin to the rotated slice."""
-    tensor = problem.tensors[i]
-    views = (tensor.x, problem.dtype), (tensor.out, problem.out_dtype(i))
-    x, out = (
-        (tensor.start * view.strides[HEAD] + problem.rotary_offset * view.strides[3])
-        * ITEMSIZE[dtype]
-        for view, dtype in views
-    )
-    return x, out
-
-
-def _arguments(
-    problem: RotaryProblem, widths: Widths, work: ThreadWork, order: RowOrder, launch: Launch
-) -> arguments.Arguments:
-    return arguments.Arguments(
-        tensors_and_table=_tensors_and_table(problem, widths, work, order, launch),
-        norm=_norm_arguments(problem, widths, work),
-        destination=_slots_arguments(problem, order),
-        form=arguments.MatricesArguments(problem.table_column) if problem.has_columns else None,
-    )
-
-
-def _tensors_and_table(
-    problem: RotaryProblem, widths: Widths, work: ThreadWork, order: RowOrder, launch: Launch
-) -> arguments.TensorsAndTable:
-    def of_tokens(batch: int, token: int) -> arguments.View:
-        return arguments.View(*order.strides((batch, token, 0)), element=0, width=0)
-
-    def of_table(part: View, width: int) -> arguments.View:
-        element = part.strides[3] // problem.table_step
-        return arguments.View(*order.strides(part.strides), element, width)
-
-    # A launch of one tensor fills the second place with the first, which no block asks for.
-    places = [i % len(problem.tensors) for i in range(max(2, len(problem.tensors)))]
-    offsets = [_slice_offsets(problem, i) for i in places]
-    return arguments.TensorsAndTable(
-        x=tuple(Patched(f"x{i}", x) for i, (x, _) in enumerate(offsets)),
-        out=tuple(Patched(f"out{i}", out) for i, (_, out) in enumerate(offsets)),
-        cos_data=Patched("cos"),
-        sin_data=Patched("sin"),
-        positions=Patched("positions"),
-        period=divisor(sum(launch.blocks)),
-        num_lanes=launch.num_lanes,
-        num_pairs=problem.rotary_dim // 2,
-        cos=of_table(problem.cos, widths.cos),
-        position=of_tokens(*problem.position_strides),
-        num_positions=problem.num_positions,
-        cos_row=problem.cos_row,
-        tensors=tuple(_tensor(problem, i, widths, work, order, launch) for i in places),
-        sin=of_table(problem.sin, widths.sin),
-        sin_row=problem.sin_row,
-        keep_out_of_range=int(problem.keep_out_of_range),
-        rotary_offset=problem.rotary_offset,
-        num_pair_lanes=launch.num_pair_lanes,
-        token=of_tokens(0, 1),
-        position_arguments=arguments.PositionArguments(
-            axis=problem.position_axis,
-            section_ends=problem.section_ends,
-            num_sequences=problem.num_sequences,
-            cu_stride=problem.cu_stride,
-        ),
-    )
-
-
-def _tensor(
-    problem: RotaryProblem,
-    i: int,
-    widths: Widths,
-    work: ThreadWork,
-    order: RowOrder,
-    launch: Launch,
-) -> arguments.Tensor:
-    tensor = problem.tensors[i]
-    num_row_groups = tensor.num_heads // work.rows  # of a token
-    outer, middle, inner = order.sizes(problem.batch, problem.num_tokens, num_row_groups)
-    x, out = tensor.x.strides, out_strides(problem, i)
-    return arguments.Tensor(
-        blocks=launch.blocks[i],
-        num_row_groups=outer * middle * inner,
-        inner=divisor(max(1, inner)),
-        middle=divisor(max(1, middle)),
-        x=arguments.View(*order.strides(x), x[3], widths.x[i]),
-        x_step=num_row_groups * x[HEAD],
-        out=arguments.View(*order.strides(out), tensor.out.strides[3], widths.out[i]),
-        out_step=num_row_groups * out[HEAD],
-    )
-
-
-def _norm_arguments(
-    problem: RotaryProblem, widths: Widths, work: ThreadWork
-) -> arguments.RmsNormArguments | None:
-    if problem.norm is None:
-        return None
-    norm, per_token = problem.norm, problem.norm_kind == TOKEN_NORM
-    real = Double if problem.is_double else Single
-
-    def of_tensor(i: int) -> tuple[arguments.Weights, float, Patched]:
-        num_heads, stride = (
-            problem.tensors[i % len(problem.tensors)].num_heads,
-            norm.strides[i] or 0,
-        )
-        head = problem.head_dim * stride if per_token else 0
-        step = num_heads // work.rows * head
-        count = problem.head_dim * (num_heads if per_token else 1)
-        return (
-            arguments.Weights(head, step, stride, widths.weights),
-            real(1 / count if count else 0.0),
-            Patched(
-                ("q_weight", "k_weight")[i], problem.rotary_offset * stride * ITEMSIZE[norm.dtype]
-            ),
-        )
-
-    (q_layout, q_inverse, q_weight), (k_layout, k_inverse, k_weight) = map(of_tensor, range(2))
-    return arguments.RmsNormArguments(
-        layout=(q_layout, k_layout),
-        inverse_count=(q_inverse, k_inverse),
-        eps=real(norm.norm.eps),
-        weight_offset=real(norm.norm.weight_offset),
-        weights=(q_weight, k_weight),
-    )
-
-
-def _slots_arguments(problem: RotaryProblem, order: RowOrder) -> arguments.SlotsArguments | None:
-    cache = problem.cache
-    if cache is None:
-        return None
-    k, v = (tensor.out.strides for tensor in problem.tensors[1:])
-    k_scale, v_scale = map(Single, cache.scales)
-    return arguments.SlotsArguments(
-        slot=arguments.View(*order.strides((*cache.slot_strides, 0)), element=0, width=0),
-        num_slots=cache.num_blocks * cache.block_size,
-        block_size=divisor(max(1, cache.block_size)),
-        block=(k[0], v[0]),
-        place=(k[1], v[1]),
-        scale=(k_scale, v_scale),
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import count
 from operator import itemgetter
@@ -15,11 +15,13 @@ from .call import Call
 from .memory import ACCESS_BYTES, ITEMSIZE, ArraySpec, cuda_index, overlap, span
 from .problem import (
     IMPLICIT,
+    MAX_TENSORS,
     POINTER_OF,
     TOKEN_INDEX,
     Pointers,
     RotaryProblem,
     implicit_position,
+    needs_start,
 )
 from .table_forms import TableView
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:  # arrays on the CPU need it not
     from .jit import Launcher
     from .plan import LaunchPlan
 
+ABSENT = "absent"  # the name of a value that stands for what is not there
 MAX_PLACES = 1024  # numbers of inputs, parts of a table and other arrays
 MAX_APART = 256  # distances of two arrays that are known to share no byte
 
@@ -74,13 +77,25 @@ def _places(num: int, num_parts: int, num_extra: int, is_input: tuple[bool, ...]
     return Places(
         x=tuple(range(num)),
         out=tuple(out),
-        cos=num,
-        sin=num + num_parts - 1,
+        # Without a table they stand at the first input, and nothing is read there.
+        cos=num if num_parts else 0,
+        sin=num + num_parts - 1 if num_parts else 0,
         extra=tuple(range(num + num_parts, num + num_parts + num_extra)),
     )
 
 
-class _Pair(NamedTuple):
+class Located(NamedTuple):
+    """An array of a call, and where it lies from the address that stands at its place."""
+
+    name: str
+    spec: ArraySpec
+    place: int
+    shift: int  # bytes from the address to its first element
+    begin: int  # its span, in bytes from its first element
+    end: int
+
+
+class Pair(NamedTuple):
     """An output and another array, which must share no byte."""
 
     out: int  # where its address stands
@@ -107,14 +122,17 @@ class Prepared:
         table, outputs = described.table, described.outputs
         self.problem, self.places, self.extra_names = problem, places, call.extra_names
         self.table = table.specs[bool(call.options.interleaved)]
-        self.to_sin = table.pointers[1] - table.arrays[-1].pointer
+        self.to_sin = table.pointers[1] - table.arrays[-1].pointer if table.arrays else 0
         self.begins_at_row = problem.position_kind in (IMPLICIT, TOKEN_INDEX)
-        self.pairs = _pairs(call, described, places, same, self.to_sin) if call.out else ()
+        self.needs_start = needs_start(self.table, problem.num_tokens)
+        self.located = _located(call, described, places, self.to_sin)
+        self.pairs = _pairs(*self.located, same) if call.out else ()
         self.limits = [pair[:5] for pair in self.pairs]  # which `fits` unpacks faster than pairs
         # Outputs that are their inputs, by another object.
         in_place = zip(places.x, places.out, same, strict=True)
         self.same = tuple((x, y) for x, y, is_same in in_place if is_same and x != y)
         self.inputs = tuple(array.library for array in described.inputs)
+        self.library = outputs[0].library  # on whose current stream a launch comes
         self.mark_written = _marker(tuple(array.library for array in outputs))
         self.launcher: Launcher | None = None
         # Behind the addresses in the values of a launch: 0 for what is not there, the first
@@ -135,9 +153,9 @@ class Prepared:
         from .plan import launch_plan
 
         plan = launch_plan(self.problem)
-        device, take = cuda_index(first.spec.device), self._taker(plan)
+        device, take = cuda_index(first.spec.device), taker((self,), plan)
         self.launcher = Launcher(plan, device, first.library.streams(), take)
-        self.behind = 0, 0, *_constants(plan)
+        self.behind = 0, 0, *constants_of(plan)
         before = _others(first.library, described.all)
         behind = _others(first.library, described.outputs)
         self.launch = _in_order(self.launcher, before, behind) if before else self.launcher.launch
@@ -156,18 +174,7 @@ class Prepared:
 
     def check_apart(self, at: Addresses) -> None:
         """Refuse outputs that share memory with other arrays."""
-        for pair in self.pairs:
-            here, there = at[pair.out], at[pair.other]
-            distance = there - here
-            if not pair.low < distance < pair.high or distance in pair.apart:
-                continue
-            if overlap(pair.specs[0], here, pair.specs[1], there + pair.shift):
-                name, other = pair.names
-                wanted = "" if name.endswith("_cache") else "be its input or "
-                raise ValueError(
-                    f"{name} must {wanted}share no memory with {other}, got two arrays that overlap"
-                )
-            put(pair.apart, distance, None, MAX_APART)
+        check_apart(self.pairs, at)
 
     def first_row(self, position_offset: int | None) -> int:
         """Return the row of the table that the first token has, or refuse tokens beside it."""
@@ -178,22 +185,26 @@ class Prepared:
     def write(self, at: Addresses, position_offset: int | None) -> None:
         """Write the outputs. Where this raises, nothing has been written."""
         first, behind = 0, self.behind
-        if position_offset is not None:
-            first = position_offset
-            if self.begins_at_row:
-                at = self._moved(at, self.first_row(first))
+        if position_offset is not None or self.needs_start:
+            first, at = self.from_position(at, position_offset)
             behind = 0, first, *behind[2:]
         if self.launcher:
             self.launch(at + behind)
         elif self.problem.num_rows:
             cpu.rotate(self.problem, self.pointers(at, first))
 
+    def from_position(self, at: Addresses, offset: int | None) -> tuple[int, Addresses]:
+        """Return what a launch is given of the first token's position: that, and where rows are."""
+        if self.begins_at_row:
+            at = self._moved(at, self.first_row(offset))
+        return offset or 0, at
+
     def _moved(self, at: Addresses, row: int) -> Addresses:
         """Return the addresses with those of the table at one of its rows."""
         cos, sin = self.places.cos, self.places.sin
-        moved = [*at]
+        moved, axis = [*at], min(1, len(self.table.shape) - 2)  # of positions, or of tokens
         for place, part in {cos: self.table.cos, sin: self.table.sin}.items():
-            moved[place] += row * part.strides[0] * ITEMSIZE[part.dtype]
+            moved[place] += row * part.strides[axis] * ITEMSIZE[part.dtype]
         return (*moved,)
 
     def pointers(self, at: Addresses, first: int) -> Pointers:
@@ -212,71 +223,138 @@ class Prepared:
             **extra,
         )
 
-    def _taker(self, plan: LaunchPlan) -> Callable[[tuple[Any, ...]], Any]:
-        """Return what takes the argument block's items from the values of a launch.
+    @property
+    def waits(self) -> bool:
+        """Whether streams of other libraries take part in a launch."""
+        return self.launcher is not None and self.launch is not self.launcher.launch
 
-        These are addresses, 0 for what is not there, the first position, and constants.
-        """
-        places = self.places
-        absent = max((*places.x, *places.out, places.sin, *places.extra)) + 1
-        at = dict.fromkeys(POINTER_OF.values(), absent)
-        at |= {"cos": places.cos, "sin": places.sin, "position_offset": absent + 1}
-        for i in range(len(self.problem.tensors) + 1):  # a launch of one tensor repeats it
-            at[f"x{i}"] = places.x[min(i, len(places.x) - 1)]
-            at[f"out{i}"] = places.out[min(i, len(places.out) - 1)]
-        for name, place in zip(self.extra_names, places.extra, strict=True):
-            at[POINTER_OF[name]] = place
-        constant = count(absent + 2)
-        last = absent + 2 + len(_constants(plan))
-        taken, shifted = [], []
-        for item in plan.packer.items:
-            if isinstance(item, bytes):
-                taken.append(next(constant))
-                continue
-            place = at[item.name]
-            shift = item.offset + (self.to_sin if item.name == "sin" else 0)
-            if shift and place != absent:
-                shifted.append((place, shift))
-                place = last + len(shifted) - 1
-            taken.append(place)
-        take = itemgetter(*taken)
-        if not shifted:
-            return take
-        return lambda values: take((*values, *[values[i] + shift for i, shift in shifted]))
+    @property
+    def num_addresses(self) -> int:
+        """How many addresses a call has."""
+        return _num_addresses(self.places)
 
 
-def _constants(plan: LaunchPlan) -> tuple[bytes, ...]:
+def _num_addresses(places: Places) -> int:
+    return max((*places.x, *places.out, places.sin, *places.extra)) + 1
+
+
+def taker(parts: Sequence[Prepared], plan: LaunchPlan) -> Callable[[tuple[Any, ...]], Any]:
+    """Return what takes the argument block's items from the values of a launch.
+
+    For each of the calls that it runs, these are its addresses, 0 for what is not there, and its
+    first position; then come the plan's constants.
+    """
+    named, end = [], 0
+    for part in parts:
+        named.append(_places_of_items(part, end))
+        end += part.num_addresses + 2
+    constant = count(end)
+    last = end + len(constants_of(plan))
+    taken, shifted = [], []
+    for item, owner in zip(plan.packer.items, plan.packer.owners, strict=True):
+        if isinstance(item, bytes):
+            taken.append(next(constant))
+            continue
+        at = named[owner]
+        place = at[item.name]
+        shift = item.offset + (parts[owner].to_sin if item.name == "sin" else 0)
+        if shift and place != at[ABSENT]:
+            shifted.append((place, shift))
+            place = last + len(shifted) - 1
+        taken.append(place)
+    take = itemgetter(*taken)
+    if not shifted:
+        return take
+    return lambda values: take((*values, *[values[i] + shift for i, shift in shifted]))
+
+
+def _places_of_items(part: Prepared, begin: int) -> dict[str, int]:
+    """Return where a launch's values have what a call fills into the argument block, by names."""
+    places = part.places
+    absent = begin + part.num_addresses
+    at = dict.fromkeys((*POINTER_OF.values(), ABSENT), absent)
+    at |= {"cos": begin + places.cos, "sin": begin + places.sin, "position_offset": absent + 1}
+    for i in range(MAX_TENSORS):  # a launch of fewer tensors repeats them
+        at[f"x{i}"] = begin + places.x[min(i, len(places.x) - 1)]
+        at[f"out{i}"] = begin + places.out[min(i, len(places.out) - 1)]
+    for name, place in zip(part.extra_names, places.extra, strict=True):
+        at[POINTER_OF[name]] = begin + place
+    return at
+
+
+def constants_of(plan: LaunchPlan) -> tuple[bytes, ...]:
     """Return what is constant of a plan's argument block."""
     return tuple([item for item in plan.packer.items if isinstance(item, bytes)])
 
 
-def _pairs(
-    call: Call, described: Described, places: Places, same: tuple[bool, ...], to_sin: int
-) -> tuple[_Pair, ...]:
-    """Return which arrays may not overlap: an output with all others, but in place with its x."""
+def check_apart(pairs: Sequence[Pair], at: Addresses) -> None:
+    """Refuse outputs that share memory with other arrays."""
+    for pair in pairs:
+        here, there = at[pair.out], at[pair.other]
+        distance = there - here
+        if not pair.low < distance < pair.high or distance in pair.apart:
+            continue
+        if overlap(pair.specs[0], here, pair.specs[1], there + pair.shift):
+            name, other = pair.names
+            wanted = "" if name.endswith("_cache") else "be its input or "
+            raise ValueError(
+                f"{name} must {wanted}share no memory with {other}, got two arrays that overlap"
+            )
+        put(pair.apart, distance, None, MAX_APART)
+
+
+def _located(
+    call: Call, described: Described, places: Places, to_sin: int
+) -> tuple[tuple[Located, ...], tuple[Located, ...], tuple[Located, ...]]:
+    """Return the inputs, the outputs and all other arrays of a call."""
     table = described.table.specs[bool(call.options.interleaved)]
 
-    def parts(names: Any, described: tuple[Array, ...], places: Any) -> list[Any]:
-        triples = zip(names, described, places, strict=True)
-        return [(name, array.spec, place, 0, *span(array.spec)) for name, array, place in triples]
+    def located(names: Any, arrays: tuple[Array, ...], places: Any) -> tuple[Located, ...]:
+        triples = zip(names, arrays, places, strict=True)
+        return tuple([located_at(name, array.spec, place, 0) for name, array, place in triples])
 
-    xs = parts(call.names, described.inputs, places.x)
-    outs = parts(call.out_names, described.outputs, places.out)
-    others = [
-        ("table", table.cos, places.cos, 0, *span(table.cos)),
-        ("table", table.sin, places.sin, to_sin, *span(table.sin)),
-        *parts(call.extra_names, described.extra, places.extra),
-    ]
-    pairs: dict[Any, _Pair] = {}  # one for two places, though both may be written in place
-    for i, (name, spec, place, _, begin, end) in enumerate(outs):
+    others = located(call.extra_names, described.extra, places.extra)
+    if described.table.arrays:
+        of_table = (
+            located_at("table", table.cos, places.cos, 0),
+            located_at("table", table.sin, places.sin, to_sin),
+        )
+        others = of_table + others
+    return (
+        located(call.names, described.inputs, places.x),
+        located(call.out_names, described.outputs, places.out),
+        others,
+    )
+
+
+def located_at(name: str, spec: ArraySpec, place: int, shift: int) -> Located:
+    """Return an array by the place at which its address stands."""
+    return Located(name, spec, place, shift, *span(spec))
+
+
+def _pairs(
+    xs: tuple[Located, ...],
+    outs: tuple[Located, ...],
+    others: tuple[Located, ...],
+    same: tuple[bool, ...],
+) -> tuple[Pair, ...]:
+    """Return which arrays may not overlap: an output with all others, but in place with its x."""
+    pairs: dict[Any, Pair] = {}  # one for two places, though both may be written in place
+    for i, out in enumerate(outs):
         inputs = [x for j, x in enumerate(xs) if not (same[i] and j == i)]
-        for other, other_spec, to, shift, other_begin, other_end in (*inputs, *outs[:i], *others):
+        for other in (*inputs, *outs[:i], *others):
+            place, to, shift = out.place, other.place, other.shift
             key = (place, to, shift) if place < to else (to, place, shift)
             if key not in pairs:
-                low, high = begin - other_end - shift, end - other_begin - shift
-                names, specs = (name, other), (spec, other_spec)
-                pairs[key] = _Pair(place, to, low, high, {}, names, specs, shift)
+                pairs[key] = pair_of(out, other)
     return (*pairs.values(),)
+
+
+def pair_of(out: Located, other: Located) -> Pair:
+    """Return an output and another array as what must share no byte."""
+    low, high = out.begin - other.end - other.shift, out.end - other.begin - other.shift
+    names, specs = (out.name, other.name), (out.spec, other.spec)
+    return Pair(out.place, other.place, low, high, {}, names, specs, other.shift)
 
 
 def _others(first: Library, described: tuple[Array, ...]) -> tuple[Library, ...]:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .arrays import Array, describe
-from .memory import FLOATS, ITEMSIZE, ArraySpec, alignment
+from .memory import ACCESS_BYTES, FLOATS, ITEMSIZE, ArraySpec, alignment
 from .problem import (
     ANY_POSITION,
     BY_ELEMENT,
     FREQUENCY,
     MATRICES,
+    NO_TABLE,
     ONE_ANGLE,
     TableSpec,
     check_dtype,
@@ -37,6 +38,10 @@ class TableSource(NamedTuple):
     def view(self, stream: int | None) -> TableView:
         """Return where the table lies now, ready for work on `stream`."""
         return self.form(stream, *self.arrays)
+
+
+_NO_ARRAY = ArraySpec((ANY_POSITION, 0), (0, 1), "float32", "", ACCESS_BYTES, False)
+_NO_SPEC = TableSpec(_NO_ARRAY, _NO_ARRAY, 1, 0, NO_TABLE)
 
 
 def half_width(stream: int | None, cos: Any, sin: Any) -> TableView:
@@ -118,6 +123,11 @@ def frequencies(stream: int | None, words: Any) -> TableView:
     return TableView((array,), (array.pointer, pointer), (spec, spec))
 
 
+def no_table(stream: int | None) -> TableView:
+    """View no array at all: nothing is rotated."""
+    return TableView((), (0, 0), (_NO_SPEC, _NO_SPEC))
+
+
 FORMS = {
     form.__name__: form
     for form in (
@@ -130,6 +140,7 @@ FORMS = {
             complex_pairs,
             matrices,
             frequencies,
+            no_table,
         ),
     )
 }

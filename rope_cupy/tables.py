@@ -23,6 +23,7 @@ from .table_forms import (
     full_width,
     half_width,
     matrices,
+    no_table,
 )
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
@@ -33,6 +34,7 @@ TURNS_PER_RADIAN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A566  # in units of 2^-
 MAX_RECENT = 8  # attributes of arrays of a form that were seen to fit together
 MOST_RADIANS = 2**64  # of a frequency whose turns those digits are enough for
 
+WITHOUT_TABLE = TableSource(no_table, ())
 _recent: dict[Callable[..., TableView], tuple[Callable[..., bool], ...]] = {}
 
 
@@ -248,9 +250,11 @@ class RotaryTable:
     def from_angles(cls, angles: Any, *, like: Any) -> RotaryTable:
         """Compute the table of the angles, in radians, that every pair turns by at every row.
 
-        `angles` is a NumPy array of float64 of a shape as for `RotaryTable`: of grids of images and
-        video, say, by `rope_cupy.frequencies.axial`. Cosines and sines are computed in float64 and
-        stored as float32, in the library and on the device of the array `like`.
+        `angles` is an array of float64 or float32, of any library and of a shape as for
+        `RotaryTable`: of grids of images and video, say, by `rope_cupy.frequencies.axial`. Of
+        float32, large angles have lost digits before they come here. Cosines and sines are computed
+        in float64 and stored as float32, in the library and on the device of the array `like`. The
+        host reads the angles, and so waits for a GPU that they lie on.
 
         Raises TypeError or ValueError when `angles` is no such array of finite numbers.
 
@@ -259,11 +263,15 @@ class RotaryTable:
         >>> RotaryTable.from_angles(np.outer(np.arange(4), [1.0, 0.1]), like=x)
         RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float32', device='cpu')
         """
-        if not isinstance(angles, np.ndarray) or angles.dtype != np.float64:
-            raise TypeError(f"angles must be a NumPy array of float64, got {described(angles)}")
-        if not np.isfinite(angles).all():
+        dtype = str(getattr(angles, "dtype", "")).removeprefix("torch.")
+        if not is_array(angles) or dtype not in ("float64", "float32"):
+            raise TypeError(
+                f"angles must be an array of float64 or float32, got {described(angles)}"
+            )
+        numbers = arrays.library_of("angles", angles).download(angles).astype(np.float64)
+        if not np.isfinite(numbers).all():
             raise ValueError("angles must be finite, got an infinity or NaN")
-        return cls._computed(like, 1.0, angles)
+        return cls._computed(like, 1.0, numbers)
 
     @classmethod
     def _computed(cls, like: Any, scale: float, *factors: NDArray[np.float64]) -> RotaryTable:
@@ -372,11 +380,16 @@ class RotaryTable:
 
 
 def source_of(table: Any) -> TableSource:
-    """Return the source of a RotaryTable, or of the one that a (cos, sin) tuple stands for."""
+    """Return the source of a RotaryTable, or of the one that a (cos, sin) tuple stands for.
+
+    None is no table: a call that normalises may have none.
+    """
     if isinstance(table, RotaryTable):
         return table._source
     if isinstance(table, tuple) and len(table) == 2:
         return TableSource(half_width, table)
+    if table is None:
+        return WITHOUT_TABLE
     raise TypeError(f"table must be a RotaryTable or a tuple (cos, sin), got {described(table)}")
 
 

@@ -11,6 +11,7 @@ from .problem import (
     IMPLICIT,
     INTERLEAVED_MROPE,
     MATRICES,
+    NO_TABLE,
     OFFSET,
     PACKED,
     SECTIONED_MROPE,
@@ -47,13 +48,28 @@ class RmsNorm(NamedTuple):
     roundings: int
 
 
+class LayerNorm(NamedTuple):
+    """The template arguments of LayerNorm in kernels/norm.cuh."""
+
+    weight: str
+    span: int
+    cross_warp: bool
+    roundings: int
+
+
+class AfterRotation(NamedTuple):
+    """The template argument of AfterRotation in kernels/norm.cuh."""
+
+    norm: RmsNorm | LayerNorm
+
+
 class RotaryKernel(NamedTuple):
     """The template arguments of rotary_kernel, named and ordered as there."""
 
     t: str
     table: str
     position: str
-    norm: RmsNorm | str
+    norm: RmsNorm | LayerNorm | AfterRotation | str
     destination: str
     tensors: int
     interleaved: bool
@@ -66,6 +82,7 @@ class RotaryKernel(NamedTuple):
     in_place: bool
     past_l1: bool
     common: bool
+    members: int = 1  # launches that are run as one
 
     @property
     def name(self) -> str:
@@ -81,7 +98,7 @@ def instance(template: str, *arguments: object) -> str:
 def _argument(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return instance("RmsNorm", *value) if isinstance(value, RmsNorm) else str(value)
+    return instance(type(value).__name__, *value) if isinstance(value, tuple) else str(value)
 
 
 def position_type(problem: RotaryProblem) -> str:
@@ -99,6 +116,8 @@ def position_type(problem: RotaryProblem) -> str:
 
 def form_type(problem: RotaryProblem) -> str:
     """Return the type of the table's form: see kernels/angles.cuh."""
+    if problem.table_form == NO_TABLE:
+        return "NoTable"
     if problem.table_form == BY_ELEMENT:
         return "ByElement"
     if problem.table_form == MATRICES:

@@ -18,7 +18,7 @@ from .frequencies import cos_sin, inverse_frequencies
 from .options import check_options
 from .private_torch import no_modes
 from .rotary import apply_rotary_qk
-from .ways import graphs  # noqa: F401, which defines the operators
+from .ways import graphs, joins  # noqa: F401, which define the operators
 
 __all__ = ["RotaryEmbedding"]
 

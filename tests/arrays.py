@@ -32,6 +32,7 @@ from reference import (
     cos_sin_at,
     decode,
     encode,
+    layer_normalised,
     normalised,
     pair_norms,
     rotate,
@@ -254,7 +255,7 @@ def in_order_of(y: Any, x: Any) -> bool:
     return all(n == 1 or a == b for n, a, b in zip(x.shape, like.strides, y_strides, strict=True))
 
 
-FORMS = ["half", "full", "elementwise", "cache", "complex", "matrices", "frequencies"]
+FORMS = ["half", "full", "elementwise", "cache", "complex", "matrices", "frequencies", "none"]
 TWO_ANGLES = "elementwise", "matrices"  # of which each element of a pair has one
 
 
@@ -312,6 +313,15 @@ def table_values(held: list[Held], case: Case) -> Angles:
     return Angles(first, last)
 
 
+def _of_tokens(part: Any, start: int, tokens: int) -> Any:
+    """Cosines and sines of a table by token from one on, of the first angle or of both."""
+    if part is None:
+        return None
+    if isinstance(part, tuple):
+        return tuple(_of_tokens(each, start, tokens) for each in part)
+    return part[:, start : start + tokens]
+
+
 class Case(NamedTuple):
     """One call of apply_rotary or apply_rotary_qk, or of their kin that normalise."""
 
@@ -336,6 +346,23 @@ class Case(NamedTuple):
     norm: str = "none"
     weights: str = "none"  # their dtype
     round_norm: bool | str = False
+    norm_after: bool = False
+
+    @property
+    def rotates(self) -> bool:
+        """Whether there is a table."""
+        return self.form != "none"
+
+    @property
+    def is_after(self) -> bool:
+        """Whether what is rotated is normalised."""
+        return self.norm_after and self.rotates
+
+    def without_norm(self) -> Case:
+        """The case with a rotation alone."""
+        form = self.form if self.rotates else "half"
+        fields = {"norm": "none", "weights": "none", "round_norm": False, "norm_after": False}
+        return self._replace(form=form, **fields)
 
     @property
     def kind(self) -> str:
@@ -392,9 +419,10 @@ OPTIONS: dict[str, list[Any]] = {
     "outside": ["inside", "nan", "keep"],
     "write": ["new", "out", "out other", "in place"],
     "rounding": ["once", "once", "once", "eager"],
-    "norm": ["none", "none", "head", "heads"],
+    "norm": ["none", "none", "head", "heads", "layer"],
     "weights": ["none", *FORMATS],
     "round_norm": [False, True, "before_weight"],
+    "norm_after": [False, False, True],
 }
 
 
@@ -411,13 +439,14 @@ def sample(count: int, seed: int, **options: list[Any]) -> list[Case]:
 def possible(case: Case) -> Case:
     """The nearest case that makes sense."""
     batch, tokens, q_heads, k_heads = case.sizes
-    dtype, k_heads = case.table_dtype, k_heads and (q_heads if case.rows == "head" else k_heads)
-    computed = case.form == "frequencies"
-    if computed or (case.form == "complex" and dtype not in ("float32", "float64")):
-        dtype = "float32"
-    rows = "position" if case.form in ("cache", "frequencies") else case.rows
-    positions = case.positions if rows == "position" else "none"
+    dtype = case.table_dtype
     norm = case.norm if case.head[0] <= 512 else "none"
+    form = "half" if case.form == "none" and norm == "none" else case.form
+    computed, rotates = form == "frequencies", form != "none"
+    if (computed or not rotates) or (form == "complex" and dtype not in ("float32", "float64")):
+        dtype = "float32"
+    rows = "position" if form in ("cache", "frequencies", "none") else case.rows
+    positions = case.positions if rows == "position" and rotates else "none"
     if norm == "heads" and not fits_a_block(case):
         norm = "head"
     weights = case.weights if norm != "none" else "none"
@@ -426,6 +455,9 @@ def possible(case: Case) -> Case:
     written = case.write == "in place"
     return case._replace(
         table_dtype=dtype,
+        form=form,
+        interleaved=case.interleaved and rotates,
+        conjugate=case.conjugate and rotates,
         library=library,
         table_library=owner,
         sizes=(
@@ -443,6 +475,7 @@ def possible(case: Case) -> Case:
         norm=norm,
         weights="float32" if weights == "bfloat16" and owner != "torch" else weights,
         round_norm=norm != "none" and case.round_norm,
+        norm_after=norm != "none" and case.norm_after,
     )
 
 
@@ -485,6 +518,7 @@ def small_tiles() -> Iterator[None]:
 
     def forget_plans() -> None:
         plan.launch_plan.cache_clear()
+        plan.joint_plan.cache_clear()
         forget()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -501,6 +535,8 @@ class Call:
     def __init__(self, case: Case):
         self.case, self._rng = case, np.random.default_rng(zlib.crc32(str(case).encode()))
         rng, (head_dim, rotary_dim, offset) = self._rng, case.head
+        if not case.rotates:
+            rotary_dim, offset = 0, 0
         batch, tokens, *heads = case.sizes
         self.axes = case.layout.replace("(", "").replace(")", "")
         self.split = head_dim if "(" in case.layout else None
@@ -511,7 +547,9 @@ class Call:
         first = 3 if case.positions == "int" else 0
         leading = (first + tokens + 4,)
         if case.rows != "position":
-            leading = (rng.choice([1, batch]), tokens, rng.choice([1, heads[0]]))
+            # One token of the table may stand for all, and one of its heads for several.
+            of_tokens = rng.choice([tokens, tokens, 1, tokens + 2])
+            leading = (rng.choice([1, batch]), of_tokens, rng.choice([1, math.gcd(*heads)]))
             leading = leading[: 3 if case.rows == "head" else 2]
         self.where: dict[str, Any] = {"positions": first} if case.positions == "int" else {}
         self.rows: Any = self.where.get("positions")
@@ -522,11 +560,17 @@ class Call:
             make = rope_cupy.RotaryTable.from_inverse_frequencies
             self.table, self.held = make(inv_freq, like=like, precompute=False), []
             leading = (MOST_COMPUTED,)
+        elif not case.rotates:
+            self.table, self.held = None, []
         else:
             angle, other = rng.uniform(-np.pi, np.pi, (2, *leading, rotary_dim // 2))
             second = (np.cos(other), np.sin(other)) if case.form in TWO_ANGLES else None
             self.table, self.held = make_table(Angles(np.cos(angle), np.sin(angle), second), case)
             self.angles = table_values(self.held, case)
+            if case.rows != "position" and leading[1] > tokens:
+                start = int(rng.integers(leading[1] - tokens + 1))
+                self.where = {"positions": start}
+                self.angles = Angles(*(_of_tokens(each, start, tokens) for each in self.angles))
         if " " in case.positions:
             dtype, kind = case.positions.split(maxsplit=1)
             self.rows = self.hold_rows(dtype, kind, leading[0])
@@ -539,31 +583,35 @@ class Call:
             self.angles = Angles(*cos_sin_at(used, inv_freq))
         self.outside = None if self.rows is None else self.beside(len(self.angles.cos))
         own_pairing = case.form in ("complex", "matrices")
+        is_own = case.interleaved == own_pairing and rng.random() < 0.5
         self.options |= {
             # None is the table's own.
-            "interleaved": None
-            if case.interleaved == own_pairing and rng.random() < 0.5
-            else case.interleaved,
+            "interleaved": None if is_own or not case.rotates else case.interleaved,
             "rotary_offset": offset,
             "conjugate": case.conjugate,
             "out_of_range": "keep" if case.outside == "keep" else "nan",
             "rounding": case.rounding,
         }
-        self.weights: list[Held] = []
-        if case.weights != "none":
-            sizes = [head_dim * (n if case.norm == "heads" else 1) for n in heads if n]
-            values = [rng.standard_normal(size) for size in sizes]
-            library = able(case.table_library, case.weights)
-            styles = ["dense", "stepped", "offset1", "repeated"]
-            self.weights = [
-                hold(value, case.weights, library, styles[rng.integers(4)]) for value in values
-            ]
-            if len({*sizes}) == 1 and rng.random() < 0.5:  # one for both, as in some models
-                self.weights = self.weights[:1] * len(values)
-            if library.startswith("torch") and rng.random() < 0.5:  # as in every model
-                for weight in self.weights:
-                    weight.become_parameter()
-            self.held += self.weights
+        self.weights = [] if case.weights == "none" else self.hold_weights(case.weights)
+        self.biases_dtype = "float32" if case.weights == "none" else case.weights
+        has_biases = case.norm == "layer" and rng.random() < 0.7
+        self.biases = self.hold_weights(self.biases_dtype) if has_biases else []
+
+    def hold_weights(self, dtype: str) -> list[Held]:
+        """Weights or biases of each tensor, of its own or of both."""
+        case, rng, (head_dim, *_) = self.case, self._rng, self.case.head
+        sizes = [head_dim * (n if case.norm == "heads" else 1) for n in case.sizes[2:] if n]
+        values = [rng.standard_normal(size) for size in sizes]
+        library = able(case.table_library, dtype)
+        styles = ["dense", "stepped", "offset1", "repeated"]
+        held = [hold(value, dtype, library, styles[rng.integers(4)]) for value in values]
+        if len({*sizes}) == 1 and rng.random() < 0.5:  # one for both, as in some models
+            held = held[:1] * len(values)
+        if library.startswith("torch") and rng.random() < 0.5:  # as in every model
+            for weight in held:
+                weight.become_parameter()
+        self.held += held
+        return held
 
     def hold_rows(self, dtype: str, kind: str, num_rows: int) -> np.ndarray:
         """Hold what tells the row of each token, and return those: of a token in none, -1."""
@@ -657,7 +705,9 @@ class Call:
         if self.case.norm != "none":
             weights = [held.array for held in self.weights] or [None, None]
             norm = {"norm": self.case.norm, "eps": EPS, "weight_offset": WEIGHT_OFFSET}
-            norm["round_norm"] = self.case.round_norm
+            norm |= {"round_norm": self.case.round_norm, "norm_after": self.case.norm_after}
+            biases = [held.array for held in self.biases[first : first + len(xs)]]
+            norm |= dict(zip(("q_bias", "k_bias") if two else ("bias",), biases, strict=False))
             function = rope_cupy.apply_qk_norm_rotary if two else rope_cupy.apply_norm_rotary
         else:
             function = rope_cupy.apply_rotary_qk if two else rope_cupy.apply_rotary
@@ -681,44 +731,88 @@ class Call:
         return self.case.layout in DEFAULT_LAYOUTS and not one_head
 
     def exact(self, x: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """The result for x (batch, tokens, heads, head_dim), and how far off it may be, by pair."""
+        """The result for x (batch, tokens, heads, head_dim), and how far off it may be."""
+        case, off = self.case, np.zeros(x.shape)
+        if case.norm != "none" and not case.is_after:
+            x, off = self.exactly_normalised(x, off, i, "between" if case.rotates else "last")
+        if case.rotates:
+            x, off = self.exactly_rotated(x, off)
+        if case.is_after:
+            if case.round_norm:
+                x, off = self.with_rounding(x, off)
+            x, off = self.exactly_normalised(x, off, i, "last")
+        return x, off
+
+    def with_rounding(self, x: np.ndarray, off: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers and errors of what may be rounded the other way."""
+        low, high = (rounded(x + sign * off, self.case.dtype) for sign in (-1, 1))
+        with np.errstate(invalid="ignore"):  # of what is no number
+            return rounded(x, self.case.dtype), np.abs(high - low)
+
+    def exactly_normalised(
+        self, x: np.ndarray, off: np.ndarray, i: int, place: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers normalised, and how far off they may be; the last ones are rounded later."""
+        case = self.case
+        error = 1e-14 if "float64" in (case.dtype, case.table_dtype) else NORM_ERROR
+        axes = (2, 3) if case.norm == "heads" else 3
+        if case.norm == "layer":
+            y, centre = layer_normalised(x, EPS), np.mean(x, axis=3, keepdims=True)
+        else:
+            y, centre = normalised(x, None, EPS, 0.0, of_token=case.norm == "heads"), 0.0
+        root = np.sqrt(np.mean((x - centre) ** 2, axis=axes, keepdims=True) + EPS)
+        # An error of an element is one of the mean and of the root as well.
+        mean_off = np.mean(off, axis=axes, keepdims=True) * (case.norm == "layer")
+        root_off = np.mean(np.abs(x - centre) * off, axis=axes, keepdims=True) / root
+        off = (off + mean_off + np.abs(y) * root_off + np.abs(centre) * error) / root
+        x, off = y, off + np.abs(y) * error
+        weight = decode(self.weights[i].elements, case.weights) if self.weights else None
+        bias = decode(self.biases[i].elements, self.biases_dtype) if self.biases else None
+        if case.round_norm == "before_weight":
+            x, off = self.with_rounding(x, off)
+        if weight is not None:
+            factor = weight.reshape(-1, x.shape[3]) + WEIGHT_OFFSET
+            # Nearly all of a weight may be taken away by the offset, but not of its rounding.
+            of_factor = np.abs(factor) * error + np.abs(weight.reshape(factor.shape)) * error / 8
+            x, off = x * factor, off * np.abs(factor) + np.abs(x) * of_factor
+        if bias is not None:
+            x, off = x + bias, off + (np.abs(x) + np.abs(bias)) * error
+        if case.round_norm and place == "between":
+            x, off = self.with_rounding(x, off)
+        return x, off
+
+    def exactly_rotated(self, x: np.ndarray, off: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers rotated, and how far off they may be: the errors of a pair are added up."""
         case, options = self.case, {**self.options}
         eager = options.pop("rounding") == "eager"
-        double = "float64" in (case.dtype, case.table_dtype)
-        off = np.zeros(x.shape)
-        if case.norm != "none":
-            weight = decode(self.weights[i].elements, case.weights) if self.weights else None
-            error = 1e-14 if double else NORM_ERROR
-            x = normalised(x, None, EPS, 0.0, of_token=case.norm == "heads")
-            off = np.abs(x) * error
-
-            def with_rounding(x: np.ndarray, off: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-                """Numbers and errors of what may be rounded the other way."""
-                low, high = (rounded(x + sign * off, case.dtype) for sign in (-1, 1))
-                return rounded(x, case.dtype), np.abs(high - low)
-
-            if case.round_norm == "before_weight":
-                x, off = with_rounding(x, off)
-            if weight is not None:
-                factor = weight.reshape(-1, x.shape[3]) + WEIGHT_OFFSET
-                x, off = x * factor, off * np.abs(factor) + np.abs(x * factor) * error
-            if case.round_norm:
-                x, off = with_rounding(x, off)
         options |= {"interleaved": case.interleaved, "second": self.angles.second}
         cos, sin = self.angles[:2]
         exact = rotate(x, cos, sin, positions=self.rows, **options)
+        changes = self.rotated & (True if self.outside is None else ~self.outside[..., None, None])
         if eager:
             dtypes = case.dtype, case.table_dtype
             eagerly = rotate_eagerly(x, cos, sin, dtypes, positions=self.rows, **options)
-            changes = self.rotated & (
-                True if self.outside is None else ~self.outside[..., None, None]
-            )
             exact = np.where(changes, eagerly, exact)
-            if case.form in ("complex", "frequencies") or case.norm != "none":
+            if case.form in ("complex", "frequencies") or off.any():
                 # One product of complex numbers is not rounded on a GPU, and angles may be others.
                 bits = FORMATS[case.dtype if case.dtype == case.table_dtype else "float32"]
                 with np.errstate(invalid="ignore"):  # of what is not rotated
                     off = off + np.abs(x) * 2.0**-bits.mantissa_bits
+        # Of two angles the cosine of one and the sine of the other may both be 1.
+        most = np.sqrt(2) if case.form in TWO_ANGLES else 1
+        error = 0.0
+        if case.is_after and not eager:  # of sums and products, which are not rounded once yet
+            error = 1e-15 if "float64" in (case.dtype, case.table_dtype) else 2e-7
+        if case.form == "frequencies" and (case.is_after or FORMATS[case.dtype].tolerance is None):
+            # Where a pair is rotated onto an axis, a result is next to nothing, and no nearer to it
+            # than the angle's cosine and sine are.
+            error += COMPUTED_ERROR
+        if error or off.any():
+            with np.errstate(invalid="ignore"):
+                mixed = most * pair_norms(off[..., self.rotated], case.interleaved)
+                mixed += error * most * pair_norms(x[..., self.rotated], case.interleaved)
+            off = off.copy()
+            off[..., self.rotated] = mixed
         return exact, off
 
     def untouched(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -767,15 +861,7 @@ def _verify_once(case: Case) -> list[Error]:
         parts = [(actual[..., rotated], exact[..., rotated], off[..., rotated])]
         if case.norm != "none" and not rotated.all():
             parts.append((actual[..., ~rotated], exact[..., ~rotated], off[..., ~rotated]))
-        for j, (actual, exact, off) in enumerate(parts):
-            if j == 0 and off.any():
-                # Of two angles the cosine of one and the sine of the other may both be 1.
-                most = np.sqrt(2) if case.form in TWO_ANGLES else 1
-                off = pair_norms(off, case.interleaved) * most
-            if case.form == "frequencies" and FORMATS[case.dtype].tolerance is None:
-                # Where a pair is rotated onto an axis, a result is next to nothing, and no nearer
-                # to it than the angle's cosine and sine are.
-                off = off + (COMPUTED_ERROR * pair_norms(exact, case.interleaved) if j == 0 else 0)
+        for actual, exact, off in parts:
             near = (rounded(exact - off, case.dtype) <= actual) & (
                 actual <= rounded(exact + off, case.dtype)
             )

@@ -8,6 +8,7 @@ With ROPE_CUPY_FIGURES naming a folder, the accuracy is also appended to figures
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -105,6 +106,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"{SKIPPED[name]} ({why})"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep Python's collector from all that is imported and collected, for it goes on living."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def kernels_on_the_cpu(
     request: pytest.FixtureRequest, record_property: Callable[[str, Any], None]
@@ -115,6 +127,7 @@ def kernels_on_the_cpu(
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "rotate", host_cuda.rotate)
+        patch.setattr(cpu, "rotate_all", host_cuda.rotate_all)
         patch.setattr(host_cuda, "launched", launched := [])
         record_property("launched", launched)
         yield

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from rope_cupy import call, eager
+from rope_cupy import call, eager, together
 
 
 def forget() -> None:
     """Forget the kinds of calls that were made, and what is prepared for their signatures."""
     eager._prepared.clear()
+    together._together.clear()
     call.kind_of.cache_clear()
     call._known_kind.cache_clear()
     operators = sys.modules.get("rope_cupy.ways.operators")  # which only PyTorch's graphs import

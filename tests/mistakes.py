@@ -262,7 +262,7 @@ def wrong_options(make):
         *each(TYPE, "conjugate", "bool|True", None, 0),
         *each(EITHER, "out_of_range", "nan", 0),
         *each(VALUE, "out_of_range", "keep", "clip"),
-        *each(TYPE, "table", "RotaryTable", None, "abc"),
+        *each(TYPE, "table", "RotaryTable", "abc", 0),
         *each(VALUE, "rounding", "'eager'", "twice"),
         *each(TYPE, "rounding", "'once'", None, ["once"]),
     ]
@@ -283,8 +283,8 @@ def wrong_positions(make):
         (VALUE, where, "2", r"\(3, 5\)", batches | {where: make((3, 5), "int32")}),
         (VALUE, where, DEVICE, "meta", meta(5, "int64")),
         (VALUE, where, "None", "", {"table": by_batch, where: rows}),
-        (VALUE, where, "None", "0", {"table": by_batch, where: 0}),
-        (VALUE, where, "None", "1", {"table": by_head, where: 1}),
+        (VALUE, "table", "1 to 5", "5 tokens", {"table": by_batch, where: 1}),
+        (VALUE, "table", "1 to 5", "5 tokens", {"table": by_head, where: 1}),
     ]
 
 
@@ -306,7 +306,7 @@ def wrong_counts(make):
         (VALUE, offsets, "None", "both", one_offset | positions),
         (VALUE, offsets, DEVICE, "meta", meta(1, "int64")),
         (VALUE, offsets, "None", "", by_batch | one_offset),
-        (VALUE, "positions", "None", "2", by_batch | {offsets: 2}),
+        (VALUE, "table", "2 to 6", "5 tokens", by_batch | {offsets: 2}),
         *typed(TYPE, ends, "int32", make, 3, "uint64"),
         *each(TYPE, ends, ARRAY, 5),
         *sized(VALUE, ends, "sequences", make, (0,), (1, 3), dtype="int64"),
@@ -342,7 +342,7 @@ def wrong_sizes(make):
         (VALUE, "layout", "hd", "bhsd", {"x": make((2, 5, 24)), "layout": "bhsd"} | split),
         (VALUE, "rotary_dim|table", "6", "8", {"x": make((5, 3, 6))}),
         (VALUE, "table|positions", "5", "4", table(4, 4)),
-        (VALUE, "table", "5", "6", table(1, 6, 4)),
+        (VALUE, "table", "5 tokens", "6", table(1, 6, 4)),
         (VALUE, "table", "5", "4", table(1, 4, 1, 4)),
         (VALUE, "table", "2", "3", batches | table(3, 5, 4)),
         (VALUE, "table", "1", "2", table(2, 5, 4)),
@@ -402,10 +402,11 @@ def wrong_pairs(make):
 
 def wrong_norms(make):
     return [
-        *each(VALUE, "norm", "'head' or 'heads'", "layer"),
+        *each(VALUE, "norm", "'head' or 'heads' or 'layer'", "layers"),
         *each(TYPE, "norm", "'head' or 'heads'", True, ["head"]),
         *each(TYPE, "round_norm", "True, False or 'before", 1, None),
         *each(VALUE, "round_norm", "True, False or 'before", "after"),
+        *each(TYPE, "norm_after", "True or False", 1, None, "yes"),
         *each(VALUE, "eps", "finite", math.nan, math.inf),
         *each(VALUE, "eps", "at most", 1e39, 3.5e38),
         *each(VALUE, "eps", "0 or more", -1e-6),
@@ -426,11 +427,39 @@ def wrong_weights(make, name="weight"):
 
     return [
         *sized(VALUE, name, r"\(8,\)", make, (1, D), (), (6,)),
-        *(normed("head", 24), normed("heads", D), normed("heads", 32)),
+        *(normed("head", 24), normed("heads", D), normed("heads", 32), normed("layer", 24)),
         *typed(TYPE, name, "float16", make, D, "int64", "complex64"),
         (TYPE, name, "float16", "float8", torch_array(D, "float8_e5m2")),
         (VALUE, name, "device", "meta", meta(D)),
     ]
+
+
+def wrong_biases(make, name="bias"):
+    layer, suits = {"norm": "layer"}, make(D)
+    rows = [
+        *sized(VALUE, name, r"\(8,\)", make, (1, D), (), (6,), (24,)),
+        *typed(TYPE, name, "float16", make, D, "int64", "complex64"),
+        (VALUE, name, "device", "meta", meta(D)),
+    ]
+    for norm in ("head", "heads"):
+        rows.append((VALUE, name, "unless norm='layer'", "array", {name: suits, "norm": norm}))
+    return [(*row, layer | (bad if isinstance(bad, dict) else {name: bad})) for *row, bad in rows]
+
+
+def wrong_without_table(make):
+    """Of calls that normalise and do not rotate."""
+    rows = [
+        ("positions", "2", 2),
+        ("positions", r"\(5,\)", make(5, "int64")),
+        ("interleaved", "False", False),
+        ("interleaved", "True", True),
+        ("conjugate", "True", True),
+        ("rotary_offset", "2", 2),
+        ("cu_seqlens", r"\(3,\)", make(3, "int64")),
+        ("seqlen_offsets", r"\(1,\)", make(1, "int64")),
+        ("mrope_section", r"\(1, 1, 2\)", (1, 1, 2)),
+    ]
+    return [(VALUE, name, "without a table", got, {name: bad}) for name, got, bad in rows]
 
 
 def wrong_packed(make):

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from forgetting import forget
 
-from rope_cupy import cpu, jit
+from rope_cupy import cpu, jit, together
 from rope_cupy.arrays import base, dlpack, numpy, torch
+from rope_cupy.plan import joint_plan
 from rope_cupy.prepared import Prepared
 
 STREAM = 7
@@ -75,7 +76,32 @@ def posing() -> Iterator[list[Prepared]]:
         written.append(self)
         cpu.rotate(self.problem, pointers)
 
+    write_together = together.Together.write
+
+    def write_together_and_compare(self: Any, calls: Any) -> None:
+        driver.launched.clear()
+        write_together(self, calls)
+        if self.launch is None:
+            return  # each has been written and compared
+        asked = [calls[i] for i in self.asked]
+        pointers = []
+        for each in asked:
+            first, at, offset = 0, each.at, each.call.position_offset
+            if offset is not None:
+                first, at = each.prepared.from_position(at, offset)
+            pointers.append(each.prepared.pointers(at, first))
+        plan = joint_plan(tuple(each.prepared.problem for each in asked))
+        assert plan is not None
+        expected = plan.packer.pack(*pointers)
+        ((name, sizes, stream, block),) = driver.launched
+        assert (name, stream) == (plan.kernel, STREAM)
+        assert sizes == [*plan.grid, 1, *plan.block, 1]
+        assert ctypes.string_at(block, len(expected)) == expected
+        written.extend(each.prepared for each in asked)
+        cpu.rotate_all([each.prepared.problem for each in asked], pointers)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(together.Together, "write", write_together_and_compare)
         for library in (numpy.NumPy, torch.Torch, dlpack.DLPack):
             patch.setattr(library, "describe", _posing(library.describe))
         for library in (numpy.NumPy, torch.Torch, dlpack.DLPack, dlpack.Bfloat16Library):

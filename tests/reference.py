@@ -65,7 +65,8 @@ def rotate(
     cos, sin: (positions, pairs), looked up by `positions`: None counts the tokens from 0, an int
     from there, an array (tokens,) or (batch, tokens) names each token's row; with mrope_section one
     for each of three axes, (3, tokens) or (3, batch, tokens). Or a row for each token: (batch,
-    tokens, pairs) or (batch, tokens, heads, pairs), where batch and heads may be 1.
+    tokens, pairs) or (batch, tokens, heads, pairs), where batch and tokens may be 1, and each head
+    may stand for several neighbouring ones.
 
     second: the cosines and sines of the second elements, where they have angles of their own. The
     conjugate is the transpose then.
@@ -91,6 +92,7 @@ def rotate(
     else:
         inside = np.ones((batch, tokens), bool)
     tables = [table[:, :, None] if table.ndim == 3 else table for table in tables]
+    tables = [table.repeat(heads // table.shape[2], axis=2) for table in tables]
     shape = batch, tokens, heads, pairs
     cos_a, sin_a, cos_b, sin_b = (np.broadcast_to(table, shape) for table in tables)
     if conjugate:
@@ -118,6 +120,13 @@ def normalised(
         mean = np.mean(x * x, axis=(2, 3) if of_token else 3, keepdims=True)
         y = x / np.sqrt(mean + eps)
         return y if weight is None else y * (weight.reshape(-1, x.shape[3]) + offset)
+
+
+def layer_normalised(x: np.ndarray, eps: float) -> np.ndarray:
+    """LayerNorm of every head of x (batch, tokens, heads, head_dim), without weights and biases."""
+    with np.errstate(all="ignore"):
+        rest = x - np.mean(x, axis=3, keepdims=True)
+        return rest / np.sqrt(np.mean(rest * rest, axis=3, keepdims=True) + eps)
 
 
 def rotate_eagerly(

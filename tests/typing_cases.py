@@ -29,6 +29,7 @@ def of_torch(q: torch.Tensor, k: torch.Tensor, table: RotaryTable) -> None:
     assert_type(apply_rotary_qk(q, k, table, out=(q, k)), tuple[torch.Tensor, torch.Tensor])
     assert_type(RotaryEmbedding(64)(q, k), tuple[torch.Tensor, torch.Tensor])
     assert_type(apply_norm_rotary(q, None, table), torch.Tensor)
+    assert_type(apply_norm_rotary(q, q, None, norm="layer", bias=q), torch.Tensor)
     assert_type(apply_qk_norm_rotary(q, k, q, k, table), tuple[torch.Tensor, torch.Tensor])
     assert_type(apply_rotary_qkv(q, table, num_heads=4, num_kv_heads=2), torch.Tensor)
     assert_type(apply_rotary_kv_cache(q, k, k, q, q, table, slot_mapping=q), torch.Tensor)

@@ -5,18 +5,19 @@ Each is imported when the first array of its library is seen, so none is importe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..memory import cuda_index
-from .base import Array, Library, Outline, let_wait, like_dense, refusals_of
+from .base import Array, Library, Outline, let_wait, like_dense, refusals_of, resized
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
 
-__all__ = ["Array", "Library", "Outline", "let_wait", "like_dense"]
+__all__ = ["Array", "Library", "Outline", "let_wait", "like_dense", "resized"]
 
 MAX_TYPES = 256  # of arrays that are known; a program may make any number of them
 _LIBRARIES = {  # a type of arrays, in any module of its package, and what knows it
@@ -97,6 +98,15 @@ def empty_like(name: str, array: Any) -> Any:
     return library.empty_like(array)
 
 
+def shape_of(name: str, array: Any) -> tuple[int, ...]:
+    """Return the shape of an array of any library, or of one that is only traced."""
+    try:
+        shape = getattr(array, "shape", None)
+    except RuntimeError:  # of a nested tensor, which is refused by its name
+        shape = None
+    return describe(name, array).spec.shape if shape is None else tuple(shape)
+
+
 def computed(
     function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
 ) -> tuple[Any, ...]:
@@ -123,6 +133,12 @@ def check_gradient(name: str, array: Any) -> None:
             f"{name} must not require a gradient, which is not recorded here: use torch.no_grad() "
             "or a detached tensor, got requires_grad=True"
         )
+
+
+def records_gradients() -> bool:
+    """Return whether a library may record what is done now. PyTorch alone does."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.is_grad_enabled()
 
 
 def is_compiling(array: Any) -> bool:

@@ -98,6 +98,14 @@ class Library:
         """Return a new dense array whose axes lie in memory in the order of `array`'s."""
         raise NotImplementedError
 
+    def empty_sized(self, array: Any, axis: int, size: int) -> Any:
+        """Return what `empty_like` does, but with another size of one axis."""
+        raise NotImplementedError
+
+    def part(self, array: Any, axis: int, start: int, stop: int) -> Any:
+        """Return a view of an array from one index of an axis to another."""
+        return array[(*[slice(None)] * axis, slice(start, stop))]
+
     def result(self, array: Any, like: Any) -> Any:
         """Return what the caller gets for an array of `empty_like`, once work on it is launched."""
         return array
@@ -148,6 +156,11 @@ def like_dense(array: Array) -> Array:
     strides = [math.prod(array.spec.shape[axis + 1 :]) for axis in range(len(array.spec.shape))]
     spec = array_spec(array.spec.shape, (*strides,), *array.spec[2:4], 0, True)
     return array._replace(spec=spec, pointer=-1)
+
+
+def resized(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
+    """Return a shape with another size of one axis."""
+    return (*shape[:axis], size, *shape[axis + 1 :])
 
 
 def let_wait(device: int, stream: int, earlier: int) -> None:

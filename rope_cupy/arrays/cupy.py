@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import cupy
 
 from ..memory import array_spec
-from .base import Array, Library, attribute_matcher, computed_by, cupy_streams, whole_strides
+from .base import (
+    Array,
+    Library,
+    attribute_matcher,
+    computed_by,
+    cupy_streams,
+    resized,
+    whole_strides,
+)
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
@@ -51,6 +59,11 @@ class CuPy(Library):
         """Return a new array on the array's device."""
         with array.device:
             return cupy.empty_like(array)
+
+    def empty_sized(self, array: Any, axis: int, size: int) -> Any:
+        """Return a new array on the array's device."""
+        with array.device:
+            return cupy.empty_like(array, shape=resized(array.shape, axis, size))
 
     def computed(
         self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any

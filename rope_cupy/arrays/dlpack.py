@@ -19,6 +19,7 @@ from .base import (
     computed_by,
     cupy_streams,
     refusals_of,
+    resized,
 )
 from .numpy import NumPy
 
@@ -52,6 +53,14 @@ class Bfloat16Library(Library):
     def empty_like(self, array: Any) -> Any:
         """Return new words."""
         return Bfloat16(_library_of_words(array).empty_like(array.words))
+
+    def empty_sized(self, array: Any, axis: int, size: int) -> Any:
+        """Return new words."""
+        return Bfloat16(_library_of_words(array).empty_sized(array.words, axis, size))
+
+    def part(self, array: Any, axis: int, start: int, stop: int) -> Any:
+        """Return a view of the words."""
+        return Bfloat16(_library_of_words(array).part(array.words, axis, start, stop))
 
     def computed(
         self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
@@ -93,7 +102,24 @@ class DLPack(Library):
                 "out must be an array where the input's library has no __array_namespace__ to "
                 f"make one, got None for {type(array).__name__}"
             )
+        return self._empty(self.describe("x", array).spec)
+
+    def empty_sized(self, array: Any, axis: int, size: int) -> Any:
+        """Return a buffer of NumPy or CuPy, of which `result` makes an array."""
+        if not hasattr(array, "__array_namespace__"):
+            return self.empty_like(array)  # which refuses it
         spec = self.describe("x", array).spec
+        return self._empty(spec._replace(shape=resized(spec.shape, axis, size)))
+
+    def part(self, array: Any, axis: int, start: int, stop: int) -> Any:
+        """Refuse what may be a copy."""
+        raise TypeError(
+            "out must be arrays of CuPy, PyTorch or NumPy, of which parts are views, got "
+            f"{type(array).__name__}"
+        )
+
+    @staticmethod
+    def _empty(spec: ArraySpec) -> Any:
         order = sorted(range(len(spec.shape)), key=lambda axis: -abs(spec.strides[axis]))
         dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
         with _module_of(spec.device) as module:

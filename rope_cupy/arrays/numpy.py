@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..memory import array_spec
-from .base import Array, Library, attribute_matcher, whole_strides
+from .base import Array, Library, attribute_matcher, resized, whole_strides
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
@@ -46,6 +46,10 @@ class NumPy(Library):
     def empty_like(self, array: Any) -> Any:
         """Return a new array."""
         return np.empty_like(array)
+
+    def empty_sized(self, array: Any, axis: int, size: int) -> Any:
+        """Return a new array."""
+        return np.empty_like(array, shape=resized(array.shape, axis, size))
 
     def computed(
         self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any

@@ -12,7 +12,7 @@ import torch
 
 from .. import private_torch
 from ..memory import array_spec
-from .base import Array, Library, Outline, attribute_matcher, check_device
+from .base import Array, Library, Outline, attribute_matcher, check_device, resized
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
@@ -34,6 +34,18 @@ class Torch(Library):
     mark_written: Callable[[tuple[Any, ...]], None] = staticmethod(  # type: ignore[assignment]
         private_torch.version_counter()
     )
+
+    def empty_sized(self, array: Any, axis: int, size: int) -> Any:
+        """Return a new tensor."""
+        shape = resized(array.shape, axis, size)
+        if array.is_contiguous():
+            return torch.empty(shape, dtype=array.dtype, device=array.device)
+        order = sorted(range(array.ndim), key=lambda each: -array.stride(each))
+        return torch.empty_permuted(shape, order, dtype=array.dtype, device=array.device)
+
+    def part(self, array: Any, axis: int, start: int, stop: int) -> Any:
+        """Return a view, by PyTorch's fastest way to one."""
+        return array.narrow(axis, start, stop - start)
 
     def describe(self, name: str, array: Any, stream: int | None = None) -> Array:
         """Refuse what is not elements at strides in memory, and describe all others."""

@@ -14,6 +14,9 @@ from .records import (
     INTERLEAVED_MROPE,
     MATRICES,
     MAX_ROWS,
+    MAX_TENSORS,
+    NO_TABLE,
+    OF_BIASES,
     OF_POSITIONS,
     OF_WEIGHTS,
     OFFSET,
@@ -30,7 +33,7 @@ from .records import (
     TableSpec,
     View,
 )
-from .table import implicit_position
+from .table import implicit_position, needs_start
 
 __all__ = [
     "ANY_POSITION",
@@ -41,7 +44,10 @@ __all__ = [
     "INTERLEAVED_MROPE",
     "MATRICES",
     "MAX_ROWS",
+    "MAX_TENSORS",
+    "NO_TABLE",
     "OFFSET",
+    "OF_BIASES",
     "OF_POSITIONS",
     "OF_WEIGHTS",
     "ONE_ANGLE",
@@ -59,6 +65,7 @@ __all__ = [
     "check_dtype",
     "check_inputs",
     "implicit_position",
+    "needs_start",
     "out_names",
     "output_names",
     "rotary_problem",

@@ -51,7 +51,9 @@ def check_written(name: str, out: ArraySpec, x: ArraySpec) -> None:
 
 def out_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of tensors' outputs in messages."""
-    return ("out",) if len(names) == 1 else tuple(f"{name}_out" for name in names)
+    if len(names) == 1 and names[0] not in ("q", "k"):  # which may be called one by one
+        return ("out",)
+    return tuple(f"{name}_out" for name in names)
 
 
 def output_names(names: tuple[str, ...], options: Options) -> tuple[str, ...]:

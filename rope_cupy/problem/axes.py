@@ -62,7 +62,7 @@ def input_views(
         if shape != shared[0]:
             raise ValueError(
                 f"{name} must have {names[0]}'s shape on every axis but heads, (batch, tokens, "
-                f"head_dim) = {shared[0]}, got {shape}"
+                f"head_dim) = {shared[0]}, got {shape}{_of_heads_first(name, names, xs, options)}"
             )
     if shared[0][2] > MAX_HEAD_DIM:
         raise ValueError(
@@ -74,6 +74,16 @@ def input_views(
             f"{' and '.join(names)} must have at most {MAX_ROWS} heads of tokens, got {rows}"
         )
     return views
+
+
+def _of_heads_first(
+    name: str, names: tuple[str, ...], xs: tuple[ArraySpec, ...], options: Options
+) -> str:
+    """Return what to do where heads may have been taken for tokens."""
+    first, x = xs[0].shape, xs[names.index(name)].shape
+    if options.layout is None and len(x) == len("bhsd") and first[2:] == x[2:]:
+        return ": if axis 1 is heads, as in (b, h, s, d), pass layout='bhsd'"
+    return ""
 
 
 def _check_split(names: tuple[str, ...], xs: tuple[ArraySpec, ...], head_dim: int | None) -> None:

@@ -15,6 +15,7 @@ from .records import (
     FREQUENCY,
     IMPLICIT,
     MATRICES,
+    NO_TABLE,
     OF_AXES,
     OF_POSITIONS,
     PACKED,
@@ -47,18 +48,21 @@ def rotary_problem(
     tensors = tensors_of(names[0], (xs, views), (outs, out_views), in_place, options.packed)
     num_heads = tuple(tensor.num_heads for tensor in tensors)
     rotary_dim = check_rotary_dim(table, head_dim, options.rotary_offset)
-    check_device("table", table.cos, names[0], first)
+    if table.form != NO_TABLE:
+        check_device("table", table.cos, names[0], first)
     given = dict(extra_arrays)
     of_positions = {name: array for name, array in extra_arrays if name in OF_POSITIONS}
-    check_table(table.shape, batch, num_tokens, num_heads, of_positions)
+    check_table(table, batch, num_tokens, num_heads, of_positions)
     named = [*zip(names, xs, strict=True), *zip(output_names(names, options), outs, strict=True)]
-    named += [("table", table.cos), ("table", table.sin), *extra_arrays]
+    named += extra_arrays
+    if table.form != NO_TABLE:
+        named += [("table", table.cos), ("table", table.sin)]
     kind = position_kind(of_positions, batch, num_tokens, rotary_dim // 2, options)
     if kind == IMPLICIT and table.cos.dtype == FREQUENCY:
         kind = TOKEN_INDEX
     for name, array in extra_arrays:
         check_device(name, array, names[0], first)
-    norm = norm_problem(given, num_heads, head_dim, options)
+    norm = norm_problem(given, num_heads, head_dim, options, rotates=rotary_dim > 0)
     cache = cache_problem(given, first.dtype, (batch, num_tokens), outs, out_views, options)
     for name, array in named:
         check_alignment(name, array)
@@ -81,6 +85,7 @@ def rotary_problem(
         table_form=table.form,
         table_step=table.step,
         sin_offset=table.sin_offset,
+        table_heads=table.shape[2] if len(table.shape) == 4 else 1,
         table_column=table.cos.strides[-1] if table.form == MATRICES else 0,
         num_positions=table.cos.shape[0] if by_position else 1,
         cos_row=table.cos.strides[0] if by_position else 0,

@@ -84,9 +84,12 @@ def _check_positions(shape: tuple[int, ...], batch: int, num_tokens: int, of_axe
         (*axes, 1, num_tokens),
         (*axes, batch, num_tokens),
     ):
+        hint = ""
+        if not of_axes and shape[:1] == (NUM_AXES,):
+            hint = ": for positions on three axes (M-RoPE) pass mrope_section"
         raise ValueError(
             f"positions must have the shape {(*axes, num_tokens)}, one for each token"
-            f"{' and axis' if of_axes else ''}, or {(*axes, batch, num_tokens)}, got {shape}"
+            f"{' and axis' if of_axes else ''}, or {(*axes, batch, num_tokens)}, got {shape}{hint}"
         )
 
 

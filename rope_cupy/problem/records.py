@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..memory import ITEMSIZE, ArraySpec
-from ..options import HEAD_NORM, Norm
+from ..options import HEAD_NORM, LAYER_NORM, Norm
 
 MAX_ROWS = 2**31 - 2**10  # The last block may reach beyond them, and it counts in 32 bits too.
 MAX_HEAD_DIM = 2**22  # The lanes of such a head fit a grid of 65,535 blocks.
@@ -14,8 +14,8 @@ MAX_NORM_DIM = 512  # A head that is normalised lies in one block of threads.
 FREQUENCY = "frequency"  # the dtype of a table that angles are made of: see kernels/angles.cuh
 ANY_POSITION = 2**63 - 1  # the number of positions of such a table: all that are not negative
 
-# A table holds one angle for both elements of a pair, or two.
-TABLE_FORMS = ONE_ANGLE, BY_ELEMENT, MATRICES = "one angle", "by element", "matrices"
+# A table holds one angle for both elements of a pair, or two. Without one nothing is rotated.
+ONE_ANGLE, BY_ELEMENT, MATRICES, NO_TABLE = "one angle", "by element", "matrices", "no table"
 
 
 class TableSpec(NamedTuple):
@@ -34,7 +34,7 @@ class TableSpec(NamedTuple):
     step: int
     # The elements from a pair's cos to its sin where the pair owns both, else 0.
     sin_offset: int
-    form: str = ONE_ANGLE  # of TABLE_FORMS
+    form: str = ONE_ANGLE  # or BY_ELEMENT, MATRICES or NO_TABLE
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,9 +72,10 @@ class NormProblem(NamedTuple):
     """The norm of the first two tensors."""
 
     norm: Norm
-    dtype: str  # of weights
-    strides: tuple[int | None, int | None]  # of the weights of each tensor; None without weights
-    alignments: tuple[int, int]
+    dtype: str  # of weights and biases
+    # Of the weights of each tensor, then of the biases of each; None where there are none.
+    strides: tuple[int | None, int | None, int | None, int | None]
+    alignments: tuple[int, int, int, int]
 
 
 class CacheProblem(NamedTuple):
@@ -106,9 +107,10 @@ class RotaryProblem(NamedTuple):
     table_dtype: str
     cos: View
     sin: View
-    table_form: str  # of TABLE_FORMS
+    table_form: str  # ONE_ANGLE, BY_ELEMENT, MATRICES or NO_TABLE
     table_step: int
     sin_offset: int
+    table_heads: int  # in the table, each of as many neighbouring heads of a tensor; or 1
     table_column: int  # elements from the first number in a row of a matrix to the second
     num_positions: int
     cos_row: int  # elements from one position to the next, with explicit positions
@@ -135,12 +137,12 @@ class RotaryProblem(NamedTuple):
 
     @property
     def norm_kind(self) -> str | None:
-        """Whether a head or a token is normalised; None without a norm.
+        """Whether a head or a token is normalised, or a head as a layer; None without a norm.
 
-        They are the same where every tensor has one head.
+        The first two are the same where every tensor has one head.
         """
-        if self.norm is None:
-            return None
+        if self.norm is None or self.norm.norm.kind == LAYER_NORM:
+            return self.norm and LAYER_NORM
         has_one_head = all(tensor.num_heads == 1 for tensor in self.tensors[:2])
         return HEAD_NORM if has_one_head else self.norm.norm.kind
 
@@ -152,6 +154,8 @@ class RotaryProblem(NamedTuple):
     @property
     def pair_bytes(self) -> int:
         """How many bytes of a table a pair owns: of one angle, those beside its cosine."""
+        if self.table_form == NO_TABLE:
+            return 0
         numbers = self.table_step if self.table_form == ONE_ANGLE else 4
         return numbers * ITEMSIZE[self.table_dtype]
 
@@ -191,6 +195,8 @@ class Pointers(NamedTuple):
     cu_seqlens: int = 0
     q_weight: int = 0
     k_weight: int = 0
+    q_bias: int = 0
+    k_bias: int = 0
     slots: int = 0
     k_scale: int = 0
     v_scale: int = 0
@@ -217,12 +223,16 @@ POINTER_OF = {
     "weight": "q_weight",
     "q_weight": "q_weight",
     "k_weight": "k_weight",
+    "bias": "q_bias",
+    "q_bias": "q_bias",
+    "k_bias": "k_bias",
     "slot_mapping": "slots",
     "k_scale": "k_scale",
     "v_scale": "v_scale",
 }
 OF_POSITIONS = "positions", "seqlen_offsets", "cu_seqlens"
-OF_WEIGHTS = "weight", "q_weight", "k_weight"
+OF_BIASES = "bias", "q_bias", "k_bias"
+OF_WEIGHTS = "weight", "q_weight", "k_weight", *OF_BIASES  # all that a norm has
 # The position of a token is its index, or is read, or is its index plus an offset of its batch or
 # its sequence, or is one of three that are read.
 IMPLICIT, GIVEN, OFFSET, PACKED = "implicit", "given", "offset", "packed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from .. import eager
 from ..call import Call
 from ..checks import described
-from ..options import TOKEN_NORM, Norm, Options, axis_names
+from ..options import LAYER_NORM, TOKEN_NORM, Norm, Options, axis_names
 from ..private_torch import base_of, may_not_be_written
 from ..problem import OF_POSITIONS, OF_WEIGHTS, out_names
-from ..table_forms import TableSource, frequencies
+from ..table_forms import TableSource, frequencies, no_table
 
 Run = Callable[[Call], tuple[Any, ...]]  # rotates into new tensors, and records nothing
 
@@ -34,6 +34,16 @@ def record(call: Call, run: Run) -> tuple[Any, ...]:
 
     `run` rotates tensors of any kind, as a backward pass may have them.
     """
+    check(call)
+    if call.out is None:
+        return rotate(call, run)
+    ready = eager.ready(call, *eager.find(call))  # which keeps the memory till it is written
+    _rotate_in_place(call, run, ready.write)
+    return call.out
+
+
+def check(call: Call) -> None:
+    """Refuse a call on tensors in memory of which no gradient can be recorded."""
     check_recordable(call)
     if call.out is not None:
         check_in_place(call)
@@ -42,14 +52,9 @@ def record(call: Call, run: Run) -> tuple[Any, ...]:
             raise TypeError(
                 f"{name} must be a tensor where a gradient is recorded, got {type(x).__name__}"
             )
-    if call.out is None:
-        return rotate(call, run)
-    for name, x in zip(call.names, call.xs, strict=True):
-        _check_may_be_written(name, x)
-    write, owners = eager.bind(call)
-    _rotate_in_place(call, run, write)
-    del owners  # which have kept the memory till here
-    return call.out
+    if call.out is not None:
+        for name, x in zip(call.names, call.xs, strict=True):
+            _check_may_be_written(name, x)
 
 
 def _rotate_in_place(call: Call, run: Run, write: Callable[[], None]) -> None:
@@ -134,8 +139,8 @@ def _check_may_be_written(name: str, x: Any) -> None:
 class _Rotation(torch.autograd.Function):
     """A rotation, whose gradient is the conjugate rotation of the results' gradients.
 
-    It is linear, so a second derivative is recorded as the first is. A norm before it has
-    PyTorch's gradient.
+    It is linear, so a second derivative is recorded as the first is. A norm before it, or after it,
+    has PyTorch's gradient.
     """
 
     @staticmethod
@@ -184,20 +189,34 @@ class _Rotation(torch.autograd.Function):
         }
         found: dict[str, Any] = {}
         if asked:
-            kept = iter(saved[len(names_asked) if call.options.norm else 0 :])
+            norm = call.options.norm
+            kept = iter(saved[len(names_asked) if norm else 0 :])
             parts = [next(kept) if other is None else other for other in ctx.others]
-            back = call.of_kind(
-                names=tuple(f"{name}_grad" for name in asked),
-                extra_names=tuple(name for name in call.extra_names if name in OF_POSITIONS),
-                options=_conjugate(call.options),
-            )._replace(
-                xs=(*asked.values(),),
-                table=TableSource(call.table.form, tuple(parts[: ctx.num_parts])),
-                extra_arrays=tuple(parts[ctx.num_parts :]),
-            )
-            found = dict(zip(asked, rotate(back, ctx.run), strict=True))
-        if call.options.norm:
-            found = _through_norm(found, names_asked, saved, call.options, call.options.norm)
+
+            def rotated(xs: dict[str, Any], conjugate: bool) -> dict[str, Any]:
+                """Return tensors rotated, back for a gradient, where there is a table."""
+                if call.table.form is no_table:
+                    return xs
+                plain = call.of_kind(
+                    names=tuple(f"{name}_grad" for name in xs),
+                    extra_names=tuple(name for name in call.extra_names if name in OF_POSITIONS),
+                    options=_without_norm(call.options, conjugate),
+                )._replace(
+                    xs=(*xs.values(),),
+                    table=TableSource(call.table.form, tuple(parts[: ctx.num_parts])),
+                    extra_arrays=tuple(parts[ctx.num_parts :]),
+                )
+                return dict(zip(xs, rotate(plain, ctx.run), strict=True))
+
+            inputs = dict(zip(names_asked, saved, strict=False)) if norm else {}
+            if norm and norm.after:
+                with torch.enable_grad():  # for what is normalised has a gradient of its own
+                    inputs |= rotated({name: inputs[name] for name in asked}, conjugate=False)
+                asked = _through_norm(asked, names_asked, inputs, call.options, norm)
+            back = {name: grad for name, grad in asked.items() if name in call.names}
+            found = asked | (rotated(back, conjugate=True) if back else {})
+            if norm and not norm.after:
+                found = _through_norm(found, names_asked, inputs, call.options, norm)
         return None, None, *[found.get(name) for name in names_asked]
 
 
@@ -232,25 +251,30 @@ def _copied(array: Any, used: slice) -> Any:
 
 
 def _weights_of(name: str, named: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the named that are weights of a tensor."""
-    own = {"x": ("weight",), "q": ("q_weight",), "k": ("k_weight",)}.get(name, OF_WEIGHTS)
-    return {each: named[each] for each in own if each in named}
+    """Return those of the named that are weights or biases of a tensor."""
+    own = {
+        "x": ("weight", "bias"),
+        "q": ("q_weight", "q_bias"),
+        "k": ("k_weight", "k_bias", "weight", "bias"),
+    }
+    own_names = own.get(name, OF_WEIGHTS)
+    return {each: named[each] for each in own_names if each in named}
 
 
 def _through_norm(
     grads: dict[str, torch.Tensor],
     asked: dict[str, bool],
-    saved: Sequence[torch.Tensor],
+    given: dict[str, torch.Tensor],
     options: Options,
     norm: Norm,
 ) -> dict[str, torch.Tensor]:
-    """Return the gradients of inputs and weights from those of what was normalised.
+    """Return the gradients of what is normalised, and of weights and biases, from the results'.
 
-    `saved` begins with what is asked for, or not, by name.
+    What is given is asked for, or not, by its name.
     """
     with torch.enable_grad():
         # Each in its own right: one weight may be given for q and for k.
-        inputs = {name: part.view_as(part) for name, part in zip(asked, saved, strict=False)}
+        inputs = {name: part.view_as(part) for name, part in given.items()}
     found: dict[str, torch.Tensor] = {}
     for name, grad in grads.items():
         weights = _weights_of(name, inputs)
@@ -269,16 +293,18 @@ def _normalised(x: Any, weights: dict[str, Any], options: Options, norm: Norm) -
     heads = x if options.head_dim is None else x.unflatten(-1, (-1, options.head_dim))
     at = axis_names(x.ndim, options).index("h")
     if options.packed is None:
-        (weight,) = weights.values() or (None,)
-        return _norm_of(heads, weight, at, norm).reshape(x.shape)
+        of_norm = {name.rpartition("_")[2]: each for name, each in weights.items()}
+        return _norm_of(heads, of_norm.get("weight"), of_norm.get("bias"), at, norm).reshape(
+            x.shape
+        )
     num_heads, num_kv_heads = options.packed
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), at)
-    q = _norm_of(q, weights.get("q_weight"), at, norm)
-    k = _norm_of(k, weights.get("k_weight"), at, norm)
+    q = _norm_of(q, weights.get("q_weight"), weights.get("q_bias"), at, norm)
+    k = _norm_of(k, weights.get("k_weight"), weights.get("k_bias"), at, norm)
     return torch.cat((q, k, v), at).reshape(x.shape)
 
 
-def _norm_of(heads: Any, weight: Any, at: int, norm: Norm) -> Any:
+def _norm_of(heads: Any, weight: Any, bias: Any, at: int, norm: Norm) -> Any:
     if weight is not None:
         wide = weight.to(torch.promote_types(weight.dtype, heads.dtype))
         weight = (wide + norm.weight_offset).to(heads.dtype)
@@ -286,11 +312,15 @@ def _norm_of(heads: Any, weight: Any, at: int, norm: Norm) -> Any:
     flat = by_token.flatten(-2) if norm.kind == TOKEN_NORM else heads
     # A whole number: PyTorch 2.11 takes a symbolic one for its address.
     size = (int(flat.shape[-1]),)
+    if norm.kind == LAYER_NORM:
+        # PyTorch loses second gradients of its function with a bias and no weight.
+        flat = torch.nn.functional.layer_norm(flat, size, weight, None, norm.eps)
+        return flat if bias is None else flat + bias.to(heads.dtype)
     flat = torch.nn.functional.rms_norm(flat, size, weight, norm.eps)
     return flat.view(by_token.shape).movedim(-2, at) if norm.kind == TOKEN_NORM else flat
 
 
 @lru_cache(maxsize=256)
-def _conjugate(options: Options) -> Options:
-    """Return the options of the rotation back, before which there is no norm."""
-    return options._replace(conjugate=not options.conjugate, norm=None)
+def _without_norm(options: Options, conjugate: bool) -> Options:
+    """Return the options of the rotation alone, or of the rotation back."""
+    return options._replace(conjugate=options.conjugate != conjugate, norm=None)

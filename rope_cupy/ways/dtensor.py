@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from ..call import Call, Named
 from ..options import TOKEN_NORM, axis_names
-from ..table_forms import TableSource, matrices
+from ..table_forms import TableSource, matrices, no_table
 from .autograd import check_in_place
 
 Outs = tuple[Any, ...]
@@ -107,13 +107,16 @@ def _part(name: str, x: Any, axis: int) -> Part:
 
 def _of_this_process(call: Call, parts: dict[str, Part]) -> tuple[TableSource, Named, int | None]:
     """Return the table, the positions and their offset that the tokens of this process have."""
+    if call.table.form is no_table:
+        return call.table, call.position_arrays, call.position_offset
     batch, tokens, heads = parts.get("b"), parts.get("s"), parts.get("h")
     offset, form = call.position_offset, call.table.form
     arrays = [_replicated("table", array) for array in call.table.arrays]
     trailing = 3 if form is matrices else 1
     by_position = arrays[0].ndim - trailing == 1
     if not by_position:
-        arrays = [_cut(part, (batch, tokens, heads)[: part.ndim - trailing]) for part in arrays]
+        axes = batch, tokens if offset is None else None, heads
+        arrays = [_cut(part, axes[: part.ndim - trailing]) for part in arrays]
     positions = {name: _replicated(name, array) for name, array in call.position_arrays}
     if "positions" in positions:
         positions["positions"] = _cut_last(positions["positions"], (batch, tokens))
@@ -123,7 +126,7 @@ def _of_this_process(call: Call, parts: dict[str, Part]) -> tuple[TableSource, N
                 "cu_seqlens must be None where tokens are sharded: pass the positions of the "
                 "tokens, got an array"
             )
-    elif by_position:
+    elif by_position or offset is not None:
         offset = (offset or 0) + (tokens.start if tokens else 0)
         if "seqlen_offsets" in positions:
             positions["seqlen_offsets"] = _cut(positions["seqlen_offsets"], (batch,))
@@ -131,7 +134,7 @@ def _of_this_process(call: Call, parts: dict[str, Part]) -> tuple[TableSource, N
 
 
 def _weights_of_this_process(call: Call, parts: dict[str, Part]) -> Named:
-    """Return the weights of a norm, which are those of every process's heads.
+    """Return the weights and biases of a norm, which are those of every process's heads.
 
     Their gradients are parts of a sum wherever heads or tokens are parts of what there is.
     """

@@ -13,6 +13,7 @@ from ..arrays.torch import refuse_transform
 from ..call import (
     AN_INT_OR_ARRAY,
     NO_EXTRA,
+    QKV,
     Call,
     Extra,
     Kind,
@@ -25,13 +26,15 @@ from ..options import (
     Cache,
     Norm,
     Packed,
+    check_norm_after,
     check_options,
     check_parts,
     check_round_norm,
+    check_without_table,
 )
 from ..private_torch import base_of, run_untraced
 from ..problem import OF_POSITIONS
-from ..table_forms import FORMS, OF_NEIGHBOURS, TableSource
+from ..table_forms import FORMS, OF_NEIGHBOURS, TableSource, no_table
 from ..tables import source_of
 from . import UNTRACED, autograd
 from .operators import (
@@ -41,9 +44,11 @@ from .operators import (
     arguments_of,
     check_traced,
     define,
+    extra_tensors,
     new,
     present,
     schemas,
+    table_tensors,
     three,
 )
 
@@ -65,8 +70,8 @@ def parse(
     Numbers that change are no numbers while they are traced: an operator checks them when it runs.
     An int of NumPy, which torch.compile takes for an array, is a tensor without axes.
     """
-    source = source_of(table)
-    if options[0] is None:
+    source, interleaved = source_of(table), options[0]
+    if interleaved is None:
         options = source.form in OF_NEIGHBOURS, *options[1:]
     norm, packed, cache = parts
     _check_types(norm, packed, cache)
@@ -76,6 +81,9 @@ def parse(
         None if cache is None else Cache(*cache),
     )
     checked = check_options(*options, parts=records)
+    if source.form is no_table:
+        copies = len(names) == len(QKV) and cache is None
+        check_without_table(norm is not None or copies, interleaved, checked)
     if positions[1] is not None or positions[2] is not None:
         check_counted(*positions, lambda each: is_array(each) and each.ndim > 0)
     there, ints = [], []
@@ -89,7 +97,7 @@ def parse(
             raise ValueError(f"{name} must have an axis where it is a tensor, got shape ()")
         there.append((name, each))
     if out is not None and out[0] is None and cache is not None:  # a new q beside caches
-        _check_tensor(names[0], xs[0])
+        check_tensor(names[0], xs[0])
         out = torch.empty_like(xs[0]), *out[1:]
     offset = sum(ints) if ints else None
     if offset is not None and (positions[1] is not None or positions[2] is not None):
@@ -108,18 +116,14 @@ def rotate(call: Call) -> tuple[Any, ...]:
     What is written in place where a gradient is recorded is written from a new result.
     """
     for name, x in zip(call.names, call.xs, strict=True):
-        _check_tensor(name, x)
+        check_tensor(name, x)
     if call.out is not None:
         for name, y in zip(call.out_names, call.out, strict=True):
-            _check_tensor(name, y)
+            check_tensor(name, y)
     autograd.check_recordable(call)
     records = any([autograd.wants_gradient(each) for _, each in call.named])
-    parts = [_as_tensor("table", part, records) for part in call.table.arrays]
-    extra = [
-        (name, _as_tensor(name, array, records and array.ndim > 0)) for name, array in call.extra
-    ]
-    call = call._replace(table=call.table._replace(arrays=tuple(parts))).with_extra((*extra,))
-    arguments, out = _traced_arguments(call), call.out
+    call = with_tensors(call, records)
+    arguments, out = traced_arguments(call), call.out
     if out is not None and not records:
         torch.ops.rope_cupy.rotate_into(*three(call.xs), *three(out), *arguments)
         return out
@@ -135,12 +139,22 @@ def rotate(call: Call) -> tuple[Any, ...]:
     return out
 
 
+def with_tensors(call: Call, records: bool) -> Call:
+    """Return a call whose table and extra arrays are tensors."""
+    parts = [_as_tensor("table", part, records) for part in call.table.arrays]
+    extra = [
+        (name, _as_tensor(name, array, records and array.ndim > 0)) for name, array in call.extra
+    ]
+    return call._replace(table=call.table._replace(arrays=tuple(parts))).with_extra((*extra,))
+
+
 def _check_types(norm: Any, packed: Any, cache: Any) -> None:
     """Refuse of the last three of Options what an operator would take for a number or a flag."""
     if norm is not None:
         check_number("eps", norm[1])
         check_number("weight_offset", norm[2])
         check_round_norm(norm[3])
+        check_norm_after(norm[4])
     if packed is not None:
         count("num_heads", packed[0], 1)
         count("num_kv_heads", packed[1], 1)
@@ -150,7 +164,7 @@ def _check_types(norm: Any, packed: Any, cache: Any) -> None:
                 check_number(name, scale)
 
 
-def _check_tensor(name: str, x: Any) -> None:
+def check_tensor(name: str, x: Any) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(
             f"{name} must be a tensor of PyTorch in a call that is traced, got {type(x).__name__}"
@@ -162,7 +176,7 @@ def _as_tensor(name: str, array: Any, records: bool) -> Any:
     if isinstance(array, torch.Tensor):
         return array
     if not isinstance(array, np.ndarray):
-        _check_tensor(name, array)
+        check_tensor(name, array)
     if records:
         raise TypeError(
             f"{name} must be a tensor of PyTorch where a compiled call records a gradient, which "
@@ -177,7 +191,7 @@ def _as_tensor(name: str, array: Any, records: bool) -> Any:
 class Arguments(NamedTuple):
     """What an operator that is traced takes behind its tensors, before the options one by one."""
 
-    cos: Any
+    cos: Any  # None without a table
     sin: Any  # None where one array is the whole table
     form: str  # of FORMS
     positions: Any
@@ -186,6 +200,8 @@ class Arguments(NamedTuple):
     position_offset: Any
     weight: Any  # or q_weight
     k_weight: Any
+    bias: Any  # or q_bias
+    k_bias: Any
     slot_mapping: Any
     k_scale: Any
     v_scale: Any
@@ -195,46 +211,45 @@ NUM_ARGUMENTS = len(Arguments._fields)
 BOOLS = {"True": True, "False": False}  # of round_norm, which is a text else
 
 
-def _traced_arguments(call: Call) -> tuple[Any, ...]:
+def traced_arguments(call: Call) -> tuple[Any, ...]:
     """Return a call as an operator takes it that is traced, behind the tensors that it rotates.
 
     Options stand one by one, for numbers among them may be ones that change.
     """
-    cos, sin = call.table.arrays if len(call.table.arrays) == 2 else (*call.table.arrays, None)
-    extra = dict(call.extra)
     *plain, norm, packed, cache = call.options
-    *of_norm, round_norm = norm or (None, 0.0, 0.0, False)
+    *of_norm, round_norm, after = norm or (None, 0.0, 0.0, False, False)
+    rounds = round_norm if isinstance(round_norm, str) else repr(round_norm)
     return (
-        *(cos, sin, call.table.form.__name__),
-        *[extra.get(name) for name in OF_POSITIONS],
-        call.position_offset,
-        extra.get("weight", extra.get("q_weight")),
-        *[extra.get(name) for name in OF_OTHERS],
-        *(*plain, *of_norm, round_norm if isinstance(round_norm, str) else repr(round_norm)),
+        *(*table_tensors(call.table.arrays), call.table.form.__name__),
+        *extra_tensors(call),
+        *(*plain, *of_norm, rounds, after),
         *(None if packed is None else list(packed), *(cache or (None,) * 4)),
         VERSION,
     )
 
 
-def _traced_call(
+def traced_call(
     xs: tuple[torch.Tensor, ...], outs: tuple[torch.Tensor, ...] | None, arguments: Sequence[Any]
 ) -> Call:
-    """Return the call that an operator has been given: the inverse of `_traced_arguments`."""
+    """Return the call that an operator has been given: the inverse of `traced_arguments`."""
     own, flat = Arguments(*arguments[:NUM_ARGUMENTS]), arguments[NUM_ARGUMENTS:-1]
     options = [tuple(each) if isinstance(each, list) else each for each in flat]
-    plain, norm, packed, cache = options[:-9], options[-9:-5], options[-5], options[-4:]
+    plain, norm, packed, cache = options[:-10], options[-10:-5], options[-5], options[-4:]
     parts = check_parts(
-        None if norm[0] is None else (*norm[:3], BOOLS.get(str(norm[3]), norm[3])),
+        None if norm[0] is None else (*norm[:3], BOOLS.get(str(norm[3]), norm[3]), norm[4]),
         packed,
         None if cache[0] is None else cache,
     )
     names: tuple[str, ...] = ("q", "k", "v")[: len(xs)]
     if len(xs) == 1:
         names = ("qkv",) if packed else ("x",)
-    all_names = *OF_POSITIONS, "weight" if names == ("x",) else "q_weight", *OF_OTHERS
+    of_norm = "q_weight", "k_weight", "q_bias", "k_bias"
+    if names == ("x",):
+        of_norm = "weight", "k_weight", "bias", "k_bias"
+    all_names = *OF_POSITIONS, *of_norm, *OF_OTHERS
     arrays = *own[3:6], *own[7:]
     extra_names = [name for name, array in zip(all_names, arrays, strict=True) if array is not None]
-    table = TableSource(FORMS[own.form], (own.cos,) if own.sin is None else (own.cos, own.sin))
+    table = TableSource(FORMS[own.form], present((own.cos, own.sin)))
     kind = Kind(names, table.form, (*extra_names,), check_options(*plain, parts=parts))
     return Call(kind, xs, table, present(arrays), own.position_offset, outs)
 
@@ -248,7 +263,7 @@ def _rotate_qk(q: torch.Tensor, k: torch.Tensor, *arguments: Any) -> tuple[torch
 
 
 def _rotated(xs: tuple[torch.Tensor, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    call = _traced_call(xs, None, arguments)
+    call = traced_call(xs, None, arguments)
     for _, x in (*zip(call.names, xs, strict=True), *call.weights):
         asked_of(x).check_transform("an input", x)
     return autograd.rotate(call, new)
@@ -262,7 +277,7 @@ def _rotate_into(*arguments: Any) -> None:
     a constant of the graph.
     """
     xs, outs = present(arguments[:3]), present(arguments[3:6])
-    call = _traced_call(xs, outs, arguments[6:])
+    call = traced_call(xs, outs, arguments[6:])
     num_outs = 1 if call.options.cache else len(outs)
     for x in xs:
         asked_of(x).check_transform("an input", x)
@@ -281,28 +296,27 @@ def _rotate_into(*arguments: Any) -> None:
             y.copy_(result)
 
 
-def _refuse_vmap(*_: Any) -> None:
+def refuse_vmap(*_: Any) -> None:
     refuse_transform("an input")
 
 
 _TYPES = dict.fromkeys(Arguments._fields, "Tensor?") | {
-    "cos": "Tensor",
     "form": "str",
     "position_offset": "SymInt?",
 }
-_OPTIONS = (
+OPTIONS = (
     "bool interleaved, str? layout, int? head_dim, int rotary_offset, bool conjugate, "
     "str out_of_range, int[]? mrope_section, bool mrope_interleaved, str rounding, str? norm, "
-    "float eps, float weight_offset, str round_norm, int[]? packed, str? cache_layout, "
-    "str? cache_dtype, float? k_number, float? v_number, str version"
+    "float eps, float weight_offset, str round_norm, bool norm_after, int[]? packed, "
+    "str? cache_layout, str? cache_dtype, float? k_number, float? v_number, str version"
 )
 ONE, TWO, WRITES = schemas(
-    ", ".join([f"{kind} {name}" for name, kind in _TYPES.items()]) + ", " + _OPTIONS
+    ", ".join([f"{kind} {name}" for name, kind in _TYPES.items()]) + ", " + OPTIONS
 )
 
-define(__name__, "rotate", ONE, {PARTS: "_rotate", VMAP: "_refuse_vmap"})
-define(__name__, "rotate_qk", TWO, {PARTS: "_rotate_qk", VMAP: "_refuse_vmap"})
-define(__name__, "rotate_into", WRITES, {PARTS: "_rotate_into", VMAP: "_refuse_vmap"})
+define(__name__, "rotate", ONE, {PARTS: "_rotate", VMAP: "refuse_vmap"})
+define(__name__, "rotate_qk", TWO, {PARTS: "_rotate_qk", VMAP: "refuse_vmap"})
+define(__name__, "rotate_into", WRITES, {PARTS: "_rotate_into", VMAP: "refuse_vmap"})
 
 
 for _function in UNTRACED:

@@ -24,7 +24,8 @@ from ..problem import OF_POSITIONS
 from ..table_forms import FORMS, TableSource, complex_numbers, complex_pairs
 
 KINDS = Options, Norm, Packed, Cache  # of which a text holds the fields
-OF_OTHERS = "k_weight", "slot_mapping", "k_scale", "v_scale"  # what extra arrays are called
+# What extra arrays are called, but for those that have other names where there is one input.
+OF_OTHERS = "slot_mapping", "k_scale", "v_scale"
 
 
 def arguments_of(call: Call) -> tuple[Any, ...]:
@@ -32,13 +33,27 @@ def arguments_of(call: Call) -> tuple[Any, ...]:
     form, parts = call.table
     if form is complex_numbers:  # which Inductor gives to no operator that writes
         form, parts = complex_pairs, tuple([torch.view_as_real(part) for part in parts])
-    cos, sin = parts if len(parts) == 2 else (parts[0], None)
-    extra = dict(call.extra)
-    weight = extra.get("weight", extra.get("q_weight"))
-    others = [extra.get(name) for name in OF_OTHERS]
     return (
-        *(cos, sin, *[extra.get(name) for name in OF_POSITIONS], call.position_offset),
-        *(weight, *others, text_of(call.kind._replace(form=form))),
+        *(*table_tensors(parts), *extra_tensors(call)),
+        text_of(call.kind._replace(form=form)),
+    )
+
+
+def table_tensors(parts: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Return the arrays of a table as an operator takes them: None where there are fewer."""
+    cos, sin = (*parts, None, None)[:2]
+    return cos, sin
+
+
+def extra_tensors(call: Call) -> tuple[Any, ...]:
+    """Return the extra arrays and the offset of positions, as an operator takes them."""
+    extra = dict(call.extra)
+    return (
+        *[extra.get(name) for name in OF_POSITIONS],
+        call.position_offset,
+        *(extra.get("weight", extra.get("q_weight")), extra.get("k_weight")),
+        *(extra.get("bias", extra.get("q_bias")), extra.get("k_bias")),
+        *[extra.get(name) for name in OF_OTHERS],
     )
 
 
@@ -68,10 +83,10 @@ def call_of(
 
     Numbers of NumPy, which a graph holds as tensors, are ints again.
     """
-    cos, sin, *of_positions, offset, weight, k_weight, slots, k_scale, v_scale, text = arguments
+    cos, sin, positions, offsets, cu_seqlens, offset, *others, text = arguments
     kind, has_positions = kind_of_text(text)
-    table = TableSource(kind.form, (cos,) if sin is None else (cos, sin))
-    arrays = present((*of_positions, weight, k_weight, slots, k_scale, v_scale))
+    table = TableSource(kind.form, present((cos, sin)))
+    arrays = present((positions, offsets, cu_seqlens, *others))
     call = Call(kind, xs, table, arrays, offset, outs)
     return _with_ints(call) if has_positions else call
 
@@ -177,10 +192,11 @@ def schemas(behind: str) -> tuple[str, str, str]:
 # Operators are PyTorch's, and so of the process: they outlive a module that is imported again (by
 # `importlib.reload`, say), and then call the functions of the new one.
 
-_TABLE = "Tensor cos, Tensor? sin"
+_TABLE = "Tensor? cos, Tensor? sin"
 _ARRAYS = (
     "Tensor? positions, Tensor? seqlen_offsets, Tensor? cu_seqlens, SymInt? position_offset, "
-    "Tensor? weight, Tensor? k_weight, Tensor? slot_mapping, Tensor? k_scale, Tensor? v_scale"
+    "Tensor? weight, Tensor? k_weight, Tensor? bias, Tensor? k_bias, Tensor? slot_mapping, "
+    "Tensor? k_scale, Tensor? v_scale"
 )
 _NEW, _NEW_QK, _WRITES = schemas(f"{_TABLE}, {_ARRAYS}, str kind")
 # What these operators take. PyTorch keeps graphs on the disk by the operators of `graphs`, which

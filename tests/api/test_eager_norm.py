@@ -133,3 +133,52 @@ def test_random_numbers_have_the_bits_of_the_module_but_for_the_order_of_a_sum(
     # A rounding of a normalised number the other way reaches both elements of its pair.
     last_place = torch.finfo(dtype).eps * 8
     assert (off <= last_place * wanted.double().abs().max()).all()
+
+
+@pytest.mark.parametrize("turns", ["quarters", "any"])
+@of_each_dtype
+@torch.no_grad()
+def test_hunyuans_norm_behind_the_rotation(dtype, turns, device):
+    """Turned by quarters, numbers have few bits still, and every element has the module's bits."""
+    theirs = modeling("hunyuan_v1_dense")
+    module = filled(theirs.HunYuanDenseV1RMSNorm(128, eps=EPS), 0.0, dtype, device)
+    q, k = (of_few_bits((BATCH, TOKENS, h, 128), dtype, device) for h in (HEADS, 2))
+    cos, sin = table_of(128, dtype, device)
+    if turns == "quarters":
+        quarters = torch.randint(4, (1, TOKENS, 64), device=device)
+        cos, sin = (
+            torch.tensor(each, device=device, dtype=dtype)[quarters].repeat(1, 1, 2)
+            for each in ([1, 0, -1, 0], [0, 1, 0, -1])
+        )
+    wanted = [module(each) for each in theirs.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)]
+    table = RotaryTable.from_full_width(cos, sin)
+    options = {"eps": EPS, "round_norm": BEFORE, "rounding": "eager"}
+    weights = module.weight, module.weight
+    results = apply_qk_norm_rotary(q, k, *weights, table, norm_after=True, **options)
+    for ours, each in zip(results, wanted, strict=True):
+        assert ours.dtype == each.dtype
+        if turns == "quarters":
+            assert torch.equal(ours, each)
+        elif dtype == torch.float32:  # of which the order decides the last bit
+            torch.testing.assert_close(ours, each, rtol=1e-6, atol=1e-7)
+        else:
+            assert (ours != each).float().mean() <= 1e-3
+            torch.testing.assert_close(ours, each, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    before = apply_qk_norm_rotary(q, k, *weights, table, **options)
+    assert not torch.equal(before[0], wanted[0])
+
+
+@pytest.mark.parametrize("mean", [0.0, 8.0])
+@of_each_dtype
+@torch.no_grad()
+def test_a_layer_is_that_of_torch(dtype, mean, device):
+    x = (torch.randn(BATCH, 400, HEADS, 96, device=device) + mean).to(dtype)
+    weight, bias = torch.randn(2, 96, device=device).to(dtype)
+    wanted = torch.nn.functional.layer_norm(x, (96,), weight, bias, EPS)
+    options = {"norm": "layer", "eps": EPS, "bias": bias, "rounding": "eager"}
+    ours = apply_norm_rotary(x, weight, None, **options)
+    tolerance = 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=1e-6 * (1 + mean))
+    if dtype != torch.float32:
+        # The mean has an error in its last place, which is as much of these numbers as it is large.
+        assert (ours != wanted).float().mean() <= 1e-3 * (1 + mean / 4)

@@ -32,6 +32,7 @@ from mistakes import (
     of_rotary_qk,
     pair_of,
     without_weights,
+    wrong_biases,
     wrong_caches,
     wrong_calls,
     wrong_norms,
@@ -40,6 +41,7 @@ from mistakes import (
     wrong_pairs,
     wrong_tables,
     wrong_weights,
+    wrong_without_table,
 )
 
 from rope_cupy import (
@@ -195,7 +197,11 @@ def test_a_norm_of_none_is_refused_where_there_must_be_one(function, make):
 
 @of([apply_rotary_qkv, apply_rotary_kv_cache])
 @pytest.mark.parametrize(
-    "changed", [{"eps": 1e-5}, {"eps": "tiny"}, {"weight_offset": 1.0}, {"round_norm": False}]
+    "changed",
+    [
+        *({"eps": 1e-5}, {"eps": "tiny"}, {"weight_offset": 1.0}, {"round_norm": False}),
+        {"norm_after": True},
+    ],
 )
 def test_what_belongs_to_a_norm_is_refused_without_one(function, changed, make):
     call = FUSED[function](make) | {"norm": None}
@@ -211,6 +217,43 @@ def test_weights_that_do_not_suit_are_refused(case, function, make):
         assert_refused(*expected, function, **arguments)
 
 
+@every_fused_function
+@cases_of(wrong_biases)
+def test_biases_that_do_not_suit_are_refused(case, function, make):
+    for name in ["bias"] if function is apply_norm_rotary else ["q_bias", "k_bias"]:
+        expected, changed = changed_by(wrong_biases(make, name)[case])
+        assert_refused(*expected, function, **without_weights(function, make) | changed)
+
+
+@every_fused_function
+def test_a_bias_has_the_weights_dtype(function, make):
+    one = function is apply_norm_rotary
+    weight, bias = ("weight", "bias") if one else ("k_weight", "q_bias")
+    arguments = without_weights(function, make) | {weight: make(D), bias: make(D, "float64")}
+    wanted = f"{weight}'s dtype float32"
+    assert_refused(TypeError, bias, wanted, "float64", function, **arguments | {"norm": "layer"})
+
+
+@every_fused_function
+@cases_of(wrong_without_table)
+def test_what_a_table_gives_a_meaning_is_refused_without_one(case, function, make):
+    expected, changed = changed_by(wrong_without_table(make)[case])
+    arguments = FUSED[function](make) | {"table": None}
+    function(**arguments)
+    for _ in range(2):
+        assert_refused(*expected, function, **arguments | changed)
+
+
+@every_function
+def test_no_table_is_refused_where_there_is_no_norm(function, make):
+    arguments = FUNCTIONS[function](make) | {"table": None}
+    if function in (apply_norm_rotary, apply_qk_norm_rotary):
+        function(**arguments)  # which always have one
+        return
+    changed = {"norm": None} if function in FUSED else {}
+    assert_refused(TypeError, "table", "RotaryTable", "None", function, **arguments | changed)
+
+
 @of(list(FUSED)[1:])
 def test_weights_of_two_dtypes_are_refused(function, make):
     arguments = FUSED[function](make) | {"q_weight": make(D), "k_weight": make(D, "float64")}
@@ -224,7 +267,7 @@ def test_a_head_too_long_for_a_norm_is_refused_and_without_one_is_not(function, 
     for name, array in arguments.items():
         if hasattr(array, "shape") and name != "slot_mapping":
             arguments[name] = make((*array.shape[:-1], 520))
-    for norm in ("head", "heads"):
+    for norm in ("head", "heads", "layer"):
         changed = arguments | {"norm": norm}
         assert_refused(ValueError, "head_dim", "512", "520", function, **changed)
     if function in (apply_rotary_qkv, apply_rotary_kv_cache):

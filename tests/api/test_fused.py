@@ -1,6 +1,7 @@
 """The fused functions beside the plain ones: their options, what they share, what they repeat."""
 
 import inspect
+from itertools import product
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from mistakes import (
     of_kv_cache,
     pair_of,
 )
-from reference import encode, to_bits
+from reference import decode, encode, layer_normalised, to_bits, to_float64
 
 from rope_cupy import (
     RotaryTable,
@@ -45,8 +46,11 @@ def make(request):
 @every_fused_function
 def test_every_option_of_the_plain_function_is_one_of_the_fused(function):
     plain, fused = (inspect.signature(f).parameters for f in (apply_rotary_qk, function))
+    of_k = {"k_table", "k_positions"} - {*fused}  # of functions of q and k alone
     options = [p for p in plain.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    assert len(options) == 13
+    options = [p for p in options if p.name not in of_k]
+    assert len(options) == 15 - len(of_k)
+    assert not of_k or function is not apply_qk_norm_rotary
     for option in options:
         assert fused[option.name].kind is option.kind
         assert fused[option.name].default == option.default
@@ -180,7 +184,7 @@ def empty(make):
     }
 
 
-@pytest.mark.parametrize("norm", ["head", "heads"])
+@pytest.mark.parametrize("norm", ["head", "heads", "layer"])
 @pytest.mark.parametrize("case", empty(numpy_array))
 def test_where_there_is_nothing_of_something_nothing_is_done_about_it(case, norm, make):
     for _ in range(2):
@@ -230,11 +234,16 @@ OPTIONS = {
     "interleaved": {"interleaved": True, "positions": 3},
     "a slice": {"rotary_offset": 4, "conjugate": True},
     "eager": {"rounding": "eager"},
+    "no table": {},
 }
 NORMS = {
     "no norm": {},
     "of heads": {"norm": "head"},
     "of tokens": {"norm": "heads", "round_norm": False},
+    "layer": {"norm": "layer"},
+    "after": {"norm": "head", "norm_after": True},
+    "of tokens, after": {"norm": "heads", "norm_after": True, "round_norm": "before_weight"},
+    "layer, after": {"norm": "layer", "norm_after": True, "round_norm": False},
 }
 
 
@@ -264,34 +273,40 @@ class Packed:
         if not norm:
             return {}
         sizes = {"q_weight": (H if each else 1), "k_weight": (2 if each else 1)}
+        if norm["norm"] == "layer":
+            sizes |= {"q_bias": 1, "k_bias": 1}
         return {
             name: self.array(rng.uniform(0.5, 2, n * self.head_dim), "float32")
             for name, n in sizes.items()
         }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("options", "norm"),
+    [(*each,) for each in product(OPTIONS, NORMS) if each != ("no table", "no norm")],
+)
 @in_every_library
 def test_packed_or_apart_or_into_a_cache_the_bits_are_the_same(library, options, norm):
     packed = Packed(library)
+    table = None if options == "no table" else packed.table
     options, norm = OPTIONS[options], NORMS[norm]
     weights = packed.weights(norm)
     q, k, v = packed.parts()
     if norm:
-        expected = apply_qk_norm_rotary(q, k, *weights.values(), packed.table, **options, **norm)
-        alone = apply_norm_rotary(q, weights["q_weight"], packed.table, **options, **norm)
+        expected = apply_qk_norm_rotary(q, k, table=table, **weights, **options, **norm)
+        of_q = {name.removeprefix("q_"): each for name, each in weights.items() if name[0] == "q"}
+        alone = apply_norm_rotary(q, table=table, **of_q, **options, **norm)
     else:
-        expected = apply_rotary_qk(q, k, packed.table, **options)
-        alone = apply_rotary(q, packed.table, **options)
+        expected = apply_rotary_qk(q, k, table, **options)
+        alone = apply_rotary(q, table, **options)
     q_bits, k_bits = map(to_bits, expected)
     assert np.array_equal(to_bits(alone), q_bits)
 
     call = {"num_heads": H, "num_kv_heads": 2, **weights, **options, **norm}
     whole = np.concatenate([q_bits, k_bits, packed.bits[:, :, -2:]], 2)
     apart = hold(packed.values, "float16", library)
-    assert np.array_equal(to_bits(apply_rotary_qkv(packed.held.array, packed.table, **call)), whole)
-    apply_rotary_qkv(packed.held.array, packed.table, **call, out=apart.array)
+    assert np.array_equal(to_bits(apply_rotary_qkv(packed.held.array, table, **call)), whole)
+    apply_rotary_qkv(packed.held.array, table, **call, out=apart.array)
     assert np.array_equal(to_bits(apart.array), whole)
     packed.held.assert_unchanged()
 
@@ -299,15 +314,29 @@ def test_packed_or_apart_or_into_a_cache_the_bits_are_the_same(library, options,
     slots = np.random.default_rng(9).permutation(21)[: 2 * T].reshape(2, T)
     slot_mapping = packed.array(slots, "int64")
     call = {"slot_mapping": slot_mapping, **weights, **options, **norm}
-    y = apply_rotary_kv_cache(q, k, v, *(held.array for held in caches), packed.table, **call)
+    y = apply_rotary_kv_cache(q, k, v, *(held.array for held in caches), table, **call)
     assert np.array_equal(to_bits(y), q_bits)
     for held, bits in zip(caches, (k_bits, packed.bits[:, :, -2:]), strict=True):
         assert np.array_equal(to_bits(held.array)[np.divmod(slots, 7)], bits)
 
     call = {"num_heads": H, "num_kv_heads": 2, **weights, **options, **norm}
-    apply_rotary_qkv(packed.held.array, packed.table, **call, out=packed.held.array)
+    apply_rotary_qkv(packed.held.array, table, **call, out=packed.held.array)
     assert np.array_equal(to_bits(packed.held.array), whole)
     packed.held.assert_guarded()
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0, -1e4])
+@pytest.mark.parametrize("head_dim", [64, 72])
+@in_every_library
+def test_a_layer_far_from_zero_keeps_its_variance(library, head_dim, mean):
+    """Where a mean of squares, less the square of the mean, would have lost it."""
+    rng = np.random.default_rng(12)
+    values = mean + rng.standard_normal((2, T, H, head_dim))
+    x = hold(values, "float32", library)
+    exact = layer_normalised(np.float64(decode(x.elements, "float32")), 1e-6)
+    result = to_float64(apply_norm_rotary(x.array, None, None, norm="layer", eps=1e-6))
+    # The mean of float32 numbers is off by a few units in their last place.
+    assert np.abs(result - exact).max() <= 4e-7 * (4 + abs(mean))
 
 
 # What is repeated.
@@ -384,6 +413,8 @@ def test_an_option_is_not_taken_for_another_that_was_seen(library):
         {"eps": 0.5},
         {"weight_offset": 1.0},
         {"norm": "heads"},
+        {"norm": "layer"},
+        {"norm_after": True},
         {"eps": 1.0, "weight_offset": 1.0},
         {"conjugate": True},
         {"interleaved": True},

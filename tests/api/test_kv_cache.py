@@ -19,6 +19,7 @@ from reference import (
     check,
     decode,
     encode,
+    layer_normalised,
     normalised,
     rotate,
     rounded,
@@ -183,6 +184,7 @@ def verify(
     as_words=False,
     weights=(),
     of_norm=None,  # eps and weight_offset
+    rotates=True,
     where=(),
     positions=None,
     values=None,
@@ -213,7 +215,7 @@ def verify(
     result = apply_rotary_kv_cache(
         *(h.array for h in held),
         *caches.arrays,
-        table_of(library),
+        table_of(library) if rotates else None,
         slot_mapping=given.array,
         cache_layout=caches.layout,
         cache_dtype=element if as_words else None,
@@ -225,14 +227,25 @@ def verify(
         **options,
     )
 
-    def rotated(x, weight):
-        if of_norm:
-            x = normalised(x, weight, *of_norm, of_token=options["norm"] == "heads")
+    def turned(x):
         of_reference = {name: options[name] for name in OF_REFERENCE & {*options}}
-        return rotate(x, COS, SIN, positions=positions, **of_reference)
+        return rotate(x, COS, SIN, positions=positions, **of_reference) if rotates else x
 
-    weights = [dict(weights).get(name) for name in ("q_weight", "k_weight")]
-    q_exact, k_exact = map(rotated, exact[:2], weights)
+    def of_layer(x, weight, bias):
+        x = layer_normalised(x, of_norm[0])
+        x = x if weight is None else x * (weight + of_norm[1])
+        return x if bias is None else x + bias
+
+    def rotated(x, name):
+        weight, bias = (dict(weights).get(f"{name}_{kind}") for kind in ("weight", "bias"))
+        x = turned(x) if options.get("norm_after") or not of_norm else x
+        if of_norm and options["norm"] == "layer":
+            x = of_layer(x, weight, bias)
+        elif of_norm:
+            x = normalised(x, weight, *of_norm, of_token=options["norm"] == "heads")
+        return x if options.get("norm_after") or not of_norm else turned(x)
+
+    q_exact, k_exact = map(rotated, exact[:2], "qk")
     check(to_float64(result).reshape(q_exact.shape), q_exact, dtype)
     assert (result is out.array) if out else (type(result) is type(q.array))
     for unwritten in (k, v, given) if write == "in place" else (q, k, v, given):
@@ -430,6 +443,8 @@ def test_tokens_come_in_any_order_of_axes(library, layout):
     assert np.array_equal(decode(v_found[at], "float64"), v)
 
 
+OF_LAYERS = {name: (D,) for name in ("q_weight", "k_weight", "q_bias", "k_bias")}
+AFTER = {"norm_after": True}
 NORMS = {
     "head": ({"q_weight": (D,), "k_weight": (D,)}, "head", 0.0),
     "heads": ({"q_weight": (4 * D,), "k_weight": (H * D,)}, "heads", 0.0),
@@ -437,6 +452,10 @@ NORMS = {
     "head, of k alone": ({"k_weight": (D,)}, "head", 0.0),
     "heads, of q alone": ({"q_weight": (4 * D,)}, "heads", 1.0),
     "head of no weights": ({}, "head", 0.0),
+    "layer": (OF_LAYERS, "layer", 0.5),
+    "layer, of a bias alone": ({"k_bias": (D,)}, "layer", 0.0, AFTER),
+    "layer without a table": (OF_LAYERS, "layer", 0.0, {"rotates": False}),
+    "heads, after": ({"q_weight": (4 * D,), "k_weight": (H * D,)}, "heads", 0.0, AFTER),
 }
 
 
@@ -444,7 +463,7 @@ NORMS = {
 @pytest.mark.parametrize("element", [None, "float8_e5m2"])
 @pytest.mark.parametrize("name", NORMS)
 def test_q_and_k_are_normalised_and_v_is_not(library, name, element):
-    shapes, kind, offset = NORMS[name]
+    shapes, kind, offset, *options = NORMS[name]
     verify(
         *(library, "float32", element),
         of_norm=(1e-5, offset),
@@ -452,6 +471,7 @@ def test_q_and_k_are_normalised_and_v_is_not(library, name, element):
         k_slack=2.0**-18,
         norm=kind,
         round_norm=False,
+        **(options[0] if options else {}),
     )
 
 

@@ -128,7 +128,7 @@ def test_a_call_agrees_with_the_reference_and_changes_nothing_else(way, chunk, r
 def rotates_back(case):
     """The conjugate after the forward rotation returns the input, but for the roundings."""
     case = case._replace(outside=case.outside.replace("nan", "keep"), write="new")
-    case = case._replace(norm="none", weights="none", round_norm=False, rounding="once")
+    case = case.without_norm()._replace(rounding="once")
     if repeats(case.table_style):  # cosines and sines that are of no angle
         case = case._replace(table_style="dense")
     if case.form in TWO_ANGLES:  # which rotate nothing
@@ -156,7 +156,7 @@ def is_as_each_alone(case):
     *sizes, q_heads, k_heads = case.sizes
     case = case._replace(sizes=(*sizes, q_heads, k_heads or q_heads), write="new")
     # The squares of a norm are added up in an order that depends on both tensors.
-    call = Call(case._replace(norm="none", weights="none", round_norm=False))
+    call = Call(case.without_norm())
     q, k = (held.array for held in call.inputs)
     for i, (x, together) in enumerate(zip((q, k), call(q, k), strict=True)):
         (alone,) = call(x, first=i)
@@ -187,9 +187,8 @@ def fused(case):
         library=case.library.replace("dlpack", "torch"),
         **{"style": "dense", "k_style": "dense", "write": "new"},
         layout="bhsd" if by_head else "bshd",
-        **{"norm": "none", "weights": "none", "round_norm": False},
     )
-    call = Call(possible(case))
+    call = Call(possible(case.without_norm()))
     q, k = (held.elements for held in call.inputs)
     v = np.random.default_rng(1).permuted(k)
     return call, (q, k, v)
@@ -268,7 +267,7 @@ def test_a_cache_is_filled_with_what_k_becomes(way, chunk):
 
 def test_the_calls_drawn_are_of_every_kind():
     drawn = []
-    for chunk in range(8):
+    for chunk in range(12):
         for_every_call("numpy", chunk, drawn.append)
     for name, values in OPTIONS.items():
         if name not in ("library", "table_library", "head", "sizes", "layout", *STYLES):

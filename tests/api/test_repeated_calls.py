@@ -182,19 +182,23 @@ def test_a_start_past_the_table_is_refused_after_one_inside(library):
 
 
 @in_every_library
-@pytest.mark.parametrize("start", [0, 1])
-def test_a_start_in_a_table_by_token_is_refused_after_none(start, library):
+def test_a_start_in_a_table_by_token_is_asked_for_at_every_call(library):
     by_token = [part[None] for part in make_table(library)._source.arrays]
-    table = RotaryTable(by_token[0][:, :TOKENS], by_token[1][:, :TOKENS])
+    more = RotaryTable(by_token[0][:, : TOKENS + 2], by_token[1][:, : TOKENS + 2])
     x, values = fresh(library)
     before = values.copy()
-    for _ in range(4):
-        apply_rotary(x, table)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="positions must be None with a table by batch and"):
-            apply_rotary(x, table, positions=start, out=x)
-        with pytest.raises(ValueError, match="positions must be None with a table by batch and"):
-            apply_rotary(x, table, positions=start)
+    for start in (0, 2, 1, 2):
+        cut = [part[:, start : start + TOKENS] for part in by_token]
+        found, exact = apply_rotary(x, more, positions=start), apply_rotary(x, tuple(cut))
+        np.testing.assert_array_equal(to_float64(found), to_float64(exact))
+    refused = (
+        (more, None, "must have 6 tokens, or 1"),
+        (more, 3, "positions 3 to 8 of the 6 tokens"),
+    )
+    for table, start, message in (*refused, *refused, (tuple(cut), 1, "positions 1 to 6")):
+        for out in (None, x):
+            with pytest.raises(ValueError, match=message):
+                apply_rotary(x, table, positions=start, out=out)
     np.testing.assert_array_equal(to_float64(x), before)
 
 

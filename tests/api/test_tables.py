@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from arrays import hold, on_every
 from numpy.lib.stride_tricks import as_strided
-from reference import check, rotate
+from reference import check, decode, rotate, to_float64
 
 from rope_cupy import RotaryTable, apply_rotary, frequencies
 from rope_cupy.arrays.base import computed_by
@@ -386,12 +387,25 @@ def test_angles_become_a_table_whatever_their_strides(strides, library):
     assert np.array_equal(sin, np.sin(angles).astype(np.float32))
 
 
+@on_every("numpy", "torch", "cupy", "torch-cuda")
+def test_angles_of_any_library_become_a_table(library):
+    angles = np.random.default_rng(0).uniform(-9, 9, (6, 4))
+    for dtype in ("float64", "float32"):
+        held = hold(angles, dtype, library)
+        table = RotaryTable.from_angles(held.array, like=held.array)
+        cos, sin = (to_float64(part) for part in table._source.arrays)
+        exact = decode(held.elements, dtype)
+        np.testing.assert_allclose(cos, np.cos(exact), atol=6e-8)
+        np.testing.assert_allclose(sin, np.sin(exact), atol=6e-8)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "make"),
     [
-        (TypeError, "angles must be a NumPy array of float64, got list", lambda: [[1.0]]),
-        (TypeError, "angles must be a NumPy array of float64", lambda: np.ones((2, 2), np.float32)),
-        (TypeError, "angles must be a NumPy array of float64", lambda: torch.ones(2, 2)),
+        (TypeError, "angles must be an array of float64 or float32, got list", lambda: [[1.0]]),
+        (TypeError, "angles must be an array of float64", lambda: np.ones((2, 2), np.float16)),
+        (TypeError, "angles must be an array of float64", lambda: torch.ones(2, 2).int()),
+        (ValueError, "angles must be finite", lambda: torch.full((2, 2), torch.inf)),
         (ValueError, r"cos must have the shape \(positions, pairs\)", lambda: np.ones(2)),
     ],
 )

@@ -16,7 +16,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ import numpy as np
 from rope_cupy import jit
 from rope_cupy.memory import ITEMSIZE, ndarray_at
 from rope_cupy.options import NUM_AXES
-from rope_cupy.plan import launch_plan
+from rope_cupy.plan import LaunchPlan, joint_plan, launch_plan
 from rope_cupy.problem import (
     BY_ELEMENT,
     FREQUENCY,
@@ -100,20 +100,48 @@ def _settings() -> dict[str, str]:
 
 def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
     """Solve the problem as its kernel does, on arrays at these addresses."""
-    plan, arrays = launch_plan(problem), arrays_of(problem, pointers)
+    _launch(launch_plan(problem), [problem], [pointers])
+
+
+def rotate_all(problems: Sequence[RotaryProblem], pointers: Sequence[Pointers]) -> None:
+    """Solve problems as their kernel does, in one launch where one kernel serves all."""
+    plan = joint_plan(tuple(problems))
+    if plan is not None and plan.packer.size <= jit.MAX_BLOCK_BYTES:
+        _launch(plan, problems, pointers)
+        return
+    for problem, each in zip(problems, pointers, strict=True):
+        rotate(problem, each)
+
+
+def _launch(
+    plan: LaunchPlan, problems: Sequence[RotaryProblem], pointers: Sequence[Pointers]
+) -> None:
+    arrays = {
+        f"{i} {name}": array
+        for i, (problem, each) in enumerate(zip(problems, pointers, strict=True))
+        for name, array in arrays_of(problem, each).items()
+    }
     moves = moves_of(arrays)
+    moved = [
+        _moved(problem, each, {name: moves[f"{i} {name}"] for name in arrays_of(problem, each)})
+        for i, (problem, each) in enumerate(zip(problems, pointers, strict=True))
+    ]
+    source = jit.sources() / "rotary.cu"
+    run(source, plan.kernel, plan.grid, plan.block, plan.packer.pack(*moved), arrays)
+
+
+def _moved(problem: RotaryProblem, pointers: Pointers, moves: dict[str, int]) -> Pointers:
+    """The addresses to which a launch moves the arrays of a problem."""
     at = [pointers.of_tensor(i) for i in range(len(problem.tensors))]
     names = Pointers._fields[Pointers._fields.index("positions") : -1]
-    moved = Pointers(
+    return Pointers(
         x=tuple(x + moves[f"x[{i}]"] for i, (x, _) in enumerate(at)),
         out=tuple(out + moves[f"out[{i}]"] for i, (_, out) in enumerate(at)),
-        cos=pointers.cos + moves["cos"],
-        sin=pointers.sin + moves.get("sin", moves["cos"]),
+        cos=pointers.cos + moves.get("cos", 0),
+        sin=pointers.sin + moves.get("sin", moves.get("cos", 0)),
         position_offset=pointers.position_offset,
         **{name: getattr(pointers, name) + moves.get(name, 0) for name in names},
     )
-    source = jit.sources() / "rotary.cu"
-    run(source, plan.kernel, plan.grid, plan.block, plan.argument_block(moved), arrays)
 
 
 def arrays_of(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
@@ -133,8 +161,9 @@ def arrays_of(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
             to_first = tensor.start * view.strides[2] + first * view.strides[3]
             start = address + to_first * itemsize
             arrays[name] = Array(start, itemsize, shape, view.strides, name.startswith("out"))
-    arrays["cos"] = _table(problem, pointers.cos, problem.cos, problem.cos_row)
-    if not problem.sin_offset:  # else the sines lie among the cosines
+    if problem.rotary_dim:
+        arrays["cos"] = _table(problem, pointers.cos, problem.cos, problem.cos_row)
+    if problem.rotary_dim and not problem.sin_offset:  # else the sines lie among the cosines
         arrays["sin"] = _table(problem, pointers.sin, problem.sin, problem.sin_row)
         if problem.table_dtype == FREQUENCY:  # of which there is one scale
             arrays["sin"] = Array(pointers.sin, ITEMSIZE[FREQUENCY], (1,), (1,))
@@ -144,13 +173,14 @@ def arrays_of(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
 
 
 def _weights(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
-    """The weights of a norm, of which any may be missing."""
+    """The weights and biases of a norm, of which any may be missing."""
     if problem.norm is None:
         return {}
     arrays = {}
-    weights = zip(("q_weight", "k_weight"), problem.tensors, problem.norm.strides, strict=False)
-    for name, tensor, stride in weights:
+    names = "q_weight", "k_weight", "q_bias", "k_bias"
+    for i, (name, stride) in enumerate(zip(names, problem.norm.strides, strict=True)):
         if address := getattr(pointers, name):
+            tensor = problem.tensors[i % 2]
             heads = tensor.num_heads if problem.norm.norm.kind == "heads" else 1
             shape = (heads * problem.head_dim,)
             arrays[name] = Array(address, ITEMSIZE[problem.norm.dtype], shape, (stride or 0,))

@@ -36,7 +36,8 @@ def test_a_call_of_any_kind_is_right(case, record):
 def test_the_kernel_compiles_without_a_warning(tmp_path):
     types = "bfloat16, float, int, NoNorm, Outputs, 2"
     kernel = (
-        f"rotary_kernel<{types}, true, false, false, 2, 4, OneAngle<1, 0>, 8, false, false, false>"
+        f"rotary_kernel<{types}, true, false, false, 2, 4, OneAngle<1, 0>, 8, false, false, false, "
+        "1>"
     )
     options = host_cuda.kernel_options(jit.sources() / "rotary.cu", kernel)
     command = host_cuda.command(*options, "-o", str(tmp_path / "kernel.so"))
@@ -196,6 +197,8 @@ COMPUTED = PLAIN._replace(form="frequencies", sizes=(2, 40, 3, 1))
 NORMAL = PLAIN._replace(norm="head", weights="float32", sizes=(2, 5, 4, 2))
 OF_TOKENS = NORMAL._replace(norm="heads", dtype="float16", sizes=(1, 9, 8, 4))
 ROUNDED = NORMAL._replace(dtype="bfloat16", library="torch", round_norm=True, sizes=(2, 50, 4, 2))
+LAYER = NORMAL._replace(norm="layer")
+AFTER = ROUNDED._replace(norm_after=True)
 BY_ELEMENT = PLAIN._replace(form="elementwise")
 TRANSPOSED = BY_ELEMENT._replace(conjugate=True)
 DENSE = PLAIN._replace(form="matrices")
@@ -369,8 +372,8 @@ MUTANTS = {
     ),
     "a padding token kept in the first row alone": Mutant(
         "rotary.cu",
-        "} else {\n            copy_pairs(i, args.keep",
-        "} else if (i < 1) {\n            copy_pairs(i, args.keep",
+        "} else {\n              copy_pairs(i, args.keep",
+        "} else if (i < 1) {\n              copy_pairs(i, args.keep",
         WRONG,
         TWO_ROWS._replace(positions="int64 bs", outside="keep", write="out", sizes=(2, 25, 4, 2)),
     ),
@@ -490,7 +493,7 @@ MUTANTS = {
         "args.weights[which]",
         "args.weights[0]",
         f"{WRONG}|{OUT_OF_BOUNDS}",
-        NORMAL._replace(sizes=(2, 7, 4, 2)),  # with weights of its own
+        NORMAL._replace(sizes=(2, 4, 4, 2)),  # with weights of its own
     ),
     "k's mean that of q": Mutant(
         "norm.cuh", "args.inverse_count[which]", "args.inverse_count[0]", WRONG, OF_TOKENS
@@ -507,8 +510,8 @@ MUTANTS = {
     ),
     "a sum that others have not yet added to": Mutant(
         "norm.cuh",
-        "__syncthreads();",
-        "",
+        "sums[0];\n      __syncthreads();",
+        "sums[0];",
         f"{WRONG}|the result depends on the order of the threads",
         NORMAL._replace(head=(72, 72, 0)),
     ),
@@ -523,7 +526,11 @@ MUTANTS = {
         "rotary.cu", "weights += at.inner * layout.head;", "", WRONG, OF_TOKENS
     ),
     "weights without their offset": Mutant(
-        "norm.cuh", "add(weight.values[i], offset)", "weight.values[i]", WRONG, NORMAL
+        "norm.cuh",
+        "Real factor = add(weight.values[i], offset)",
+        "Real factor = weight.values[i]",
+        WRONG,
+        NORMAL,
     ),
     "a norm of the slice alone": Mutant(
         "rotary.cu",
@@ -545,6 +552,68 @@ MUTANTS = {
         "return false ?",
         WRONG,
         ROUNDED._replace(round_norm="before_weight"),
+    ),
+    "a mean that is not subtracted": Mutant(
+        "norm.cuh", "subtract(numbers.values[i], mean)", "numbers.values[i]", WRONG, LAYER
+    ),
+    "a mean of the slice alone": Mutant(
+        "rotary.cu",
+        "copies ? sum_of(widen<Real>(copied[i]))",
+        "copies ? 0",
+        WRONG,
+        LAYER._replace(head=(96, 32, 16)),
+    ),
+    "a sum that is overwritten before all have read it": Mutant(
+        "norm.cuh",
+        "if constexpr (kCrossWarp) __syncthreads();",
+        "",
+        f"{WRONG}|the result depends on the order of the threads",
+        LAYER._replace(head=(72, 72, 0)),
+    ),
+    "biases that are not added": Mutant(
+        "norm.cuh",
+        "multiply_add(number, factor, bias.values[i])",
+        "multiply(number, factor)",
+        WRONG,
+        LAYER,
+    ),
+    "k's biases those of q": Mutant(
+        "rotary.cu",
+        "args.biases[which]",
+        "args.biases[0]",
+        WRONG,
+        LAYER._replace(sizes=(2, 9, 4, 2)),  # with biases of its own
+    ),
+    "biases by the strides of weights": Mutant(
+        "rotary.cu",
+        "args.bias_layout[which]",
+        "args.layout[which]",
+        WRONG,
+        LAYER._replace(sizes=(2, 10, 4, 2)),  # with strides of their own
+    ),
+    "a norm of what is not yet rotated": Mutant(
+        "rotary.cu", "return rotated[i];", "return pairs[i];", WRONG, AFTER
+    ),
+    "a rotation that is not rounded before its norm": Mutant(
+        "rotary.cu",
+        "Conditional<Norm::kRounds, T, Real>",
+        "Conditional<false, T, Real>",
+        WRONG,
+        AFTER,
+    ),
+    "sums that are not rounded before a norm": Mutant(
+        "rotary.cu",
+        "narrow<Rotated>(widen<Real>(narrow<Product>(numbers)))",
+        "narrow<Rotated>(numbers)",
+        WRONG,
+        AFTER._replace(table_dtype="bfloat16", rounding="eager", round_norm=False),
+    ),
+    "a padding token lost before its norm": Mutant(
+        "rotary.cu",
+        "const bool keeps = !of_launch.rotates || args.keep_out_of_range;",
+        "const bool keeps = false;",
+        WRONG,
+        AFTER._replace(positions="int64 bs", outside="keep"),
     ),
     "products that are not rounded": Mutant(
         "pairs.cuh",
@@ -579,7 +648,7 @@ MUTANTS = {
         "arguments.cuh",
         "long long cos_row;",
         "long long cos_row, cos_of_v;",
-        "the kernel takes 688 bytes of arguments, got 680",
+        "the kernel takes 744 bytes of arguments, got 736",
     ),
 }
 

@@ -162,9 +162,13 @@ def compare_with_inductor(function, device):
         torch.testing.assert_close(compiled, eager)
 
 
-@pytest.mark.parametrize("function", [new, in_place])
-def test_inductor_gives_the_same_forward_and_backward(function, device):
-    in_a_process(f"tests.compare_with_inductor(tests.{function.__name__}, {device!r})")
+def test_inductor_gives_the_same_results_gradients_and_inputs(device):
+    calls = (
+        f"compare_with_inductor(tests.new, {device!r})",
+        f"compare_with_inductor(tests.in_place, {device!r})",
+        f"compare_inputs_with('inductor', {device!r})",
+    )
+    in_a_process("; ".join(f"tests.{call}" for call in calls))
 
 
 def environment():
@@ -206,10 +210,6 @@ def compare_inputs_with(backend, device):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_views_of_an_input_are_written_in_place(backend, device):
     compare_inputs_with(backend, device)
-
-
-def test_inductor_writes_views_of_an_input_in_place(device):
-    in_a_process(f"tests.compare_inputs_with('inductor', {device!r})")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS[:2] + FUNCTIONS[3:])
@@ -268,8 +268,8 @@ def test_a_start_that_is_a_size_is_not_compiled_again(device):
         compiled(q, k, torch.ones(1000, device=device), table)
 
 
-OTHER_ARRAYS = (None,) * 5  # weights, slots and scales
-NO_PARTS = (None, 0.0, 0.0, "False", None, None, None, None, None)  # no norm, no caches
+OTHER_ARRAYS = (None,) * 7  # weights, biases, slots and scales
+NO_PARTS = (None, 0.0, 0.0, "False", False, *(None,) * 5)  # no norm, no caches
 SAMPLES = {  # what is behind the table and its form
     "halves": (
         *(None, None, None, None, *OTHER_ARRAYS),
@@ -294,7 +294,7 @@ def behind(name, device):
 
 def as_run(xs, outs, arguments):
     """What an operator takes that runs, for what one takes that is traced."""
-    return operators.arguments_of(graphs._traced_call(xs, outs, arguments))
+    return operators.arguments_of(graphs.traced_call(xs, outs, arguments))
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -324,6 +324,7 @@ KINDS_OF_CALLS = {
     "plain": ((), {}),
     "sections": (("positions",), {"mrope_section": (16, 8, 8), "mrope_interleaved": True}),
     "a norm": (("q_weight",), {"norm": Norm("head", 0.1 + 0.2, 1.0, "before_weight")}),
+    "a layer": (("k_weight", "q_bias"), {"norm": Norm("layer", 1e-6, 0.0, False, True)}),
     "packed": (("k_weight",), {"packed": Packed(4, 2), "head_dim": 64, "interleaved": True}),
     "a cache": (
         ("slot_mapping", "k_scale"),

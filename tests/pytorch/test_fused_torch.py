@@ -41,11 +41,15 @@ def device(request):
 # The definition, in PyTorch's plain operations, whose gradients are autograd's.
 
 
-def normalised(x, weight, norm, eps, weight_offset):
-    """RMSNorm of (..., heads, head_dim)."""
-    axes = (-2, -1) if norm == "heads" else -1
-    y = x / (x.square().mean(axes, keepdim=True) + eps).sqrt()
-    return y if weight is None else y * (weight.view(-1, x.shape[-1]) + weight_offset)
+def normalised(x, weight, bias, call):
+    """RMSNorm or LayerNorm of (..., heads, head_dim)."""
+    axes = (-2, -1) if call.norm == "heads" else -1
+    if call.norm == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    y = x / (x.square().mean(axes, keepdim=True) + call.eps).sqrt()
+    if weight is not None:
+        y = y * (weight.view(-1, x.shape[-1]) + call.weight_offset)
+    return y if bias is None else y + bias
 
 
 def turned(x, cos, sin, interleaved, rotary_offset, conjugate):
@@ -65,6 +69,8 @@ class Call(NamedTuple):
     """What a call is told."""
 
     norm: str | None = "head"
+    norm_after: bool = False
+    rotates: bool = True
     eps: float = 1e-6
     weight_offset: float = 0.0
     layout: str = "bshd"
@@ -76,27 +82,32 @@ class Call(NamedTuple):
 
     def options(self, device="cpu"):
         own = options_on(device, self._asdict())
+        del own["rotates"]
         return {name: own[name] for name in own if own[name] != Call._field_defaults[name]} | {
             "layout": self.layout,
             "norm": self.norm,
         }
 
 
-def exactly(call, xs, weights, table):
-    """Each x, in the layout of the call, normalised if it has a weight or None, and turned."""
+def exactly(call, xs, of_norm, table):
+    """Each x, in the layout of the call, normalised and turned; weights come before biases."""
+    weights, biases = of_norm[: len(xs)], (*of_norm[len(xs) :], None, None)
     cos, sin = (part[: xs[0].shape[call.layout.replace("t", "s").index("s")]] for part in table)
     if call.positions is not None:
         cos, sin = (part[torch.tensor(call.positions, device=part.device)] for part in table)
     layout = call.layout.replace("t", "s")
     layout = layout if "b" in layout else "b" + layout
     results = []
-    for x, weight in zip(xs, weights, strict=True):
+    for x, weight, bias in zip(xs, weights, biases, strict=False):
         y = x if call.head_dim is None else x.unflatten(-1, (-1, call.head_dim))
         y = y if y.ndim == 4 else y[None]
         y = y.permute([layout.index(axis) for axis in "bshd"])
-        if call.norm:
-            y = normalised(y, weight, call.norm, call.eps, call.weight_offset)
-        y = turned(y, cos, sin, call.interleaved, call.rotary_offset, call.conjugate)
+        if call.norm and not call.norm_after:
+            y = normalised(y, weight, bias, call)
+        if call.rotates:
+            y = turned(y, cos, sin, call.interleaved, call.rotary_offset, call.conjugate)
+        if call.norm and call.norm_after:
+            y = normalised(y, weight, bias, call)
         results.append(y.permute(["bshd".index(axis) for axis in layout]).reshape(x.shape))
     return results
 
@@ -112,8 +123,9 @@ def packed_exactly(call, qkv, weights, table):
 
 
 def one(call, leaves, table):
-    x, weight = leaves
-    return (apply_norm_rotary(x, weight, table, **call.options(x.device)),)
+    x, weight, *bias = leaves
+    options = call.options(x.device) | ({"bias": bias[0]} if bias else {})
+    return (apply_norm_rotary(x, weight, table if call.rotates else None, **options),)
 
 
 def one_exactly(call, leaves, table):
@@ -121,7 +133,9 @@ def one_exactly(call, leaves, table):
 
 
 def two(call, leaves, table):
-    return apply_qk_norm_rotary(*leaves, table, **call.options(leaves[0].device))
+    options = call.options(leaves[0].device)
+    options |= dict(zip(("q_bias", "k_bias"), leaves[4:], strict=False))
+    return apply_qk_norm_rotary(*leaves[:4], table if call.rotates else None, **options)
 
 
 def two_exactly(call, leaves, table):
@@ -129,9 +143,10 @@ def two_exactly(call, leaves, table):
 
 
 def packed(call, leaves, table):
-    qkv, q_weight, k_weight = leaves
-    weights = {"q_weight": q_weight, "k_weight": k_weight}
-    heads = {"num_heads": HEADS, "num_kv_heads": KV_HEADS}
+    qkv, *of_norm = leaves
+    names = "q_weight", "k_weight", "q_bias", "k_bias"
+    weights = dict(zip(names, of_norm, strict=False))
+    heads, table = {"num_heads": HEADS, "num_kv_heads": KV_HEADS}, table if call.rotates else None
     return (apply_rotary_qkv(qkv, table, **heads, **weights, **call.options(qkv.device)),)
 
 
@@ -170,6 +185,14 @@ CALLS = {  # and the size of a head
     "a slice": (Call(rotary_offset=2), 9),
     "a slice of all heads": (Call("heads", rotary_offset=1, interleaved=True), 8),
     "positions": (Call(positions=[[6, 0, 3], [2, 2, 5]]), 6),
+    "layer": (Call("layer", weight_offset=1.0), 6),
+    "a slice of a layer": (Call("layer", rotary_offset=2, interleaved=True, layout="bhsd"), 9),
+    "after": (Call(norm_after=True, conjugate=True, positions=[[6, 0, 3], [2, 2, 5]]), 6),
+    "all heads, after": (Call("heads", norm_after=True, head_dim=6, weight_offset=1.0), 6),
+    "a layer, after": (Call("layer", norm_after=True, rotary_offset=1, eps=0.3), 8),
+    "no table": (Call(rotates=False, weight_offset=1.0), 5),
+    "no table for all heads": (Call("heads", rotates=False, layout="sbhd"), 6),
+    "no table for a layer": (Call("layer", norm_after=True, rotates=False, head_dim=7), 7),
 }
 TOKENS, PAIRS = 3, 3
 
@@ -185,14 +208,14 @@ def shape_of(call, heads, size):
 
 
 def leaves_of(function, call, size, device, dtype=torch.float64, weight_dtype=None):
-    """Inputs and weights, all of which require a gradient."""
+    """Inputs, weights and biases, all of which require a gradient."""
     of_token = call.norm == "heads"
     xs = [
         randn(*shape_of(call, heads, size), device=device, dtype=dtype) for heads in function.heads
     ]
     return *xs, *(
         randn(heads * size if of_token else size, device=device, dtype=weight_dtype or dtype)
-        for heads in function.normed
+        for heads in function.normed * (2 if call.norm == "layer" else 1)
     )
 
 
@@ -229,12 +252,12 @@ def test_first_and_second_derivatives_of_inputs_and_weights_are_right(name, func
 
 
 @of_each_function
-@pytest.mark.parametrize("norm", ["head", "heads"])
-def test_a_weight_that_is_not_given_is_one(norm, function, device):
+@pytest.mark.parametrize("norm", ["head", "heads", "layer"])
+def test_a_weight_that_is_not_given_is_one_and_a_bias_is_zero(norm, function, device):
     call, table = Call(norm), table_of(device)
     leaves = leaves_of(function, call, 6, device)
     num = len(function.heads)
-    for there in [(False,) * 2, (True, False), (False, True)]:
+    for there in [(False,) * 4, (True, False, False, True), (False, True, True, False)]:
         given = [w if t else None for w, t in zip(leaves[num:], there, strict=False)]
         some = *leaves[:num], *given
         grads = [torch.randn_like(x) for x in leaves[:num]]
@@ -275,7 +298,11 @@ KINDS = [  # of q, and of weights
 
 @of_each_function
 @pytest.mark.parametrize(("dtype", "weight_dtype"), KINDS, ids=str)
-@pytest.mark.parametrize("call", [Call(), Call("heads", weight_offset=1.0)], ids=["head", "heads"])
+@pytest.mark.parametrize(
+    "call",
+    [Call(), Call("heads", weight_offset=1.0), Call("layer"), Call(norm_after=True)],
+    ids=["head", "heads", "layer", "after"],
+)
 def test_gradients_have_their_inputs_dtype_and_are_those_of_float64(
     call, dtype, weight_dtype, function, device
 ):
@@ -611,10 +638,35 @@ def norm_tokens(x, table):
     return q + 1, k
 
 
+def norm_layer(x, table):
+    weights, biases = (x.q_weight, x.k_weight), {"q_bias": x.k_weight, "k_bias": x.q_weight}
+    q, k = apply_qk_norm_rotary(2 * x.q, x.k, *weights, table, norm="layer", **biases)
+    return q.sin(), k
+
+
+def norm_after(x, table):
+    options = {"norm": "layer", "norm_after": True, "positions": x.positions}
+    (y,) = (apply_norm_rotary(x.q, x.q_weight, table, bias=x.k_weight, **options),)
+    q, k = apply_qk_norm_rotary(x.q, x.k, None, x.k_weight, table, norm_after=True)
+    return y.sin(), 2 * q, k
+
+
+def norm_alone(x, _):
+    q, k = apply_qk_norm_rotary(x.q + 1, x.k, x.q_weight, None, None)
+    y = apply_norm_rotary(x.v, x.k_weight, None, norm="layer", bias=x.q_weight)
+    return q.sin(), k, y
+
+
 def pack(x, table):
     qkv = torch.cat([x.q, x.k, x.v], 2)
     heads = {"num_heads": 4, "num_kv_heads": 2}
     return (apply_rotary_qkv(qkv, table, **heads, q_weight=x.q_weight, positions=3),)
+
+
+def pack_layers(x, _):
+    qkv = torch.cat([x.q, x.k, x.v], 2)
+    heads = {"num_heads": 4, "num_kv_heads": 2, "norm": "layer"}
+    return (apply_rotary_qkv(qkv, None, **heads, k_weight=x.k_weight, q_bias=x.q_weight),)
 
 
 def pack_in_place(x, table):
@@ -627,6 +679,8 @@ def pack_in_place(x, table):
 def norm_in_place(x, table):
     q, k = 2 * x.q, x.k + 1
     apply_qk_norm_rotary(q, k, x.q_weight, None, table, out=(q, k))
+    apply_qk_norm_rotary(q, k, x.q_weight, None, table, norm_after=True, out=(q, k))
+    apply_norm_rotary(k, None, None, norm="layer", bias=x.q_weight, out=k)
     return q.sin(), k
 
 
@@ -650,8 +704,17 @@ def into_caches_of_8_bits(x, table):
     return q, *(cache.view(torch.uint8) for cache in caches)
 
 
-RECORDED = [norm_one, norm_both, norm_tokens, pack, pack_in_place]
+def norms_into_caches(x, table):
+    caches, how = (x.k_cache, x.v_cache), {"slot_mapping": x.slots, "norm_after": True}
+    q = apply_rotary_kv_cache(x.q, x.k, x.v, *caches, table, q_weight=x.q_weight, **how)
+    how = {"slot_mapping": x.slots - 1, "norm": "layer", "k_bias": x.k_weight}
+    return q, apply_rotary_kv_cache(x.q, x.k, x.v, *caches, None, **how), *caches
+
+
+RECORDED = [norm_one, norm_both, norm_tokens, norm_layer, norm_after, norm_alone]
+RECORDED += [pack, pack_layers, pack_in_place]
 UNRECORDED = [norm_in_place, into_caches, into_caches_in_place, into_caches_of_8_bits]
+UNRECORDED += [norms_into_caches]
 
 
 def assert_same(results, wanted):
@@ -783,7 +846,8 @@ def test_inductor_gives_the_same_results_gradients_and_caches(device):
 def compare_with_inductor(device):
     cos, sin = table_of(device, torch.float32, 64, 32)
     tables = RotaryTable(cos, sin), RotaryTable.from_complex(torch.complex(cos, sin))
-    for function, table in itertools.product((norm_both, pack, into_caches), tables):
+    functions = norm_both, norm_after, norm_alone, pack, into_caches
+    for function, table in itertools.product(functions, tables):
         x = traced_inputs(device, grad=function in RECORDED)
         outcomes = []
         for call in (function, torch.compile(function, fullgraph=True, backend="inductor")):
@@ -800,14 +864,17 @@ def compare_with_inductor(device):
 
 OF_POSITIONS = (None, None, None, None)  # three arrays and an int
 PLAIN = (False, None, None, 0, False, "nan", None, False, "once")
-NO_NORM, NO_CACHE = (None, 0.0, 0.0, "False"), (None, None, None, None)
+NO_NORM, NO_CACHE = (None, 0.0, 0.0, "False", False), (None, None, None, None)
 SAMPLES = {  # which weights there are, and what is behind all arrays
-    "heads": ((True, True), (*PLAIN, "head", 1e-6, 1.0, "True", None, *NO_CACHE)),
-    "one weight": ((False, True), (*PLAIN, "head", 1e-6, 0.0, "False", None, *NO_CACHE)),
-    "all heads": ((False, False), (*PLAIN, "heads", 1e-5, 0.0, "True", None, *NO_CACHE)),
-    "before": ((True, True), (*PLAIN, "head", 1e-6, 1.0, "before_weight", None, *NO_CACHE)),
+    "heads": ((True, True), (*PLAIN, "head", 1e-6, 1.0, "True", False, None, *NO_CACHE)),
+    "one weight": ((False, True), (*PLAIN, "head", 1e-6, 0.0, "False", False, None, *NO_CACHE)),
+    "all heads": ((False, False), (*PLAIN, "heads", 1e-5, 0.0, "True", False, None, *NO_CACHE)),
+    "before": ((True, True), (*PLAIN, "head", 1e-6, 1.0, "before_weight", False, None, *NO_CACHE)),
+    "after": ((True, False), (*PLAIN, "head", 1e-6, 1.0, "True", True, None, *NO_CACHE)),
+    "layer": ((True, True), (*PLAIN, "layer", 1e-6, 0.0, "True", False, None, *NO_CACHE)),
     "eager": ((False, False), (*PLAIN[:-1], "eager", *NO_NORM, None, *NO_CACHE)),
-    "packed": ((True, False), (*PLAIN, "head", 1e-6, 0.0, "True", [4, 2], *NO_CACHE)),
+    "packed": ((True, False), (*PLAIN, "head", 1e-6, 0.0, "True", False, [4, 2], *NO_CACHE)),
+    "no table": ((True, True), (*PLAIN, "head", 1e-6, 0.0, "True", False, None, *NO_CACHE)),
 }
 
 
@@ -821,11 +888,16 @@ def test_the_operators_of_new_results_pass_opcheck(name, grad, device):
         xs, kind = [torch.cat(x[:3], 2).detach().requires_grad_(grad)], ""
     weights = [w if given else None for w, given in zip(x[3:5], there, strict=True)]
     table = *table_of(device, torch.float32, 64, 32), "half_width"
-    arguments = *table, *OF_POSITIONS, *weights, None, None, None, *behind, operators.VERSION
+    if name == "no table":
+        table = None, None, "no_table"
+    others = [None] * 5  # biases, slots and scales
+    if name == "layer":
+        others[:2] = weights
+    arguments = *table, *OF_POSITIONS, *weights, *others, *behind, operators.VERSION
     defined = torch.ops.rope_cupy
     torch.library.opcheck(getattr(defined, f"rotate{kind}").default, (*xs, *arguments))
     if not grad:
-        run = operators.arguments_of(graphs._traced_call((*xs,), None, arguments))
+        run = operators.arguments_of(graphs.traced_call((*xs,), None, arguments))
         torch.library.opcheck(getattr(defined, f"rotate{kind}_new").default, (*xs, *run))
 
 
@@ -835,15 +907,15 @@ def test_the_operators_that_write_caches_pass_opcheck(scale, device):
     caches = [
         cache.to(torch.float8_e5m2).view(torch.uint8) if scaled else cache for cache in x[7:9]
     ]
-    others = [None, None, x.slots, None, None]
+    others = [None, None, None, None, x.slots, None, None]
     if scale == "array":
-        others[3], scale = x.k_scale, None
+        others[5], scale = x.k_scale, None
     cache = "NHD", "float8_e5m2" if scaled else None, scale, None
     table = *table_of(device, torch.float32, 64, 32), "half_width"
     behind = *table, *OF_POSITIONS, *others, *PLAIN, *NO_NORM, None, *cache, operators.VERSION
     xs, outs = (x.q, x.k, x.v), (torch.zeros_like(x.q), *caches)
     torch.library.opcheck(torch.ops.rope_cupy.rotate_into.default, (*xs, *outs, *behind))
-    run = operators.arguments_of(graphs._traced_call(xs, outs, behind))
+    run = operators.arguments_of(graphs.traced_call(xs, outs, behind))
     torch.library.opcheck(torch.ops.rope_cupy.write_into.default, (*xs, *outs, *run))
 
 
@@ -913,6 +985,10 @@ def test_fake_and_meta_tensors_give_shapes_and_strides(layout):
         ({"norm": "heads"}, "q_weight must have the shape"),
         ({"eps": -1.0}, "eps must be 0 or more"),
         ({"rotary_offset": 1}, "rotary_offset must be in"),
+        ({"norm_after": 1}, "norm_after must be True or False"),
+        ({"q_bias": torch.ones(64)}, "q_bias must be None unless norm="),
+        ({"table": None, "positions": 2}, "positions must be None without a table"),
+        ({"table": None, "interleaved": False}, "interleaved must be None without a table"),
     ],
 )
 def test_a_mistake_is_told_when_it_is_compiled_or_when_it_runs(
@@ -921,7 +997,7 @@ def test_a_mistake_is_told_when_it_is_compiled_or_when_it_runs(
     table, x = RotaryTable(*table_of(device, torch.float32, 64, 32)), traced_inputs(device)
     weights = x.q_weight, x.k_weight
     compiled = torch.compile(
-        lambda q, k: apply_qk_norm_rotary(q, k, *weights, table, **options),
+        lambda q, k: apply_qk_norm_rotary(q, k, *weights, **{"table": table} | options),
         fullgraph=True,
         backend="aot_eager",
     )
@@ -1127,7 +1203,7 @@ def whole_weight_gradient(grad):
     return grad
 
 
-def compare_sharded(mesh, axis, norm, replicated, **options):
+def compare_sharded(mesh, axis, norm, replicated, *, rotates=True, **options):
     """Normalise and rotate sharded tensors, forward and backward, without a word."""
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -1135,9 +1211,16 @@ def compare_sharded(mesh, axis, norm, replicated, **options):
     table = table_of(device, torch.float32, 64, 32)
     q, k = (torch.randn(2, 7, heads, 64, device=device) for heads in (4, 2))  # 7: uneven shards
     sizes = (4 * 64, 2 * 64) if norm == "heads" else (64, 64)
+    sizes = sizes * 2 if norm == "layer" else sizes
     weights = [torch.rand(size, device=device) for size in sizes]
     wholes = [x.clone().requires_grad_() for x in (q, k, *weights)]
-    wanted = apply_qk_norm_rotary(*wholes, table, norm=norm, **options)
+    table = table if rotates else None
+
+    def call(q, k, q_weight, k_weight, *biases):
+        named = dict(zip(("q_bias", "k_bias"), biases, strict=False))
+        return apply_qk_norm_rotary(q, k, q_weight, k_weight, table, norm=norm, **named, **options)
+
+    wanted = call(*wholes)
     grads = [torch.randn_like(x) for x in (q, k)]
     exact_grads = torch.autograd.grad(wanted, wholes, grads)
     shards = [distribute(x, mesh, axis).requires_grad_() for x in (q, k)]
@@ -1146,7 +1229,7 @@ def compare_sharded(mesh, axis, norm, replicated, **options):
     weights = [weight.requires_grad_() for weight in weights]
     shard_grads = [distribute(x, mesh, axis) for x in grads]
     with CommDebugMode() as messages:
-        results = apply_qk_norm_rotary(*shards, *weights, table, norm=norm, **options)
+        results = call(*shards, *weights)
         found = torch.autograd.grad(results, (*shards, *weights), shard_grads)
     assert messages.get_total_counts() == 0
     sharded = zip((*results, *found[:2]), (*wanted, *exact_grads[:2]), 2 * shards, strict=True)
@@ -1167,6 +1250,7 @@ def check_heads(mesh, device):
     for replicated in (False, True):
         compare_sharded(mesh, "h", "head", replicated)
         compare_sharded(mesh, "h", "head", replicated, interleaved=True, weight_offset=1.0)
+        compare_sharded(mesh, "h", "layer", replicated, norm_after=True)
 
 
 def check_tokens(mesh, device):
@@ -1176,6 +1260,9 @@ def check_tokens(mesh, device):
             for replicated in (False, True):
                 compare_sharded(mesh, axis, norm, replicated)
                 compare_sharded(mesh, axis, norm, replicated, positions=positions)
+        compare_sharded(mesh, axis, "layer", False)
+        compare_sharded(mesh, axis, "head", True, norm_after=True, positions=positions)
+        compare_sharded(mesh, axis, "heads", True, rotates=False)
 
 
 def check_refused(mesh, device):

@@ -13,8 +13,8 @@ MODULES = {
 }
 # Modules that only compute, and so run and are tested everywhere.
 PURE = (
-    *("access", "arguments", "bounded", "checks", "frequencies", "memory", "options", "plan"),
-    *("problem", "row_order", "table_check", "template"),
+    *("access", "arguments", "bounded", "checks", "frequencies", "launch_arguments", "memory"),
+    *("options", "plan", "problem", "row_order", "table_check", "template"),
 )
 KNOW_TORCH = (
     *("rope_cupy.arrays", "rope_cupy.private_torch", "rope_cupy.torch", "rope_cupy.ways"),

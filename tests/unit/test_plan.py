@@ -713,10 +713,23 @@ def test_every_integer_of_a_launch_by_a_table_of_heads():
         **{"position": view(0, 0, 0, 0, 0), "num_positions": 1},
         **{"cos_row": 0, "sin_row": 0, "keep_out_of_range": 1, "rotary_offset": 6},
         **{"num_pairs": 12, "num_pair_lanes": 12, "num_lanes": 12 + 66 // 2},
+        **{"head_axis": 2, "table_heads[0]": by(1), "table_heads[1]": by(1)},
     }
     assert fields(plan) == flat(expected)
     assert (plan.grid, plan.block) == ((2 * blocks, 1), (45, 5))
     assert plan.template.common is False
+
+
+def test_heads_share_those_of_a_table_that_has_fewer():
+    table = TableSpec(*[spec((2, 5, 2, 64), "float32")] * 2, 1, 0)
+    for order, axis in (("bshd", 2), ("bhsd", 1)):
+        q, k = (spec((2, 5, h, 128) if order == "bshd" else (2, h, 5, 128)) for h in (8, 2))
+        packed = fields(launch_plan(problem([q, k], 128, table=table, layout=order)))
+        assert (packed["head_axis"], packed["cos.inner" if axis == 2 else "cos.middle"]) == (
+            axis,
+            64,
+        )
+        assert [packed[f"table_heads[{i}].value"] for i in (0, 1)] == [4, 1]
 
 
 def test_every_integer_of_a_launch_by_positions():
@@ -739,6 +752,7 @@ def test_every_integer_of_a_launch_by_positions():
         **{"position": view(11, 0, 2, 0, 0), "num_positions": 40},
         **{"cos_row": 200, "sin_row": 300, "keep_out_of_range": 0, "rotary_offset": 0},
         **{"num_pairs": 64, "num_pair_lanes": 8, "num_lanes": 8},
+        **{"head_axis": 1, "table_heads[0]": by(1), "table_heads[1]": by(1)},
     }
     assert fields(plan) == flat(expected)
     assert (plan.grid, plan.block) == ((2, 1), (8, 16))
@@ -929,7 +943,7 @@ def test_angles_of_single_pairs_are_beside_each_other_and_whole_on_the_common_pa
     def common(stride, address):
         part = spec((5, 64), "float32", strides=(64 * stride, stride), address=address)
         table = TableSpec(part, part, step, step // 2)
-        return template_of([spec((2, 5, 4, 128), address=2)], 128, table=table)[-1]
+        return template_of([spec((2, 5, 4, 128), address=2)], 128, table=table).common
 
     assert common(step, 0) is True
     assert common(stride, address) is False

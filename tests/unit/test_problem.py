@@ -18,7 +18,7 @@ def elsewhere(array):
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("out", {"outs": [elsewhere(X)]}),
+        ("q_out", {"outs": [elsewhere(X)]}),
         ("table", {"table": TableSpec(*map(elsewhere, TABLE[:2]), 1, 0)}),
         ("positions", {"positions": elsewhere(spec((5,), "int64"))}),
     ],
@@ -32,7 +32,7 @@ def test_every_array_is_on_the_device_of_x(name, arguments):
     ("name", "arguments"),
     [
         ("q", {"xs": [spec((2, 5, 3, 64), address=1)], "outs": [X]}),
-        ("out", {"outs": [spec((2, 5, 3, 64), address=3)]}),
+        ("q_out", {"outs": [spec((2, 5, 3, 64), address=3)]}),
         ("table", {"table": TableSpec(TABLE.cos, spec((9, 32), "float32", address=2), 1, 0)}),
         ("positions", {"positions": spec((5,), "int64", address=4)}),
     ],

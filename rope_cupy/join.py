@@ -1,0 +1,121 @@
+"""Several streams of tokens, such as a text's and an image's, as joint q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from . import dispatch
+from .call import QKV
+from .checks import described
+from .fused import norm_arrays, norm_of
+
+MAX_STREAMS = 3
+NORM_ARRAYS = 5  # where a Stream's weights and biases begin
+
+
+class Stream(NamedTuple):
+    """The q, k and v of some tokens, and what they are normalised and rotated by.
+
+    q, k, v: arrays as for `apply_rotary_qk`, of the same tokens.
+    table: a `RotaryTable`, a tuple (cos, sin), or None for what is not rotated.
+    positions, q_weight, k_weight, q_bias, k_bias: as for `apply_qk_norm_rotary`.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    table: Any = None
+    positions: Any = None
+    q_weight: Any = None
+    k_weight: Any = None
+    q_bias: Any = None
+    k_bias: Any = None
+
+
+def join_qkv(
+    streams: Sequence[Stream],
+    *,
+    norm: str | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    round_norm: bool | str = True,
+    norm_after: bool = False,
+    interleaved: bool | None = None,
+    layout: str | None = None,
+    head_dim: int | None = None,
+    rotary_offset: int = 0,
+    conjugate: bool = False,
+    out: tuple[Any, Any, Any] | None = None,
+    out_of_range: str = "nan",
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+    rounding: str = "once",
+) -> tuple[Any, Any, Any]:
+    """Rotate up to three streams of tokens and write them behind one another, in one launch.
+
+    What models with a joint attention over text and image do by norms, rotations and `torch.cat`:
+    the heads of q and k of each stream are normalised and rotated, v is copied.
+
+    Args:
+        streams: one to three `Stream`, in the order of their tokens in the results. All have the
+            same shapes but for their tokens, and one dtype.
+        norm, eps, weight_offset, round_norm, norm_after: as for `apply_qk_norm_rotary`, for all
+            streams; where `norm` is None, streams that have weights are normalised by "head".
+        out: None for new arrays, or a tuple of three arrays (q, k, v) to write, of all tokens.
+        all others: as for `apply_rotary_qk`, for all streams.
+
+    Returns:
+        (q, k, v): new arrays of the caller's library, dense, with the axes of the first stream and
+        the tokens of all; or `out`.
+
+    Raises as `apply_rotary_qk`; messages name the stream. PyTorch records gradients of q, k, v,
+    weights and biases where new arrays are returned, and compiles a call as one operator.
+
+    Streams whose tables are of several forms, dtypes or kinds of positions take a launch each.
+
+    >>> import numpy as np
+    >>> text, image = (np.ones((3, 1, tokens, 8, 64), np.float32) for tokens in (7, 16))
+    >>> angles = np.outer(np.arange(23), 10000.0 ** -np.linspace(0, 1, 32, endpoint=False))
+    >>> table = np.cos(angles), np.sin(angles)
+    >>> q, k, v = join_qkv([Stream(*text, table), Stream(*image, table, positions=7)])
+    >>> q.shape, v.shape
+    ((1, 23, 8, 64), (1, 23, 8, 64))
+    """
+    _check(streams, out)
+    options = (
+        interleaved,
+        layout,
+        head_dim,
+        rotary_offset,
+        conjugate,
+        out_of_range,
+        mrope_section,
+        mrope_interleaved,
+        rounding,
+    )
+    without_table = None, layout, head_dim, 0, False, out_of_range, None, False, rounding
+    of_norms = [norm_arrays(*stream[NORM_ARRAYS:]) for stream in streams]
+    has_norm = norm is not None or any([names for names, _ in of_norms])
+    calls = []
+    for (q, k, v, table, positions, *_), extra in zip(streams, of_norms, strict=True):
+        of_norm = None
+        if norm is not None or extra[0] or not has_norm:
+            of_norm = norm_of(norm, eps, weight_offset, round_norm, norm_after, extra)
+        parts = of_norm, None, None
+        rows, own = (positions, None, None), without_table if table is None else options
+        calls.append((QKV, (q, k, v), table, rows, own, None, extra, parts))
+    q_joint, k_joint, v_joint = dispatch.join(tuple(calls), out)
+    return q_joint, k_joint, v_joint
+
+
+def _check(streams: Any, out: Any) -> None:
+    if not isinstance(streams, tuple | list) or isinstance(streams, Stream):
+        raise TypeError(f"streams must be a list or a tuple of Stream, got {described(streams)}")
+    if not 1 <= len(streams) <= MAX_STREAMS:
+        raise ValueError(f"streams must be one to {MAX_STREAMS}, got {len(streams)}")
+    for i, stream in enumerate(streams):
+        if not isinstance(stream, Stream):
+            raise TypeError(f"streams[{i}] must be a Stream, got {described(stream)}")
+    if out is not None and not (isinstance(out, tuple) and len(out) == len(QKV)):
+        raise TypeError(f"out must be None or a tuple of three arrays, got {described(out)}")
