@@ -42,6 +42,7 @@ PLAN = {
     "cache float8": "llama-3-8b-prefill,llama-3-8b-decode-64",
     "qkv": "qwen-image,llama-3-8b-prefill,llama-3-8b-decode-64",
     "qkv norm": "qwen-image,qwen3-8b-prefill,llama-3-8b-decode-64",
+    "join": "qwen-image,llama-3-8b-decode-64",
     "eager": "llama-3-8b-prefill,llama-3-8b-decode-64",
 }
 COMPILED = ("qwen-image", "wan-2.1-14b-720p", "qwen3-8b-prefill", "llama-3-8b-prefill")
@@ -50,7 +51,7 @@ MUCH = 100e6  # bytes from which on a norm is to cost nothing
 NAMES = [
     name
     for name, peer in peers.PEERS.items()
-    if peer.kinds.keys() & {"norm", "cache", "qkv", "eager"}
+    if peer.kinds.keys() & {"norm", "cache", "qkv", "join", "eager"}
 ]
 
 
@@ -105,7 +106,9 @@ def goals(task: Task, results: dict[str, Result]) -> Iterator[Goal]:
     def can(name: str) -> bool:
         return results.get(name, Result("absent")).status != "unsupported"
 
-    if task.op.norm and task.op.variant == "in place":
+    if task.op.kind == "join" and task.heads_bytes >= MUCH:
+        yield Goal("share of the limit", task, limit_share(task, results, OURS), 0.98)
+    if task.op.kind == "norm" and task.op.variant == "in place":
         if task.heads_bytes >= MUCH:
             yield Goal(f"time over {ROTATION}'s", task, over(OURS, ROTATION), 1.03, at_least=False)
         if can("SGLang"):

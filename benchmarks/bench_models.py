@@ -2,24 +2,41 @@
 
     python benchmarks/bench_models.py
     python benchmarks/bench_models.py --models flux,qwen3-8b-prefill --quick
+    python benchmarks/bench_models.py --models ltx,wan-2.1-14b --csv models.csv --keep
+
+With --keep the CSV keeps its rows of other models, so that a run may be made in parts; a model
+takes half a minute, most of it to compile it four times.
 
 A block or a layer has the sizes of its model, random weights and random inputs: see models.py. It
 is called eagerly, compiled by torch.compile, and compiled with mode="reduce-overhead", which
-replays CUDA graphs, each as it is and enabled, without gradients. `milliseconds` is the median of
-calls made in turn, between CUDA events: what a user waits for. `gpu_milliseconds` is the time of
-the GPU alone, by replays of a CUDA graph (mode="reduce-overhead" is one already), and
-`host_milliseconds` that of the host. `speedup` and `gpu_speedup` compare with the same way of
-calling the model as it is. Before anything is timed, each output is compared with that of the model
-in float32: it must be no farther from it than the eager model's, but for 5%.
+replays CUDA graphs, each as it is and enabled, without gradients. Before anything is timed, each
+output is compared with that of the model in float32: it must be no farther from it than the eager
+model's, but for 5%. A step of decoding writes a cache of static length and attends to all of it, as
+generate(cache_implementation="static") does. The columns:
+
+    milliseconds       of a call between CUDA events, the median of calls made in turn: what a user
+                       waits for, be it for the GPU or for the host
+    gpu_milliseconds   of the GPU alone, by replays of a CUDA graph of the call. Those of
+                       mode="reduce-overhead" replay one themselves, and cannot be captured in
+                       another: they have none, and what they take above the gpu_milliseconds of
+                       the compiled call is the copying of inputs into the graph and the host
+    host_milliseconds  until a call returns, while the GPU has work left: guards of compiled graphs,
+                       Python and launches
+    speedup            the milliseconds of the same way of calling the model as it is, over these
+    gpu_speedup        the same of gpu_milliseconds
+    error              the relative norm of the difference from the output in float32
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import functools
 import importlib
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peers
@@ -38,6 +55,8 @@ EAGER, COMPILED, GRAPHS = "eager", "compiled", "reduce-overhead"
 ENABLED = ", enabled"
 RUNS, QUICK_RUNS, CPU_RUNS = 50, 20, 2
 HOST_CALLS, HOST_REPEATS = 5, 9  # few, so that the GPU's queue of launches never fills
+FEWEST, LONGEST = 9, 1.5  # runs of a call, and the seconds beyond which there are no more of them
+LONG, LONG_HOST = 0.02, (2, 5)  # seconds of a call, with which it is made fewer times
 LEAST_ERROR = {"bfloat16": 1e-3, "float16": 1e-4, "float32": 1e-5}
 MARGIN, SMALL_MARGIN = 1.05, 1.3  # of few numbers, roundings do not even out
 
@@ -88,6 +107,15 @@ def compiled(module: torch.nn.Module, way: str) -> Callable[..., Any]:
     return torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
 
 
+def seconds_of(call: Call) -> float:
+    """Return about how long a call takes that was made before."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def measured(
     model: Model, library: str, device: str, runs: int, ways: tuple[str, ...]
 ) -> dict[str, Result]:
@@ -117,8 +145,10 @@ def measured(
     clock: Clock = OnTheCPU(runs)
     beside: dict[str, Clock] = {}
     if device != "cpu":
-        clock = Events(runs)
-        beside = {"host": HostLoop(HOST_CALLS, HOST_REPEATS, 0, on_gpu=True)}
+        seconds = seconds_of(Call(module, inputs))
+        clock = Events(max(FEWEST, min(runs, int(LONGEST / seconds))))
+        often = LONG_HOST if seconds > LONG else (HOST_CALLS, HOST_REPEATS)
+        beside = {"host": HostLoop(*often, 0, on_gpu=True)}
     results: dict[str, Result] = {}
     # What replays a graph cannot be captured in another one.
     for group in ([way for way in ways if way != GRAPHS], [way for way in ways if way == GRAPHS]):
@@ -136,10 +166,17 @@ def _rows(name: str, options: argparse.Namespace) -> list[runner.Row]:
     size = kind.small if on_cpu else kind.size
     torch.manual_seed(0)
     version = peers.version(kind.library)
-    model = kind.make(size, options.device, getattr(torch, options.dtype))
     runs = CPU_RUNS if on_cpu else QUICK_RUNS if options.quick else RUNS
     ways = (EAGER,) if options.quick else (EAGER, COMPILED, GRAPHS)
-    results = measured(model, kind.library, options.device, runs, ways)
+    start = time.perf_counter()
+    try:
+        model = kind.make(size, options.device, getattr(torch, options.dtype))
+    except ImportError as missing:
+        calls = [way + which for way in ways for which in ("", ENABLED)]
+        results = dict.fromkeys(calls, Result("absent", str(missing)))
+    else:
+        results = measured(model, kind.library, options.device, runs, ways)
+    runner.say(f"{time.perf_counter() - start:.0f} s")
     sizes = " ".join([f"{field}={value}" for field, value in size._asdict().items()])
     about = {"model": name, "library": kind.library, "size": sizes, "dtype": options.dtype}
     rows = []
@@ -151,11 +188,11 @@ def _rows(name: str, options: argparse.Namespace) -> list[runner.Row]:
             row["error"] = f"{result.error:.3g}"
             times = {"": result.microseconds} | result.beside
             bases = {"": base.microseconds} | (base.beside or {})
-            for clock, time in times.items():
+            for clock, spent in times.items():
                 prefix = f"{clock}_" if clock else ""
-                row[f"{prefix}milliseconds"] = f"{time / 1e3:.4g}"
+                row[f"{prefix}milliseconds"] = f"{spent / 1e3:.4g}"
                 if clock != "host" and bases.get(clock):
-                    row[f"{prefix}speedup"] = f"{bases[clock] / time:.3f}"
+                    row[f"{prefix}speedup"] = f"{bases[clock] / spent:.3f}"
         rows.append(row)
     return rows
 
@@ -167,15 +204,51 @@ def main() -> None:
         (f"{name}: a block or layer", functools.partial(_rows, name, options))
         for name in options.models
     ]
+    if not options.keep:
+        runner.run("models", options, COLUMNS, groups)
+        return
+    whole = options.csv
+    options.csv = whole.with_suffix(".part.csv")  # what there is stays whole if this run ends early
     runner.run("models", options, COLUMNS, groups)
+    merge(options.csv, whole)
+    options.csv.unlink()
+    print(f"and then to {whole}")
+
+
+def merge(part: Path, whole: Path) -> None:
+    """Put the rows of one CSV into another, in place of that one's rows of the same models."""
+    rows: list[dict[str, str]] = []
+    with part.open(newline="", encoding="utf-8") as file:
+        new = csv.DictReader(file)
+        rows += new
+        names = list(new.fieldnames or ())
+    measured_now = {row["model"] for row in rows}
+    if whole.exists():
+        with whole.open(newline="", encoding="utf-8") as file:
+            old = csv.DictReader(file)
+            rows += [row for row in old if row["model"] not in measured_now]
+            if list(old.fieldnames or ()) != names:
+                raise ValueError(f"{whole} must have the columns {names}, got {old.fieldnames}")
+    order = list(KINDS)
+    rows.sort(key=lambda row: order.index(row["model"]))
+    with whole.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _parsed() -> argparse.Namespace:
     parser = Parser(__doc__)  # on the CPU, blocks are small
     parser.names("--models", KINDS)
-    parser.flags(quick=f"nothing compiled, {QUICK_RUNS} calls of each")
+    parser.flags(
+        quick=f"nothing compiled, {QUICK_RUNS} calls of each",
+        keep="keep the rows of other models in the CSV, which --csv names",
+    )
     parser.add_argument("--dtype", choices=list(LEAST_ERROR), default="bfloat16")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.keep and options.csv is None:
+        parser.error("--keep needs --csv")
+    return options
 
 
 if __name__ == "__main__":

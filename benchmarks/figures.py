@@ -1,4 +1,4 @@
-"""Tables and plots from the CSV files of bench_rotary.py, bench_host.py and bench_fused.py.
+"""Tables and plots from CSV files of bench_rotary.py, bench_host, bench_fused and bench_models.
 
     python benchmarks/figures.py benchmarks/results/2026-11-26-h100-rotary.csv
 
@@ -6,6 +6,8 @@ draws the plots beside the first file. With --readme it prints the table in the 
 only the plot that stands there. This prints the tables of what is fused with the rotation:
 
     python benchmarks/figures.py --fused benchmarks/results/2026-11-26-h100-fused.csv
+
+and --models, with a file of bench_models.py, that of blocks and layers of models.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from shapes import GROUPS
 
 RUN = ["date", "gpu", "driver", "python", "numpy", "cupy", "torch", "rope_cupy"]
 AMOUNTS = ["microseconds", "megabytes", "gigabytes_a_second", "limit_share", "error"]
-AMOUNTS += ["multiple", "above_one_addition"]
+AMOUNTS += ["multiple", "above_one_addition", "speedup", "gpu_speedup"]
+AMOUNTS += ["milliseconds", "gpu_milliseconds", "host_milliseconds"]
 MEASURED = ["version", "status", "reason", *AMOUNTS]
 COUNTS = ["batch", "tokens", "q_heads", "k_heads", "head_dim", "rotary_dim", "rotary_offset"]
 
@@ -56,6 +59,8 @@ STYLES = {
 }
 UNKNOWN = ("#777777", "*")
 HOST_WAYS = "4 threads", "compiled", "compiled, dynamic lengths"  # behind the names of calls
+ENABLED = ", enabled"  # behind a way to call a model
+MODEL_WAYS = {"eager": "#ee5500", "compiled": "#332288", "reduce-overhead": "#44aa99"}
 WITHOUT_A_TIME = {"wrong": "wrong", "failed": "failed", "unsupported": "-", "absent": "-"}
 # The same file gives the same SVG, and fonts are in it as outlines.
 DRAWING = {"svg.hashsalt": OURS, "svg.fonttype": "path", "font.size": 9, "axes.axisbelow": True}
@@ -77,7 +82,7 @@ def read(*paths: Path | str) -> list[pd.DataFrame]:
 
 
 def latest(folder: Path, kind: str) -> list[pd.DataFrame]:
-    """The newest run of each GPU in a folder of results, of "rotary", "host" or "fused"."""
+    """The newest run of each GPU in a folder of results, of a kind such as "rotary"."""
     paths = sorted(folder.glob(f"*-{kind}.csv"))
     runs = read(*paths) if paths else []
     newest = {run["gpu"].iloc[0]: run for run in sorted(runs, key=lambda run: run["date"].iloc[0])}
@@ -255,6 +260,59 @@ def host_table(run: pd.DataFrame) -> str:
     return markdown(table.set_index("host time of"))
 
 
+def by_model(run: pd.DataFrame, value: str) -> pd.DataFrame:
+    """A row for each model, a column for each way to call it; NaN where there is no time."""
+    table = run.pivot(index="model", columns="call", values=value)
+    return table.reindex(index=run["model"].unique(), columns=run["call"].unique())
+
+
+def models_table(run: pd.DataFrame) -> str:
+    """Milliseconds of blocks and layers as they are and enabled, in brackets how much faster."""
+    times, speedups = by_model(run, "milliseconds"), by_model(run, "speedup")
+    status = by_model(run, "status")
+    table = pd.DataFrame(index=times.index.rename("block or layer"))
+    for call in times:
+        table[call] = [
+            _model_cell(times.at[name, call], speedups.at[name, call], status.at[name, call], call)
+            for name in times.index
+        ]
+    return markdown(table)
+
+
+def _model_cell(time: float, speedup: float, status: str, call: str) -> str:
+    if math.isnan(time):
+        return WITHOUT_A_TIME.get(status, "")
+    return f"{digits(time)} (**{speedup:.2f}**)" if call.endswith(ENABLED) else digits(time)
+
+
+def models(run: pd.DataFrame) -> str:
+    """The table of blocks and layers, below the run's caption and the versions of libraries."""
+    pairs = run[["library", "version"]].drop_duplicates().itertuples(index=False)
+    libraries = ", ".join([f"{library} {version}" for library, version in pairs if version])
+    return f"{caption(run)}, {libraries}:\n\n{models_table(run)}"
+
+
+def draw_models(axes: Axes, run: pd.DataFrame) -> None:
+    """How much faster each block or layer is, a bar for each way to call it."""
+    speedups = by_model(run, "speedup")
+    ways = [way for way in MODEL_WAYS if speedups.get(way + ENABLED, pd.Series()).notna().any()]
+    if not ways:
+        raise ValueError("the run must hold an enabled model, got none")
+    height = 0.8 / len(ways)
+    for number, way in enumerate(ways):
+        rows = [row - 0.4 + (number + 0.5) * height for row in range(len(speedups))]
+        gains = speedups[way + ENABLED]
+        bars = axes.barh(rows, gains - 1, height, left=1, color=MODEL_WAYS[way], label=way)
+        names = ["" if math.isnan(gain) else f"{gain:.2f}" for gain in gains]
+        axes.bar_label(bars, names, padding=2, fontsize=7)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(speedups)), speedups.index)
+    axes.set(xlabel="times as fast as the same call of the model as it is")
+    axes.set_ylim(len(speedups) - 0.5, -0.5)
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def draw_times(axes: Axes, run: pd.DataFrame) -> None:
     """Time against tokens for every provider, log-log, with the limit as a line."""
     times = time_by_tokens(run)
@@ -358,12 +416,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("csv", nargs="*", type=Path, help="files of bench_rotary.py")
     parser.add_argument("--host", nargs="+", type=Path, default=[], help="files of bench_host.py")
     parser.add_argument("--fused", nargs="+", type=Path, default=[], help="of bench_fused.py")
+    parser.add_argument("--models", nargs="+", type=Path, default=[], help="of bench_models.py")
     parser.add_argument("--readme", action="store_true", help="only what the README shows")
     options = parser.parse_args(arguments)
     if not options.csv:
-        if not options.fused:
+        tables = [fused(run) for run in (read(*options.fused) if options.fused else [])]
+        tables += [models(run) for run in (read(*options.models) if options.models else [])]
+        if not tables:
             parser.error("no file to read")
-        print("\n\n".join(map(fused, read(*options.fused))))
+        print("\n\n".join(tables))
         return
     runs = read(*options.csv)
     host_runs = read(*options.host) if options.host else []
@@ -372,6 +433,8 @@ def main(arguments: list[str] | None = None) -> None:
     print("".join(f"\n{host_table(run)}" for run in host_runs))
     if options.fused:
         print("\n" + "\n\n".join(map(fused, read(*options.fused))))
+    if options.models:
+        print("\n" + "\n\n".join(map(models, read(*options.models))))
     stem = options.csv[0].with_suffix("")
     if options.readme:
         save(draw(draw_times, runs), stem.with_suffix(".svg"))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 DIFFUSERS, TRANSFORMERS = "diffusers", "transformers"
+ROOM = 128  # tokens that a static cache holds beyond those that have been seen
 
 
 class Size(NamedTuple):
@@ -68,16 +69,22 @@ class Kind(NamedTuple):
 
 
 class FixedCache:
-    """Keys and values of a sequence, of which every step writes the last ones anew."""
+    """Keys and values of static length, of which every step writes the same tokens anew.
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values = keys, values
+    It is a StaticCache of transformers whose counter stands still, so that a step can be repeated:
+    keys and values are written by `index_copy_`, and their addresses are marked as static, without
+    which no CUDA graph may write them.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, written: torch.Tensor) -> None:
+        self.keys, self.values, self.written = keys, values, written
+        for each in keys, values, written:
+            torch._dynamo.mark_static_address(each)
 
     def update(self, keys: Any, values: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Write keys and values (batch, heads, tokens, head_dim), and return all there are."""
-        start = self.keys.shape[2] - keys.shape[2]
-        self.keys[:, :, start:] = keys
-        self.values[:, :, start:] = values
+        self.keys.index_copy_(2, self.written, keys)
+        self.values.index_copy_(2, self.written, values)
         return self.keys, self.values
 
 
@@ -104,7 +111,8 @@ def in_float32(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: in_float32(each) for name, each in value.items()}
     if isinstance(value, FixedCache):
-        return FixedCache(value.keys.float().clone(), value.values.float().clone())
+        wide = [each.float().clone() for each in (value.keys, value.values)]
+        return FixedCache(*wide, value.written.clone())
     return type(value)(map(in_float32, value)) if isinstance(value, tuple | list) else value
 
 
@@ -254,9 +262,12 @@ def decoder_layer(model_type: str, step: Step, device: str, dtype: torch.dtype) 
     positions = torch.arange(step.cached, step.cached + step.tokens, device=device)
     positions = positions.expand(step.batch, -1)
     inputs: dict[str, Any] = {"hidden_states": x, "attention_mask": None}
-    if step.cached:
-        shape = step.batch, step.kv_heads, step.cached + step.tokens, step.head_dim
-        inputs["past_key_values"] = FixedCache(draw(shape), draw(shape))
+    if step.cached:  # as in generate(cache_implementation="static"), whose masks are of all tokens
+        length = step.cached + step.tokens + ROOM
+        shape = step.batch, step.kv_heads, length, step.head_dim
+        inputs["past_key_values"] = FixedCache(draw(shape), draw(shape), positions[0].clone())
+        seen = torch.arange(length, device=device) <= positions[..., None]
+        inputs["attention_mask"] = seen[:, None]
     exact = in_float32(inputs) | {"position_embeddings": rope(x.float(), positions)}
     return Model(layer, inputs | {"position_embeddings": rope(x, positions)}, exact)
 

@@ -24,6 +24,7 @@ TOLD = ("offsets", "sequences", *BY_AXES)  # how rope_cupy alone, or hardly anot
 VARIANTS = ("in place", "new", "bhsd", "packed", "positions", *TOLD)
 TABLES = ("half", "full", "elementwise", "cache", "complex", "matrices", "frequencies")
 SEQUENCE = 512  # tokens of a packed sequence
+TEXT_SHARE = 9  # one of so many tokens is of the text, whose rows are the table's first ones
 BLOCK = 16  # slots of a block of a cache
 SCALE = 0.02  # what is divided by before it is rounded to 8 bits: normal numbers, as up to 300
 EPS = 1e-6
@@ -66,6 +67,7 @@ FUSED_OPS = {
     "cache float8": Op("cache", "positions", cache="NHD", cache_dtype="float8_e4m3fn"),
     "qkv": Op("qkv", "packed"),
     "qkv norm": Op("norm", "packed", norm="head"),
+    "join": Op("join", norm="head"),  # text and image, each with v, into joint arrays
     "eager": Op("eager"),  # every product and sum rounded, by tables in the dtype of q
 }
 OPS = FUSED_OPS | {
@@ -117,6 +119,8 @@ class Task(NamedTuple):
     @property
     def heads_bytes(self) -> int:
         """Bytes of heads that are read and written once."""
+        if self.op.kind == "join":
+            return self.rotation_bytes // self.heads * (self.heads + self.shape.k_heads)
         if self.op.cache is None:
             return self.rotation_bytes
         return self.rotation_bytes // self.heads * self.shape.q_heads + self.store_bytes
@@ -400,6 +404,12 @@ def table_of(task: Task, inputs: Inputs) -> Pair:
     return table.form(rounded, inputs.q.dtype) if task.name == "eager" else (table.cos, table.sin)
 
 
+def streams_of(inputs: Inputs) -> tuple[tuple[slice, Any], tuple[slice, Any]]:
+    """Return the tokens of text and image, and the positions of each."""
+    text = inputs.q.shape[1] // TEXT_SHARE
+    return (slice(0, text), None), (slice(text, None), text)
+
+
 class Exact:
     """The result of a task for one set in float64, at some of its tokens."""
 
@@ -439,7 +449,7 @@ class Exact:
             x.copy_(before)
         if into is not None:
             into.k.zero_(), into.v.zero_()
-        results = [call()] if into is not None else [*call(), inputs.v]
+        results = [call()] if into is not None else [*call(), inputs.v][:3]
         actual = [(x.dtype, _numbers(x)[:, self.index]) for x in results]
         if into is not None:
             actual += [(x.dtype, self._stored(x, into)) for x in (into.k, into.v)]

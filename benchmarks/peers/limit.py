@@ -79,7 +79,7 @@ class _CurrentStream:
 
 CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 THREADS = tuple({"threads": threads} for threads in (128, 256, 512, 1024))
-OF_ALL = dict.fromkeys(("rotation", "norm", "cache", "qkv", "eager"), dense)
+OF_ALL = dict.fromkeys(("rotation", "norm", "cache", "qkv", "join", "eager"), dense)
 PEERS = {
     "limit": Peer(CUPY, OF_ALL, THREADS, gpu_only=False, is_yardstick=True),
     "limit, same places": Peer(

@@ -7,7 +7,7 @@ from typing import Any
 
 import tasks
 import torch
-from tasks import EPS, Call, Inputs, Table, Task, table_of
+from tasks import EPS, Call, Inputs, Table, Task, streams_of, table_of
 
 from . import IN_PLACE, NEW, Peer, Rotate, imported, need, packed, whole
 
@@ -88,6 +88,48 @@ def fused(task: Task, inputs: Inputs) -> Call:
     return alone(task, inputs, rounding="eager")
 
 
+def join(task: Task, inputs: Inputs) -> Call:
+    """rope_cupy.join_qkv of text and image."""
+    library, options = imported("rope_cupy"), _join_options(task)
+    table, weights = _fused_table(task, inputs), inputs.weights or (None, None)
+    streams = [
+        library.Stream(*(x[:, tokens] for x in inputs[:3]), table, positions, *weights)
+        for tokens, positions in streams_of(inputs)
+    ]
+    out = tuple(torch.empty_like(x) for x in inputs[:3])
+    return functools.partial(library.join_qkv, streams, out=out, **options)
+
+
+def joined_by_two_calls(task: Task, inputs: Inputs) -> Call:
+    """rope_cupy.apply_qk_norm_rotary of text and of image into joint arrays, and torch.cat of v."""
+    library, options = imported("rope_cupy"), _join_options(task)
+    table, weights = _fused_table(task, inputs), inputs.weights or (None, None)
+    q, k, v = (torch.empty_like(x) for x in inputs[:3])
+    calls = [
+        functools.partial(
+            library.apply_qk_norm_rotary,
+            *(inputs.q[:, tokens], inputs.k[:, tokens], *weights, table),
+            positions=positions,
+            out=(q[:, tokens], k[:, tokens]),
+            **options,
+        )
+        for tokens, positions in streams_of(inputs)
+    ]
+    of_v = [inputs.v[:, tokens] for tokens, _ in streams_of(inputs)]
+
+    def call() -> tuple[torch.Tensor, ...]:
+        for each in calls:
+            each()
+        return q, k, torch.cat(of_v, dim=1, out=v)
+
+    return call
+
+
+def _join_options(task: Task) -> dict[str, Any]:
+    options = {"interleaved": task.shape.interleaved, "rotary_offset": task.shape.rotary_offset}
+    return options | {"norm": task.op.norm, "eps": EPS}
+
+
 def training(task: Task, inputs: Inputs) -> dict[str, Rotate]:
     """rope_cupy.apply_rotary_qk, into new arrays and in place."""
     rotate = functools.partial(
@@ -109,6 +151,9 @@ FUSED = dict.fromkeys(("norm", "cache", "qkv", "eager"), fused)
 ALONE = dict.fromkeys(("norm", "qkv", "eager"), alone)
 PEERS = {
     "rotation alone": Peer(OURS, ALONE, gpu_only=False, is_yardstick=True),
-    "rope_cupy": Peer(OURS, {"rotation": rotation, "training": training, **FUSED}, gpu_only=False),
+    "rope_cupy": Peer(
+        OURS, {"rotation": rotation, "training": training, "join": join, **FUSED}, gpu_only=False
+    ),
+    "two calls and torch.cat": Peer(OURS, {"join": joined_by_two_calls}, gpu_only=False),
     "rope_cupy, compiled": Peer(OURS, {"training": compiled_training}),
 }

@@ -232,10 +232,9 @@ class HunyuanVideo(StandIn):
             streams = [Stream(*projected(attn, both), norms, table, first_row=0)]
         else:
             added = self.norms_in(attn, text.dtype, *ADDED)
-            length = x.shape[1]
             streams = [
                 Stream(*projected(attn, x), norms, table),
-                Stream(*projected(attn, text, added=True), added, table, first_row=length),
+                Stream(*projected(attn, text, added=True), added, None),
             ]
         qkv = prologue(streams, streams[0].q.shape[-1] // attn.heads)
         y = self.dispatch(*qkv, self.mask_of(attention_mask, qkv[0]))

@@ -13,7 +13,14 @@ import torch
 from diffusers.models.normalization import MochiRMSNorm
 from diffusers.models.normalization import RMSNorm as DiffusersRMSNorm
 
-from rope_cupy import RotaryTable, apply_norm_rotary, apply_qk_norm_rotary, apply_rotary_qk
+import rope_cupy
+from rope_cupy import (
+    RotaryTable,
+    apply_norm_rotary,
+    apply_qk_norm_rotary,
+    apply_rotary_qk,
+    join_qkv,
+)
 
 Q_AND_K = "norm_q", "norm_k"  # what most attention calls its norms
 MOST_IN_A_HEAD = 512  # elements of a head that is normalised
@@ -149,16 +156,16 @@ def checked(freqs: Any, x: torch.Tensor) -> torch.Tensor:
 class Stream(NamedTuple):
     """q, k and v of some tokens, (b, s, heads * head_dim), and what becomes of q and k.
 
-    `first_row` is None where the tokens have the rows of the table from 0 on, which must hold them.
-    Else it is the row of the first token, and tokens that the table holds no row for are normalised
-    and not rotated.
+    Without a table they are normalised and not rotated. `first_row` is None where the tokens have
+    the rows of the table from 0 on, which must hold them. Else, of one stream alone, it is the row
+    of the first token, and tokens that the table holds no row for are not rotated.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     norms: Norms | None
-    table: RotaryTable
+    table: RotaryTable | None
     first_row: int | None = None
 
 
@@ -190,30 +197,23 @@ def prologue(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return q, k and v of all streams, behind one another, as (b, s, heads, head_dim).
 
-    Each stream is one call. Where no gradient is recorded it writes q and k into their places among
-    those of all streams. `norm` and `rounding` are those of rope_cupy.apply_qk_norm_rotary.
+    `norm` and `rounding` are those of rope_cupy.apply_qk_norm_rotary.
     """
     for stream in streams:
         check_stream(stream, head_dim, norm)
         if stream.q.dtype != streams[0].q.dtype or len(stream.q) != len(streams[0].q):
             raise UnknownCallError("text and image differ in dtype or batch")
-    options = {"head_dim": head_dim, "interleaved": interleaved, "rounding": rounding}
+    options: dict[str, Any] = {"head_dim": head_dim, "interleaved": interleaved}
+    options["rounding"] = rounding
     if len(streams) == 1:
         q, k = _rotated(streams[0], norm, options)
         v = streams[0].v
     else:
-        v = torch.cat([stream.v for stream in streams], dim=1)
-        if any([_records(stream) for stream in streams]):
-            parts = [_rotated(stream, norm, options) for stream in streams]
-            q = torch.cat([part[0] for part in parts], dim=1)
-            k = torch.cat([part[1] for part in parts], dim=1)
-        else:
-            q, k = (x.new_empty(x.shape[0], v.shape[1], x.shape[2]) for x in streams[0][:2])
-            start = 0
-            for stream in streams:
-                end = start + stream.q.shape[1]
-                _rotated(stream, norm, options | {"out": (q[:, start:end], k[:, start:end])})
-                start = end
+        parts = [
+            rope_cupy.Stream(stream.q, stream.k, stream.v, stream.table, None, *_weights_of(stream))
+            for stream in streams
+        ]
+        q, k, v = join_qkv(parts, **_norm_of_all(streams, norm), **options)
     return by_head(q, head_dim), by_head(k, head_dim), by_head(v, head_dim)
 
 
@@ -301,9 +301,21 @@ def _rotated(stream: Stream, norm: str, options: dict[str, Any]) -> Pair:
     return apply_qk_norm_rotary(q, k, *norms.weights, table, **options)
 
 
-def _records(stream: Stream) -> bool:
-    """Return whether PyTorch records a gradient of q, k or the weights of their norms."""
-    weights = () if stream.norms is None else stream.norms.weights
-    return torch.is_grad_enabled() and any(
-        [x is not None and x.requires_grad for x in (stream.q, stream.k, *weights)]
-    )
+def _weights_of(stream: Stream) -> tuple[Any, Any]:
+    return (None, None) if stream.norms is None else stream.norms.weights
+
+
+def _norm_of_all(streams: Sequence[Stream], norm: str) -> dict[str, Any]:
+    """Return what one call is told of the norms of all streams."""
+    normed = [stream for stream in streams if stream.norms is not None]
+    found = {(each.norms.eps, each.norms.round_norm) for each in normed if each.norms}
+    if not found:
+        return {}
+    if len(found) > 1:
+        raise UnknownCallError("the norms of text and image differ")
+    ((eps, round_norm),) = found
+    if len(normed) < len(streams):
+        if norm != "head" or any([None in _weights_of(stream) for stream in normed]):
+            raise UnknownCallError("one of text and image has a norm, and no weights")
+        return {"eps": eps, "round_norm": round_norm}
+    return {"norm": norm, "eps": eps, "round_norm": round_norm}

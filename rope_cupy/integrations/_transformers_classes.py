@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copyreg
+import inspect
 import re
 from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple, cast
 
 import torch
 
 from ._transformers_calls import stand_in
 from ._transformers_forms import Probed, parameters_of, probe
-from ._transformers_norms import NormKind, defer, value
+from ._transformers_norms import NormKind, deferring, value
 from ._transformers_source import Rewrite, global_names, read, rewritten
 
 MAX_CLASSES = 512  # of modules that are remembered
@@ -25,7 +26,7 @@ class Recipe(NamedTuple):
 
     original: type[torch.nn.Module]
     rounding: str
-    norms: tuple[str, ...]  # that methods defer
+    norms: tuple[tuple[str, NormKind], ...]  # that methods defer
 
 
 class RotaryCall(NamedTuple):
@@ -56,7 +57,6 @@ class Switched:
     """The base of the classes of modules that are switched, beside the original class."""
 
     _rope_cupy: Recipe
-    _rope_cupy_norms: dict[str, NormKind]  # of a module
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = cast(Any, super().__reduce_ex__(protocol))
@@ -72,7 +72,13 @@ def _made_again(*recipe: Any) -> torch.nn.Module:
 
 
 def full_name(function: Any) -> str:
-    """Return the name of a function, or of the type of something else, with its module's."""
+    """Return the name of a function, or of the type of something else, with its module's.
+
+    A module that a function has been made has the function's.
+    """
+    if isinstance(function, torch.nn.Module) and isinstance(function.forward, MethodType):
+        within = inspect.getclosurevars(function.forward).nonlocals.values()
+        function = next((each for each in within if isinstance(each, FunctionType)), function)
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
 
@@ -137,10 +143,12 @@ def _switched_class(recipe: Recipe, calls: tuple[RotaryCall, ...]) -> Any:
         return cls
     body: dict[str, Any] = {"_rope_cupy": recipe}
     body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    kinds = dict(recipe.norms)
+    defer = deferring(kinds)
     for name, switch in plan.methods.items():
         stand_ins = {
             called: stand_in(probed, recipe.rounding) for called, probed in switch.probed.items()
         }
-        norms = tuple(norm for norm in switch.rewrite.norms if norm in recipe.norms)
+        norms = tuple(norm for norm in switch.rewrite.norms if norm in kinds)
         body[name] = rewritten(switch.rewrite, stand_ins, norms, defer, value)
     return type(cls)(cls.__name__, (Switched, cls), body)

@@ -100,9 +100,13 @@ VARIANTS = tuple(
 
 @lru_cache(MAX_FUNCTIONS)
 def parameters_of(function: Callable[..., Any]) -> Parameters | None:
-    """Return the parameters of a function that has those of a rotary one, None of any other."""
+    """Return the parameters of a function that has those of a rotary one, None of any other.
+
+    Where the library `kernels` is installed, transformers makes a module of a function.
+    """
+    called = function.forward if isinstance(function, torch.nn.Module) else function
     try:
-        signature = inspect.signature(function).parameters
+        signature = inspect.signature(called).parameters
     except (TypeError, ValueError):
         return None
     names = tuple(signature)

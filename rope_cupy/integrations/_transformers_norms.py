@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.nn.modules import module as hooks
@@ -21,6 +21,37 @@ TENSORS = torch.Tensor, torch.nn.Parameter  # a subclass may mean something else
 WIDTH, ROWS = 16, 64  # of a probe
 TOLERANCE = 1e-5  # of float32 numbers near 1
 MOST_ASTRAY = 0.01  # of a probe's elements, by the order in which squares are added
+Value = TypeVar("Value")
+
+
+def constant(value: Value) -> Callable[[], Value]:
+    """Return a function that returns a value which never changes.
+
+    A compiled graph asks before every run whether all is as it was traced: each attribute, closure
+    and item that was read. Of what comes from this function it does not ask.
+    """
+
+    def get() -> Value:
+        return value
+
+    return torch.compiler.assume_constant_result(get)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class About(NamedTuple):
+    """What a graph is traced for of a tensor; of anything else its type."""
+
+    type: type
+    ndim: int = 0
+    dtype: Any = None
+    device: Any = None
+    requires_grad: bool = False
+
+
+def about(x: Any) -> tuple[Any, ...]:
+    """Return the fields of About."""
+    if isinstance(x, torch.Tensor):
+        return type(x), x.ndim, x.dtype, x.device, x.requires_grad
+    return (type(x),)
 
 
 class NormKind(NamedTuple):
@@ -116,14 +147,19 @@ def options_of(module: Any, kind: NormKind, norm: str) -> dict[str, Any]:
     }
 
 
-def defer(owner: Any, name: str, x: torch.Tensor) -> Any:
-    """Return the value of a norm of a module, deferred where that is what `enable` has seen."""
-    norm, kind = getattr(owner, name), owner._rope_cupy_norms.get(name)
-    if kind is None or type(norm) is not kind.module:
-        return norm(x)
-    if not isinstance(x, torch.Tensor) or _has_hooks(norm) or "forward" in norm.__dict__:
-        return norm(x)
-    return Deferred(norm, kind, x, x, ())
+def deferring(kinds: dict[str, NormKind]) -> Callable[[Any, str, Any], Any]:
+    """Return what defers the norms of a module that are of these kinds."""
+    known = constant(kinds)
+
+    def defer(owner: Any, name: str, x: Any) -> Deferred:
+        return Deferred(getattr(owner, name), known()[name], x, x, ())
+
+    return defer
+
+
+def _is_as_probed(norm: Any, kind: NormKind) -> bool:
+    """Whether a norm's module is what `enable` has seen, and nothing is attached to it."""
+    return type(norm) is kind.module and not _has_hooks(norm) and "forward" not in norm.__dict__
 
 
 def _has_hooks(norm: Any) -> bool:
@@ -139,11 +175,11 @@ def _has_hooks(norm: Any) -> bool:
     )
 
 
-def is_plain(x: Any) -> bool:
-    """Whether something is a tensor, or stands for one of a graph, and is of no other subclass."""
-    if type(x) in TENSORS:
+def is_plain(kind: type) -> bool:
+    """Whether a type is that of tensors, or of what stands for them in a graph."""
+    if kind in TENSORS:
         return True
-    return isinstance(x, torch.Tensor) and type(x).__module__.startswith("torch._subclasses.")
+    return issubclass(kind, torch.Tensor) and kind.__module__.startswith("torch._subclasses.")
 
 
 def value(x: Any) -> Any:
@@ -212,28 +248,46 @@ class Deferred:
         return self.x.dim()  # type: ignore[no-any-return]
 
 
-def fused_options(deferred: tuple[Any, ...], promotes: Callable[[Any, Any], bool]) -> Any:
-    """Return the weights and options of one call that normalises and rotates, or None.
-
-    `promotes` says whether an operation of two dtypes would give another one than the first.
-    """
-    kinds, weights = [], []
+def fused_options(deferred: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]] | None:
+    """Return the weights and options of one call that normalises and rotates, or None."""
+    weights, all_options = [], []
     for each in deferred:
-        weight = each.norm.weight if each.kind.has_weight else None
-        if weight is not None:
-            if not is_plain(weight) or weight.ndim != 1:
-                return None
-            if weight.device != each.x.device or weight.layout != torch.strided:
-                return None
-            if not each.kind.keeps_dtype and promotes(each.x, weight):
-                return None
-        rows = each.source.shape[-1]
-        norm = "head" if rows == each.x.shape[-1] else "heads"
-        if weight is not None and weight.shape[0] != rows:
+        norm, kind, rows = each.norm, each.kind, each.source.shape[-1]
+        if not _is_as_probed(norm, kind):
             return None
-        options = options_of(each.norm, each.kind, norm)
+        weight = norm.weight if kind.has_weight else None
+        if weight is not None:
+            if not _fits(kind.keeps_dtype, about(each.x), about(weight)):
+                return None
+            if weight.shape[0] != rows:
+                return None
+        options = options_of(norm, kind, "head" if rows == each.x.shape[-1] else "heads")
         if type(options["eps"]) is not float:
             return None
-        kinds.append(options)
         weights.append(weight)
-    return (weights, kinds[0]) if all(kind == kinds[0] for kind in kinds) else None
+        all_options.append(options)
+    if any([options != all_options[0] for options in all_options]):
+        return None
+    return weights, all_options[0]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _fits(keeps_dtype: bool, of_x: tuple[Any, ...], of_weight: tuple[Any, ...]) -> bool:
+    """Whether a weight is one that a call takes, and the result has the dtype of x."""
+    x, weight = About(*of_x), About(*of_weight)
+    if not is_plain(weight.type) or weight.ndim != 1 or weight.device != x.device:
+        return False
+    return keeps_dtype or not promotes(x, weight)
+
+
+def promotes(x: About, other: About) -> bool:
+    """Return whether an operation of two tensors gives another dtype than x's, which matters.
+
+    Within autocast it does not: what takes the result makes it of autocast's dtype again.
+    """
+    if torch.promote_types(x.dtype, other.dtype) == x.dtype:
+        return False
+    device_type = x.device.type
+    return not (
+        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == x.dtype
+    )

@@ -21,8 +21,9 @@ are read when a call is made. `disable` gives every module its class back.
 What is not recognised calls the original: a function that the probe does not find, which the report
 names, and when a call is made all arguments that the probe has not covered, such as those of other
 layouts or dtypes, tensor subclasses, and tensors within torch.func.vmap: the logger "rope_cupy"
-names them at the level DEBUG. A norm that is not followed by the rotation, has hooks or has been
-replaced is called as the model calls it.
+names them at the level DEBUG. So does, in a graph that is compiled, a step of one token: there the
+compiler makes norms and rotation a part of kernels that it launches anyway. A norm that is not
+followed by the rotation, has hooks or has been replaced is called as the model calls it.
 """
 
 from __future__ import annotations
@@ -94,16 +95,16 @@ def enable(
     for module in model.modules():
         kinds = _switch(module, norm, rounding, report)
         if kinds is not None:
-            switches.append((module, Recipe(_original(module), rounding, tuple(kinds)), kinds))
+            recipe = Recipe(_original(module), rounding, tuple(kinds.items()))
+            switches.append((module, recipe))
     if strict and not switches:
         raise ValueError(
             "model must have a rotary function that can be replaced (or strict=False), got "
             f"{report.left or 'none at all'}"
         )
     disable(model)
-    for module, recipe, kinds in switches:
+    for module, recipe in switches:
         _set_class(module, switched_class(recipe))
-        vars(module)["_rope_cupy_norms"] = kinds
     return report
 
 
@@ -123,7 +124,6 @@ def disable(model: torch.nn.Module) -> None:
                 f"{type(module).__name__}, which must be undone before"
             )
     for module in enabled:
-        vars(module).pop("_rope_cupy_norms", None)
         _set_class(module, _original(module))
 
 

@@ -1,5 +1,8 @@
 """benchmarks/bench_models.py, on the CPU: models that are enabled give what they gave before."""
 
+import argparse
+import csv
+import importlib
 import math
 
 import pytest
@@ -13,8 +16,9 @@ pytest.importorskip("transformers")
 import bench_models
 from bench_models import COMPILED, EAGER, ENABLED, GRAPHS, Call
 from models import DIFFUSERS, KINDS, FixedCache, in_float32, sharing_weights
+from transformers import StaticCache
 
-from rope_cupy import rotary
+from rope_cupy import dispatch, fused
 from rope_cupy.options import NO_PARTS
 
 
@@ -51,11 +55,16 @@ def test_what_is_enabled_is_rotated_by_rope_cupy_and_the_model_is_not(name, coun
     model, library = made(name), KINDS[name].library
     switched, normalised = bench_models.enabled(model.module, library), []
 
-    def counted(*arguments, rotate=rotary.rotate):
+    def counted(*arguments, rotate=fused.rotate):
         normalised.append(arguments[-1] is not NO_PARTS)
         return rotate(*arguments)
 
-    monkeypatch.setattr(rotary, "rotate", counted)
+    def counted_streams(streams, out, join=dispatch.join):
+        normalised.extend(stream[-1] is not NO_PARTS for stream in streams)
+        return join(streams, out)
+
+    monkeypatch.setattr(fused, "rotate", counted)
+    monkeypatch.setattr(dispatch, "join", counted_streams)
     Call(model.module, model.inputs)()
     assert not normalised
     Call(switched, model.inputs)()
@@ -86,16 +95,98 @@ def test_an_output_that_is_no_number_is_wrong():
     assert issubclass(WrongError, Exception)
 
 
-def test_a_step_writes_the_last_keys_and_values_of_its_cache():
-    cache = FixedCache(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4))
-    keys, values = cache.update(torch.ones(1, 2, 1, 4), 2 * torch.ones(1, 2, 1, 4))
-    assert keys[:, :, :4].sum() == 0 and bool((keys[:, :, 4:] == 1).all())
-    assert values is cache.values and bool((values[:, :, 4:] == 2).all())
+def test_a_step_writes_its_place_in_a_cache_of_static_addresses():
+    shape, written = (1, 2, 5, 4), torch.tensor([3])
+    cache = FixedCache(torch.zeros(shape), torch.zeros(shape), written)
+    for _ in range(2):
+        keys, values = cache.update(torch.ones(1, 2, 1, 4), 2 * torch.ones(1, 2, 1, 4))
+    assert keys is cache.keys and values is cache.values
+    assert keys.sum((0, 1, 3)).tolist() == [0, 0, 0, 8, 0]
+    assert values.sum((0, 1, 3)).tolist() == [0, 0, 0, 16, 0]
     wide = in_float32(
         {"cache": cache, "x": (torch.ones(1).bfloat16(), [None, torch.ones(1).int()])}
     )
     assert wide["cache"].keys.data_ptr() != cache.keys.data_ptr()
     assert wide["x"][0].dtype == torch.float32 and wide["x"][1][1].dtype == torch.int32
+    for each in (cache, wide["cache"]):
+        assert all(hasattr(x, "_dynamo_static_input_type") for x in vars(each).values())
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b-decode-1", "qwen3-8b-decode-32"])
+def test_a_step_is_that_of_a_static_cache_of_transformers(name):
+    """After a prefill by the model itself, of tokens that the cache then holds."""
+    model = made(name)
+    step, inputs = KINDS[name].small, model.inputs
+    rope = layer_rope(model.module)
+    x = torch.randn(step.batch, step.cached + step.tokens, step.hidden)
+    positions = torch.arange(x.shape[1]).expand(step.batch, -1)
+    cos, sin = rope(x, positions)
+    whole = Call(
+        model.module,
+        {
+            "hidden_states": x,
+            "attention_mask": torch.ones(x.shape[1], x.shape[1]).tril().bool()[None, None],
+            "position_embeddings": (cos, sin),
+        },
+    ).outputs()
+    cache = inputs["past_key_values"]
+    static = StaticCache(config=model.module.self_attn.config, max_cache_len=cache.keys.shape[2])
+    before = slice(0, step.cached)
+    model.module(
+        x[:, before],
+        attention_mask=torch.ones(step.cached, cache.keys.shape[2]).tril().bool()[None, None],
+        position_embeddings=(cos[:, before], sin[:, before]),
+        past_key_values=static,
+    )
+    cache.keys.copy_(static.layers[0].keys)
+    cache.values.copy_(static.layers[0].values)
+    found = Call(model.module, inputs | {"hidden_states": x[:, step.cached :]}).outputs()
+    assert bench_models.error_of(found, (whole[0][:, step.cached :],)) < 1e-5
+    assert inputs["attention_mask"].sum() == step.batch * (step.cached + 1)
+
+
+def layer_rope(layer):
+    """What makes the cosines and sines of a layer."""
+    module = importlib.import_module(type(layer).__module__)
+    name = type(layer).__name__.replace("DecoderLayer", "RotaryEmbedding")
+    return getattr(module, name)(layer.self_attn.config)
+
+
+def test_rows_of_other_models_are_kept(tmp_path, capsys):
+    path = tmp_path / "models.csv"
+    options = ["--quick", "--dtype=float32", "--keep"]
+    rows_of("bench_models.py", path, *options, "--models=wan-2.1-14b,llama-3-8b-prefill")
+    before = path.read_text()
+    rows, _ = rows_of("bench_models.py", path, *options, "--models=flux,wan-2.1-14b")
+    names = ["flux", "wan-2.1-14b", "llama-3-8b-prefill"]
+    assert [row["model"] for row in rows] == [name for name in names for _ in range(2)]
+    of_llama = [line for line in before.splitlines() if "llama-3-8b-prefill" in line]
+    assert path.read_text().splitlines()[-2:] == of_llama
+    assert [each.name for each in tmp_path.iterdir()] == ["models.csv"]
+    path.write_text("model,date\nflux,2026-01-01\n")
+    with pytest.raises(ValueError, match="must have the columns"):
+        bench_models.merge(write_rows(tmp_path / "part.csv", rows), path)
+
+
+def write_rows(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_library_that_is_missing_is_absent(tmp_path, monkeypatch):
+    def missing(*_):
+        raise ImportError("No module named 'diffusers'")
+
+    monkeypatch.setitem(KINDS, "flux", KINDS["flux"]._replace(make=missing))
+    options = argparse.Namespace(device="cpu", dtype="float32", quick=True)
+    rows = bench_models._rows("flux", options)
+    assert [(row["call"], row["status"], row["reason"]) for row in rows] == [
+        (EAGER, "absent", "No module named 'diffusers'"),
+        (EAGER + ENABLED, "absent", "No module named 'diffusers'"),
+    ]
 
 
 def test_the_times_of_all_calls_without_a_gpu(tmp_path):

@@ -2,8 +2,6 @@
 
 import csv
 import doctest
-import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -105,6 +103,27 @@ def fused_rows(**others):
     return [row | {"gigabytes_a_second": ""} | others for row in rows]
 
 
+def model_rows(**others):
+    """Two models, as they are and enabled, called in two ways; one has no compiled time."""
+    times = {
+        "flux": {"eager": 3.4, "eager, enabled": 2.5, "compiled": 2.2, "compiled, enabled": 2.0},
+        "qwen3-8b-decode-1": {"eager": 1.2, "eager, enabled": 1.5},
+    }
+    rows = []
+    for model, calls in times.items():
+        library = "diffusers" if model == "flux" else "transformers"
+        for call in ("eager", "eager, enabled", "compiled", "compiled, enabled"):
+            row = MACHINE | {"model": model, "library": library, "size": "big", "call": call}
+            row |= {"dtype": "bfloat16", "version": "1.2", "status": "wrong", "reason": "off"}
+            row |= {"milliseconds": "", "speedup": "", "gpu_milliseconds": "", "error": "0.1"}
+            if call in calls:
+                time = calls[call]
+                row |= {"status": "ok", "reason": "", "milliseconds": time, "error": "0.004"}
+                row["speedup"] = f"{calls[call.removesuffix(', enabled')] / time:.3f}"
+            rows.append(row | others)
+    return rows
+
+
 @pytest.fixture
 def write(tmp_path):
     """write(name, rows): the path of a CSV file of these rows."""
@@ -142,14 +161,20 @@ def executed(notebook, cwd, **settings):
     return [output.data for output in outputs if "data" in output]
 
 
-def test_without_a_gpu_the_notebook_measures_on_the_cpu_and_draws_four_figures(tmp_path):
+def test_without_a_gpu_the_notebook_measures_on_the_cpu_and_draws_five_figures(tmp_path):
+    for library in ("diffusers", "transformers"):
+        pytest.importorskip(library)
     shown = executed(NOTEBOOK, ROOT / "tests", ROPE_CUPY_BENCH="small", TMPDIR=str(tmp_path))
-    assert sum("image/png" in data for data in shown) == 4
-    table, of_fused = (data["text/markdown"] for data in shown if "text/markdown" in data)
+    assert sum("image/png" in data for data in shown) == 5
+    table, of_fused, of_models = (
+        data["text/markdown"] for data in shown if "text/markdown" in data
+    )
     assert table.startswith("no GPU: the CPU, ")
     assert "| llama-3-8b-decode-64 | 64 | 32/8, D128 | half |" in table
     assert of_fused.startswith("no GPU: the CPU, ")
     assert "| norm heads: shape | limit | rotation alone | rope_cupy | torch eager |" in of_fused
+    assert "| block or layer | eager | eager, enabled |" in of_models
+    assert of_models.count("(**") == 2
     for kind in ("rotary", "host", "fused"):
         (path,) = tmp_path.glob(f"*/{kind}.csv")
         (measured,) = figures.read(path)
@@ -159,23 +184,60 @@ def test_without_a_gpu_the_notebook_measures_on_the_cpu_and_draws_four_figures(t
         assert (ours["status"] == "ok").any()
 
 
-@pytest.mark.parametrize("with_fused", [True, False], ids=["", "without what is fused"])
-def test_the_notebook_draws_the_newest_results_of_each_gpu(tmp_path, write, with_fused):
+@pytest.mark.parametrize("num_kinds", [2, 3, 4], ids=["", "fused", "fused, models"])
+def test_the_notebook_draws_the_newest_results_of_each_gpu(tmp_path, write, num_kinds):
     folder = tmp_path / "benchmarks"
     (folder / "results").mkdir(parents=True)
     for source in ("figures.py", "shapes.py", "rotary.ipynb"):
         shutil.copy(ROOT / "benchmarks" / source, folder)
+    kinds = {"rotary": rotary_rows, "host": host_rows, "fused": fused_rows, "models": model_rows}
     for gpu, date in (("GPU A", "2026-01-02"), ("GPU A", "2026-02-03"), ("GPU B", "2026-01-04")):
-        kinds = {"rotary": rotary_rows, "host": host_rows, "fused": fused_rows}
-        for kind, rows in list(kinds.items())[: 2 + with_fused]:
+        for kind, rows in list(kinds.items())[:num_kinds]:
             name = f"{date}-{gpu[-1]}-{kind}.csv"
             shutil.move(write(name, rows(gpu=gpu, date=date)), folder / "results")
     shown = executed(folder / "rotary.ipynb", folder, ROPE_CUPY_BENCH="read")
-    assert sum("image/png" in data for data in shown) == 3 + with_fused
+    assert sum("image/png" in data for data in shown) == 1 + num_kinds
     tables = [data["text/markdown"] for data in shown if "text/markdown" in data]
     captions = [table.partition(";")[0] for table in tables]
     newest = ["GPU A, driver 580.1, 2026-02-03", "GPU B, driver 580.1, 2026-01-04"]
-    assert captions == newest * (1 + with_fused)
+    assert captions == newest * (num_kinds - 1)
+
+
+def test_the_table_of_models_says_how_much_faster_what_is_enabled_is(write, capsys):
+    path = write("a-models.csv", model_rows())
+    (run,) = figures.read(path)
+    versions = "Python 3.12.3, NumPy 2.4, CuPy 14.20, PyTorch 2.11, rope_cupy 0.1.0"
+    expected = f"""\
+GPU A, driver 580.1, 2026-01-02; {versions}, diffusers 1.2, transformers 1.2:
+
+| block or layer | eager | eager, enabled | compiled | compiled, enabled |
+| --- | --- | --- | --- | --- |
+| flux | 3.40 | 2.50 (**1.36**) | 2.20 | 2.00 (**1.10**) |
+| qwen3-8b-decode-1 | 1.20 | 1.50 (**0.80**) | wrong | wrong |"""
+    assert figures.models(run) == expected
+    figures.main(["--models", str(path)])
+    assert capsys.readouterr().out == expected + "\n"
+    figures.main([str(write("a.csv", rotary_rows())), "--readme", "--models", str(path)])
+    assert capsys.readouterr().out.endswith(f"\n\n{expected}\n")
+    # A part that is measured again counts, in a file of its own too.
+    again = [row for row in model_rows() if row["model"] == "flux"]
+    again[1] |= {"milliseconds": 2.0, "speedup": 1.7}
+    (run,) = figures.read(path, write("b-models.csv", again))
+    assert "| flux | 3.40 | 2.00 (**1.70**) |" in figures.models(run)
+
+
+def test_the_plot_of_models_has_a_bar_for_each_way_to_call_one(write):
+    (run,) = figures.read(write("a.csv", model_rows()))
+    (axes,) = figures.draw(figures.draw_models, [run]).axes
+    assert [each.get_text() for each in axes.get_yticklabels()] == ["flux", "qwen3-8b-decode-1"]
+    bars = {bar.get_label(): [each.get_width() for each in bar] for bar in axes.containers}
+    assert list(bars) == ["eager", "compiled"]
+    assert np.allclose(bars["eager"], [0.36, -0.2])
+    assert np.allclose(bars["compiled"], [0.1, np.nan], equal_nan=True)
+    texts = {each.get_text() for each in axes.texts}
+    assert {"1.36", "0.80", "1.10"} <= texts
+    with pytest.raises(ValueError, match="must hold an enabled model, got none"):
+        figures.draw(figures.draw_models, [run[run["call"] == "eager"]])
 
 
 def test_the_readme_shows_every_provider_and_names_the_absent(run):
@@ -342,25 +404,14 @@ def test_the_example_of_a_docstring_is_right():
     assert doctest.testmod(figures) == (0, 1)
 
 
-def test_the_readme_shows_what_the_command_prints_from_the_committed_results(capsys, monkeypatch):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^python benchmarks/figures\.py (.*--readme)$", readme, re.MULTILINE)
-    monkeypatch.chdir(ROOT)
-    saved = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: saved.append(path))
-    figures.main(shlex.split(command))
-    assert capsys.readouterr().out.strip() in readme
-    (plot,) = saved
-    assert plot.is_file() and plot.stat().st_size < 200e3
-    assert f"]({plot})" in readme
-
-
 def test_the_committed_notebook_shows_the_committed_results_of_a_gpu():
     cells = [c for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.cell_type == "code"]
     shown = [output.data for cell in cells for output in cell.outputs if "data" in output]
     tables = [data["text/markdown"] for data in shown if "text/markdown" in data]
-    rotary, fused = (
-        figures.latest(NOTEBOOK.parent / "results", kind) for kind in ("rotary", "fused")
+    rotary, fused, models = (
+        figures.latest(NOTEBOOK.parent / "results", kind) for kind in ("rotary", "fused", "models")
     )
-    assert tables == [*map(figures.readme, rotary), *map(figures.fused, fused)]
-    assert sum("image/png" in data for data in shown) == 3 + bool(fused)
+    assert tables == [
+        *(*map(figures.readme, rotary), *map(figures.fused, fused), *map(figures.models, models))
+    ]
+    assert sum("image/png" in data for data in shown) == 3 + bool(fused) + bool(models)

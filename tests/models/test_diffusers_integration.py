@@ -165,7 +165,7 @@ def test_q_and_k_of_text_and_image_are_written_where_they_are_joined(tiny):
         switch(model)
         with Joined():
             output_of(model, inputs)
-    assert counts == [3, 1]  # q, k and v; v
+    assert counts == [3, 0]  # q, k and v; none
 
 
 @torch.no_grad()

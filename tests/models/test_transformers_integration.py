@@ -24,6 +24,7 @@ from switched_models import (
     switched,
     watched_calls,
 )
+from transformers import StaticCache
 
 from rope_cupy.integrations import (
     _transformers_calls,
@@ -278,6 +279,60 @@ def test_a_compiled_model_is_one_graph_with_one_operator_a_layer(name):
     made = MODELS[name][1]
     assert sum("rope_cupy" in each for each in graph) == sum(made.values())
     assert sum("rsqrt" in each for each in graph) == roots - 2 * made.get(NORM, 0)
+
+
+def guards_of(model):
+    """How many things a compiled model asks before it runs: all, and those of its modules."""
+    counts = []
+
+    def keep_all(guards):
+        of_modules = ["self" in guard.name for guard in guards]
+        counts.append((len(guards), sum(of_modules)))
+        return [True] * len(guards)
+
+    torch._dynamo.reset()
+    options = {"guard_filter_fn": keep_all}
+    run = torch.compile(model, fullgraph=True, dynamic=False, backend="eager", options=options)
+    logits(run)
+    (count,) = counts
+    return count
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", ["Llama, llama3", "Qwen3"])
+def test_a_compiled_model_asks_little_more_before_it_runs(name):
+    model = built(name)
+    all_before, before = guards_of(model)
+    enable(model)
+    found, of_modules = guards_of(model)
+    assert before > 50 * NUM_LAYERS  # or they have other names
+    # Of each layer, its functions and norms; all others are asked once.
+    assert of_modules - before < 12 * NUM_LAYERS
+    assert found - of_modules - (all_before - before) < 250
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", ["Llama, llama3", "Qwen3"])
+def test_a_step_of_one_token_is_the_compilers_and_longer_ones_are_ours(name):
+    model = built(name)
+    inputs = tokens()["input_ids"]
+    number = inputs.shape[1]
+    outputs = {}
+    for is_enabled in False, True:
+        if is_enabled:
+            enable(model)
+        for length in 1, 3:
+            cache = StaticCache(config=model.config, max_cache_len=number + 4)
+            with torch.no_grad():
+                model(inputs, past_key_values=cache)
+                torch._dynamo.reset()
+                run, graphs = compiled(model)
+                outputs[is_enabled, length] = run(inputs[:, :length], past_key_values=cache).logits
+            (graph,) = graphs
+            ours = sum("rope_cupy" in each for each in graph)
+            assert ours == (NUM_LAYERS if is_enabled and length > 1 else 0)
+    for length in 1, 3:
+        assert_close(outputs[True, length], outputs[False, length])
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

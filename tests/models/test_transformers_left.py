@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from rope_cupy.integrations import (
     _transformers_classes,
     _transformers_forms,
+    _transformers_norms,
 )
 from rope_cupy.integrations.transformers import Report, disable, enable
 
@@ -254,6 +255,7 @@ def test_every_rotary_function_of_transformers_is_recognised_or_refused_by_name(
 def test_every_class_that_calls_one_can_be_switched():
     modules = {function.__module__ for function in rotary_functions().values()}
     left, deferring, count = {}, {}, 0
+    kind = _transformers_norms.NormKind(nn.RMSNorm, "eps", True, 0.0, True, True)
     for module in sorted(modules):
         for name, cls in inspect.getmembers(importlib.import_module(module), inspect.isclass):
             if not issubclass(cls, nn.Module) or cls.__module__ != module:
@@ -261,7 +263,9 @@ def test_every_class_that_calls_one_can_be_switched():
             plan = _transformers_classes.plan_of(cls, "once")
             left |= plan.left
             norms = [norm for each in plan.methods.values() for norm in each.rewrite.norms]
-            recipe = _transformers_classes.Recipe(cls, "once", tuple(norms))
+            recipe = _transformers_classes.Recipe(
+                cls, "once", tuple((each, kind) for each in norms)
+            )
             made = _transformers_classes.switched_class(recipe)
             count += made is not cls
             assert (made is not cls) == bool(plan.methods)

@@ -42,6 +42,42 @@ def calls(monkeypatch):
     return watched_calls(monkeypatch)
 
 
+# What the library `kernels` makes of a rotary function where it is installed.
+
+
+def module_of(function):
+    """A module whose forward is a function, and has its signature."""
+
+    class Func(nn.Module):
+        def forward(self, *args, **kwargs):
+            return function(*args, **kwargs)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    signature = inspect.signature(function)
+    parameters = [own, *signature.parameters.values()]
+    Func.forward.__signature__ = signature.replace(parameters=parameters)
+    return Func()
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Llama, llama3"])
+def test_a_rotary_function_that_is_a_module_is_switched(name, calls, monkeypatch):
+    model = built(name)
+    expected = logits(model)
+    attention = next(each for each in model.modules() if type(each).__name__.endswith("Attention"))
+    module = importlib.import_module(type(attention).__module__)
+    monkeypatch.setattr(
+        module, "apply_rotary_pos_emb", module_of(module.apply_rotary_pos_emb), raising=True
+    )
+    report = enable(model)
+    assert f"{module.__name__}.apply_rotary_pos_emb" in report.functions
+    calls.clear()
+    assert_close(logits(model), expected)
+    assert counted(calls) == (NORMED if name == "Qwen3" else EACH)
+    disable(model)
+    calls.clear()
+    assert torch.equal(logits(model), expected) and not calls
+
+
 # One model and others.
 
 

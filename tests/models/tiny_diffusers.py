@@ -12,7 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 from rope_cupy.integrations import _diffusers_prologue as prologue  # noqa: E402
 from rope_cupy.integrations import diffusers as integration  # noqa: E402
 
-CALLS = "apply_qk_norm_rotary", "apply_rotary_qk", "apply_norm_rotary"
+CALLS = "apply_qk_norm_rotary", "apply_rotary_qk", "apply_norm_rotary", "join_qkv"
 # Of the largest output: norm and rotation round to float32, by 2**-24, a few times in each block.
 TOLERANCE = 2.0**-20
 
@@ -188,20 +188,20 @@ FACTORS = {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
 TINY = [
     Tiny(
         *("FluxTransformer2DModel", FLUX_SIZES | {"pooled_projection_dim": 8}),
-        *(lambda: joint(pooled_projections=torch.randn(2, 8)), 3),
+        *(lambda: joint(pooled_projections=torch.randn(2, 8)), 2),
     ),
     Tiny(
         *("ChromaTransformer2DModel", FLUX_SIZES | APPROXIMATOR | {"approximator_layers": 1}),
-        *(lambda: joint(attention_mask=mask(37, 33, width=37)), 3),
+        *(lambda: joint(attention_mask=mask(37, 33, width=37)), 2),
     ),
-    Tiny("BriaTransformer2DModel", FLUX_SIZES, joint, 3),
-    Tiny("BriaFiboTransformer2DModel", FLUX_SIZES | {"text_encoder_dim": 6}, text_layers, 3),
-    Tiny("LongCatImageTransformer2DModel", FLUX_SIZES | {"pooled_projection_dim": 12}, joint, 3),
-    Tiny("OvisImageTransformer2DModel", FLUX_SIZES | CHANNELS, joint, 3),
+    Tiny("BriaTransformer2DModel", FLUX_SIZES, joint, 2),
+    Tiny("BriaFiboTransformer2DModel", FLUX_SIZES | {"text_encoder_dim": 6}, text_layers, 2),
+    Tiny("LongCatImageTransformer2DModel", FLUX_SIZES | {"pooled_projection_dim": 12}, joint, 2),
+    Tiny("OvisImageTransformer2DModel", FLUX_SIZES | CHANNELS, joint, 2),
     Tiny(
         "Flux2Transformer2DModel",
         FLUX_SIZES | {"axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 16},
-        *(lambda: joint(4, guidance=ONE), 3),
+        *(lambda: joint(4, guidance=ONE), 2),
     ),
     Tiny(
         "Flux3Transformer2DModel",
@@ -212,7 +212,7 @@ TINY = [
         "QwenImageTransformer2DModel",
         {**HEADS, "num_layers": 2, "joint_attention_dim": 12, "axes_dims_rope": (4, 6, 6)}
         | {"in_channels": 16, "out_channels": 4},
-        *(qwen_image, 4),
+        *(qwen_image, 2),
     ),
     Tiny("WanTransformer3DModel", WAN_SIZES, video, 2),
     Tiny(
@@ -231,23 +231,23 @@ TINY = [
         lambda: video(
             encoder_attention_mask=mask(7, 5), pooled_projections=torch.randn(2, 6), guidance=ONE
         ),
-        3,
+        2,
     ),
     Tiny(
         "HunyuanVideo15Transformer3DModel",
         HUNYUAN_SIZES
         | {"num_layers": 2, "text_embed_2_dim": 10, "image_embed_dim": 6}
         | {"rope_axes_dim": (4, 4, 8)},
-        *(hunyuan_video15, 4, False),
+        *(hunyuan_video15, 2, False),
     ),
     Tiny(
         *("HunyuanImageTransformer2DModel", HUNYUAN_SIZES | TWO | {"rope_axes_dim": (8, 8)}),
-        *(lambda: image(5, 6, encoder_attention_mask=mask(7, 5)), 3),
+        *(lambda: image(5, 6, encoder_attention_mask=mask(7, 5)), 2),
     ),
     Tiny(
         "MotifVideoTransformer3DModel",
         {**HEADS, **CHANNELS, **TWO, "text_embed_dim": 12, "rope_axes_dim": (4, 4, 8)},
-        *(lambda: video(encoder_attention_mask=mask(7, 5)), 3),
+        *(lambda: video(encoder_attention_mask=mask(7, 5)), 2),
     ),
     Tiny(
         "ZImageTransformer2DModel",
@@ -311,8 +311,8 @@ TINY = [
         COGVIEW_SIZES | {"text_embed_dim": 12, "prior_vq_quantizer_codebook_size": 16},
         *(glm_image, 2),
     ),
-    Tiny("HiDreamImageTransformer2DModel", HIDREAM_SIZES, hidream, 3, False),
-    Tiny("HiDreamImageTransformer2DModel", HIDREAM_SIZES, lambda: hidream(width=4), 3, False),
+    Tiny("HiDreamImageTransformer2DModel", HIDREAM_SIZES, hidream, 2, False),
+    Tiny("HiDreamImageTransformer2DModel", HIDREAM_SIZES, lambda: hidream(width=4), 2, False),
     Tiny(
         "SanaVideoTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 12, **CHANNELS, "num_layers": 2}
