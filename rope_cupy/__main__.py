@@ -139,6 +139,16 @@ def _rotate_one_pair(cupy: Any) -> None:
     apply_rotary(x, (x[0, :, :1], x[0, :, 1:]))
 
 
+def _package() -> list[tuple[str, str]]:
+    """Return whose files run, and where others lie that a reader may take for them."""
+    found = environment.installed()
+    lines = [("package", f"{__version__}, the {found}")]
+    if found.unused:
+        unused = f"the installed wheel in {found.unused}, which runs in any other folder"
+        lines.append(("unused", unused))
+    return lines
+
+
 def _environment(cupy: Any, faults: list[Fault]) -> list[tuple[str, str]]:
     if faults:
         gpu = "GPU not used" if _gpu_is_there() else "no GPU"
@@ -154,7 +164,7 @@ def _environment(cupy: Any, faults: list[Fault]) -> list[tuple[str, str]]:
         lines += _nvrtc(faults)
         uncached = environment.cache_fault()
         lines += _said("warning", uncached) or [("cache", environment.cache_folder())]
-    return [*lines, ("kernels", str(jit.sources()))]
+    return [*lines, *_package(), ("kernels", str(jit.sources()))]
 
 
 def _said(label: str, *faults: Fault | None) -> list[tuple[str, str]]:
@@ -315,8 +325,18 @@ def _run() -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     summary = (config_report.__doc__ or "").partition(": ")[2].partition("\n")[0]
     config_report.add_arguments(commands.add_parser("table", help=summary, description=summary))
+    version = f"rope_cupy {__version__}, the {environment.installed()}"
+    parser.add_argument("--version", action="version", version=version)
     options = parser.parse_args()
-    return config_report.main(options) if options.command else main()
+    if options.command:
+        return config_report.main(options)
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader such as head has read enough
+        config_report.close_stdout()
+        status = 1
+    return status
 
 
 if __name__ == "__main__":

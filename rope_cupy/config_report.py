@@ -99,9 +99,13 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # Python flushes again when it ends, and would tell of the pipe then.
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        close_stdout()
+
+
+def close_stdout() -> None:
+    """Let nothing more be written to a pipe that is closed, as Python would when it ends."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def spectrum(config: Any, layer_type: str | None, seq_len: int | None) -> Spectrum:

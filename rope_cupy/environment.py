@@ -43,6 +43,31 @@ class Nvrtc(NamedTuple):
         return f"NVRTC {'.'.join(map(str, self.version))}{owner}"
 
 
+class Installed(NamedTuple):
+    """Which rope_cupy runs: the files of a checkout, or those of an installed wheel."""
+
+    kind: str  # "checkout" or "installed wheel"
+    folder: Path  # that holds the package
+    unused: Path | None  # where a wheel is installed that Python has not taken
+
+    def __str__(self) -> str:
+        return f"{self.kind} in {self.folder}"
+
+
+def installed() -> Installed:
+    """Return which rope_cupy runs: in a clone, Python takes the clone before an installed wheel."""
+    from importlib import metadata
+
+    here, wheels = Path(__file__).parent.resolve(), []
+    for package in metadata.distributions(name="rope-cupy"):
+        if package.read_text("WHEEL"):  # that of an editable install has no folder beside it
+            wheels.append(Path(str(package.locate_file("rope_cupy"))).resolve())
+    if here in wheels:
+        return Installed("installed wheel", here.parent, None)
+    unused = [folder.parent for folder in wheels if folder.is_dir()]
+    return Installed("checkout", here.parent, unused[0] if unused else None)
+
+
 @cache
 def cupy() -> Any:
     """Return CuPy, which every launch on a GPU needs, once it has found a driver and a GPU."""

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).parents[2]
 BUILT_FROM = ["rope_cupy", "kernels", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
-EXTRAS = {"cuda12", "cuda13", "test", "bench", "dev"}
+EXTRAS = {"cuda12", "cuda13", "test", "bench", "dev", "docs"}
 
 PROBE = """
 import json, site, sys
@@ -40,7 +40,9 @@ site.addsitedir(folder)
 import rope_cupy.jit
 x = numpy.ones((3, 1, 2))
 assert numpy.array_equal(rope_cupy.apply_rotary(x, (x[:, 0, :1] * 0, x[:, 0, :1])), x * [-1, 1])
-print(json.dumps([rope_cupy.__version__, str(rope_cupy.jit.sources())]))
+import rope_cupy.environment
+installed = rope_cupy.environment.installed()
+print(json.dumps([rope_cupy.__version__, str(rope_cupy.jit.sources()), *map(str, installed)]))
 """
 
 
@@ -59,24 +61,27 @@ def kernel_sources(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.fixture
-def checkout(tmp_path):
+def checkout_in(folder):
     """A copy of what the package is built from, so that no build leaves its folders in this one."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
+    checkout = folder / "checkout"
+    checkout.mkdir()
     for source in map(ROOT.joinpath, BUILT_FROM):
         if source.is_dir():
             ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, folder / source.name, symlinks=True, ignore=ignored)
+            shutil.copytree(source, checkout / source.name, symlinks=True, ignore=ignored)
         else:
-            shutil.copy(source, folder)
-    return folder
+            shutil.copy(source, checkout)
+    return checkout
 
 
-@pytest.fixture
-def wheel(checkout):
-    pip("wheel", "-w", "wheels", ".", cwd=checkout)
-    (path,) = checkout.glob("wheels/*.whl")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel, built once for all tests, whose checkout is gone."""
+    folder = tmp_path_factory.mktemp("built")
+    checkout = checkout_in(folder)
+    pip("wheel", "-w", str(folder), ".", cwd=checkout)
+    shutil.rmtree(checkout)
+    (path,) = folder.glob("*.whl")
     return path
 
 
@@ -100,7 +105,7 @@ def test_a_wheel_says_its_version_needs_numpy_alone_and_offers_the_extras(wheel)
 
 def test_constraints_pin_what_ci_installs(wheel):
     (built,) = metadata.distributions(path=[str(wheel)])
-    extras = re.compile(r"([\w-]+).*extra == .(?:cuda12|test|dev)\b")
+    extras = re.compile(r"([\w-]+).*extra == .(?:cuda12|test|dev|docs)\b")
     installed = [found[1] for found in map(extras.match, built.requires) if found]
     constraints = (ROOT / "tests/constraints.txt").read_text().replace("_", "-")
     assert "torch" in installed
@@ -109,33 +114,53 @@ def test_constraints_pin_what_ci_installs(wheel):
 
 
 @pytest.fixture(
-    params=["a wheel", "an editable install", "a strict editable install", "a checkout"]
+    scope="module",
+    params=["a wheel", "an editable install", "a strict editable install", "a checkout"],
 )
-def installed(request, checkout, tmp_path):
+def installed(request, tmp_path_factory):
     """An environment of its own into which the package has been put, and the folder that has it."""
-    home = tmp_path / "environment"
+    folder = tmp_path_factory.mktemp("installed")
+    home = folder / "environment"
     venv.create(home, symlinks=True)
     (site,) = home.glob("lib/python*/site-packages")
     if request.param == "a wheel":
         wheel = request.getfixturevalue("wheel")
-        pip("install", "--target", str(site), str(wheel), cwd=tmp_path)
-        shutil.rmtree(checkout)
-    elif request.param == "a checkout":
+        pip("install", "--target", str(site), str(wheel), cwd=folder)
+        return home, site
+    checkout = checkout_in(folder)
+    if request.param == "a checkout":
         (site / "checkout.pth").write_text(str(checkout))
     else:
         strict = ["--config-settings", "editable_mode=strict"] if "strict" in request.param else []
-        pip("install", "--target", str(site), *strict, "-e", str(checkout), cwd=tmp_path)
+        pip("install", "--target", str(site), *strict, "-e", str(checkout), cwd=folder)
     return home, site
 
 
 def test_an_install_finds_the_sources_of_its_kernels(installed, tmp_path):
-    _, site = installed
+    home, site = installed
     numpy_parent = str(Path(np.__file__).parents[1])
     probe = run("-I", "-S", "-c", PROBE, str(site), numpy_parent, cwd=tmp_path)
-    version, sources = json.loads(probe)
+    version, sources, kind, folder, unused = json.loads(probe)
     assert version == rope_cupy.__version__
-    assert Path(sources).is_relative_to(tmp_path)
+    checkout = home.parent / "checkout"
+    assert kind == ("checkout" if checkout.exists() else "installed wheel")
+    assert Path(folder).is_relative_to(checkout if checkout.exists() else site)
+    assert unused == "None"
+    assert Path(sources).is_relative_to(home.parent)
     assert kernel_sources(Path(sources)) == kernel_sources(ROOT / "kernels")
+
+
+def test_a_checkout_that_hides_an_installed_wheel_says_so(wheel, tmp_path):
+    site, checkout = tmp_path / "site", checkout_in(tmp_path)
+    pip("install", "--target", str(site), str(wheel), cwd=tmp_path)
+    script = f"""
+import sys
+sys.path.append({str(site)!r})
+from rope_cupy import environment
+print(*environment.installed(), sep="\\n")
+"""
+    said = run("-c", script, cwd=checkout).splitlines()
+    assert said == ["checkout", str(checkout), str(site)]
 
 
 TYPED = """
@@ -168,12 +193,14 @@ def test_importing_the_package_imports_no_array_library_but_numpy():
 
 
 def test_what_a_program_may_never_need_is_imported_when_it_is_asked_for():
-    later = ["diffusion", "frequencies", "positions", "jit", "plan"]
+    later = ["diffusion", "frequencies", "positions", "torch", "jit", "plan"]
     script = f"""
 import sys, rope_cupy
 assert not [name for name in {later} if f"rope_cupy.{{name}}" in sys.modules]
 assert {{*{later[:3]}}} <= {{*dir(rope_cupy)}}
-print(*(getattr(rope_cupy, name).__name__ for name in {later[:3]}))
+print(*(getattr(rope_cupy, name).__name__ for name in {later[:4]}))
+from rope_cupy import *
+assert "torch" not in globals()
 try:
     rope_cupy.nothing
 except AttributeError as error:
@@ -181,6 +208,13 @@ except AttributeError as error:
 """
     said = run("-c", script, cwd=ROOT).splitlines()
     assert said == [
-        "rope_cupy.diffusion rope_cupy.frequencies rope_cupy.positions",
+        "rope_cupy.diffusion rope_cupy.frequencies rope_cupy.positions rope_cupy.torch",
         "module 'rope_cupy' has no attribute 'nothing'",
     ]
+
+
+def test_help_lists_every_public_name():
+    listed = re.findall(r"^    ([\w.]+)  ", rope_cupy.__doc__, re.M)
+    assert {*rope_cupy.__all__} <= {*listed}
+    for name in {*listed} - {*rope_cupy.__all__}:
+        assert importlib.util.find_spec(f"rope_cupy.{name}"), name

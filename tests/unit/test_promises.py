@@ -1,4 +1,4 @@
-"""Every sentence that README.md promises has tests that hold it."""
+"""Every sentence that docs/numerical-contract.md promises has tests that hold it."""
 
 import importlib
 import re
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("\n## What it promises\n")[1].split("\n## ")[0]
+PAGE = (Path(__file__).parents[2] / "docs/numerical-contract.md").read_text(encoding="utf-8")
+SECTION = PAGE.split("\n## What it promises\n")[1].split("\n## ")[0]
 PROMISES = [" ".join(item.split()) for item in re.split(r"^- ", SECTION, flags=re.M)[1:]]
 
 # How a sentence begins, and the tests that would fail if it were not true.

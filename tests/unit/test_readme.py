@@ -1,33 +1,38 @@
-"""The code in README.md runs as it stands there, gives the exact values and fails as it says."""
+"""README.md: its code runs as it stands there and gives the exact values, its figures are measured.
 
-import ast
-import inspect
+Where a block loads a large model or needs a GPU, a small model or the CPU stands in for it.
+"""
+
+import importlib.util
 import re
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from pages import README, ROOT, blocks_of
 from reference import check, rotate
 
-import rope_cupy
+from rope_cupy import RotaryTable, apply_rotary_qk
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTIONS = dict(re.findall(r"^##+ (.*)\n((?:(?!##+ ).*\n)*)", README, re.M))
+TEXT = README.read_text(encoding="utf-8")
 ON_GPU = pytest.mark.gpu
+ON_CPU = {'"cuda"': '"cpu"'}
 
 
-def code(section, language="python"):
-    """The code blocks of a section, one after the other."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```$", SECTIONS[section], re.M | re.S)
-    assert blocks, f"no {language} under {section}"
-    return "\n".join(blocks)
+def sections():
+    """The Python of README.md, by what stands above it."""
+    blocks = [block for block in blocks_of(README) if block.language == "python"]
+    assert len({block.section for block in blocks}) == len(blocks)
+    return {block.section: block.source for block in blocks}
 
 
-def run(source):
-    """The names that the code leaves behind."""
-    names = {}
+def run(section, replaced=None):
+    """The names that the code of a section leaves behind."""
+    source, names = sections()[section], {}
+    for word, other in (replaced or {}).items():
+        assert word in source
+        source = source.replace(word, other)
     exec(compile(source, "README.md", "exec"), names)
     return names
 
@@ -38,113 +43,126 @@ def numbers(array):
     return np.asarray(array.get() if hasattr(array, "get") else array, np.float64)
 
 
+def test_the_readme_is_one_screen_that_says_what_it_is_of():
+    assert len(TEXT.splitlines()) <= 150
+    first = TEXT.split("\n\n")[1]
+    assert "RoPE" in first and "rotary position embeddings" in first
+
+
 @pytest.mark.parametrize("library", ["numpy", pytest.param("cupy", marks=ON_GPU)])
-def test_the_quick_start_for_cupy_arrays_gives_the_exact_values(library):
-    names = run(code("CuPy arrays").replace("import cupy as", f"import {library} as"))
-    rng = names["cp"].random.default_rng(0)
+def test_the_code_for_cupy_arrays_gives_the_exact_values(library):
+    names = run("CuPy arrays", {"import cupy as": f"import {library} as"})
     angles = np.outer(np.arange(8192), 500000.0 ** -(np.arange(64) / 64))
     cos, sin = (numbers(part.astype(np.float32)) for part in (np.cos(angles), np.sin(angles)))
+    rng = names["cp"].random.default_rng(0)
     for name in "qk":
-        before = rng.standard_normal(names[name].shape, dtype=np.float32)
-        exact = rotate(numbers(before), cos, sin)
-        check(numbers(names[f"{name}_out"]), exact, "float32")
-        check(numbers(names[name]), exact, "float32")
+        before = numbers(rng.standard_normal(names[name].shape, dtype=np.float32))
+        check(numbers(names[f"{name}_out"]), rotate(before, cos, sin), "float32")
+        at = np.arange(100, 612)
+        check(numbers(names[name]), rotate(before, cos, sin, positions=at), "float32")
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
-def test_the_quick_start_for_torch_tensors_gives_the_exact_values(device, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
-    torch.manual_seed(0)
-    names = run(code("PyTorch tensors"))
-    torch.manual_seed(0)
-    q, k = (torch.randn_like(names[name]) for name in ("q_out", "k_out"))
-    cos, sin = numbers(names["cos"]), numbers(names["sin"])
-    for before, after in ((q, names["q_out"]), (k, names["k_out"])):
-        exact = rotate(numbers(before.transpose(1, 2)), cos, sin, interleaved=True)
-        check(numbers(after.transpose(1, 2)), exact, "bfloat16")
+def test_the_pipeline_shown_is_switched_and_gives_what_it_gave(monkeypatch, capsys):
+    from diffusers import FluxPipeline
+    from tiny_diffusers import FLUX, build, output_of
 
-    q, k, v = numbers(torch.randn_like(names["qkv"])).transpose(1, 0, 2, 3)
-    for before, after in ((q, names["q"]), (k, names["k"])):
-        exact = rotate(before[None], cos, sin, positions=np.arange(300) % 100)
-        check(numbers(after)[None], exact, "float32")
-    assert np.array_equal(numbers(names["v"]), v)
+    model, inputs = build(FLUX)
 
-    # The gradient of a query is its key, both rotated, and the query rotated back.
-    queries, keys = names["queries"], names["keys"]
-    rotated = torch.zeros_like(queries)
-    rotated[:, :, ::4] = names["rotary"](queries, keys)[1].detach()
-    angles = np.outer(np.arange(300), 500000.0 ** -(np.arange(64) / 64))
-    exact = rotate(numbers(rotated), np.cos(angles)[None], -np.sin(angles)[None])
-    np.testing.assert_allclose(numbers(queries.grad), exact, rtol=1e-4, atol=1e-4)
+    class Pipeline(FluxPipeline):
+        """One step of a pipeline whose transformer is small."""
 
+        def __call__(self, prompt):
+            with torch.no_grad():
+                return SimpleNamespace(images=[output_of(self.transformer, inputs)])
 
-def test_one_pass_before_attention_gives_the_exact_values():
-    names = run(code("One pass before attention"))
-    ones, angles = (
-        np.ones((1, 16, 32, 128)),
-        np.outer(np.arange(200), 10000.0 ** -(np.arange(64) / 64)),
+    others = dict.fromkeys(
+        ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     )
-    cos, sin = np.cos(angles), np.sin(angles)
-    exact = rotate(ones / np.sqrt(1 + 1e-6), cos, sin)
-    np.testing.assert_allclose(names["q_out"], exact[0], atol=1e-6)
-    np.testing.assert_allclose(names["k_out"], exact[0, :, :8], atol=1e-6)
-    exact = rotate(ones, cos, sin, positions=100)
-    np.testing.assert_allclose(names["q"], exact[0], atol=1e-6)
-    for cache, written in ((names["k_cache"], exact[0, :, :8]), (names["v_cache"], names["v"])):
-        codes = torch.from_numpy(cache).view(torch.float8_e4m3fn).double().numpy() * 0.02
-        assert not codes[[0, 1, *range(3, 8)]].any()
-        np.testing.assert_allclose(codes[2], written, rtol=2**-4, atol=0.02 * 2**-10)
+    small = Pipeline(transformer=model, **others)
+    wanted = small("").images[0]
+    monkeypatch.setattr(FluxPipeline, "from_pretrained", lambda name, torch_dtype: small)
+    names = run("A pipeline of diffusers", ON_CPU)
+    assert "replaced 2 FluxAttnProcessor" in capsys.readouterr().out
+    assert not torch.equal(names["image"], wanted)
+    torch.testing.assert_close(names["image"], wanted, rtol=1e-4, atol=1e-4)
+    names["diffusers"].disable(small)
+    assert torch.equal(small("").images[0], wanted)
 
 
-def test_the_models_shown_are_switched_and_give_what_they_gave(capsys):
-    pytest.importorskip("diffusers")
-    pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    names = run(code("In a model"))
-    said, model = capsys.readouterr().out, names["model"].eval()
-    assert "replaced 2 FluxAttnProcessor" in said
-    assert "Qwen3Attention.q_norm: one call with the rotation" in said
-    tokens = torch.arange(12)[None]
-    with torch.no_grad():
-        enabled = model(tokens).logits
-        names["transformers"].disable(model)
-        names["diffusers"].disable(names["image"])
-        before = model(tokens).logits
-    assert not torch.equal(enabled, before)
-    torch.testing.assert_close(enabled, before, rtol=1e-4, atol=1e-4)
+def test_the_model_shown_is_switched_and_gives_what_it_gave(monkeypatch, capsys):
+    from blocks import CONFIGS, model_of
+    from transformers import AutoModelForCausalLM
+
+    small = model_of(CONFIGS["Qwen3"])
+    prompt = torch.tensor([[97 - 7, 11, 18]])
+    wanted = small.generate(prompt, max_new_tokens=20)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, dtype: small)
+    names = run("A model of transformers", ON_CPU | {"9707, 11, 1879": "90, 11, 18"})
+    assert "Qwen3Attention.q_norm: one call with the rotation" in capsys.readouterr().out
+    assert torch.equal(names["tokens"], wanted) and wanted.shape[1] > 3
+    names["transformers"].disable(small)
 
 
 def test_the_function_shown_of_another_library_gives_the_exact_values():
-    names = run(code("In place of another library's function"))
+    names = run("The function of another library")
     angles = numbers(names["angles"])
-    exact = rotate(numbers(names["q"]), np.cos(angles), np.sin(angles))
-    np.testing.assert_allclose(numbers(names["q_out"]), exact, atol=2e-6)
+    exact = rotate(numbers(names["x"]), np.cos(angles), np.sin(angles))
+    np.testing.assert_allclose(names["y"], exact, atol=2e-6)
 
 
-def test_the_error_shown_is_the_error_raised():
-    with pytest.raises(ValueError) as caught:
-        run(code("Errors"))
-    assert f"ValueError: {caught.value}\n" == code("Errors", "text")
+ROWS = re.findall(r"^\| (.+?) \| `(apply_rotary_qk\(.+\))` \|$", TEXT, re.M)
+HEADS_FIRST, NEIGHBOURS = ("Llama", "Flux's own"), ("Flux", "Qwen-Image")
 
 
-@pytest.mark.parametrize("function", [rope_cupy.apply_rotary, rope_cupy.apply_rotary_qk])
-def test_the_table_of_options_lists_every_keyword_with_its_default(function):
-    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", SECTIONS["Options"], re.M)
-    parameters = inspect.signature(function).parameters.values()
-    keywords = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
-    assert {name: ast.literal_eval(default) for name, default in rows} == keywords
+@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+def test_a_line_for_a_model_rotates_as_the_model_does(row):
+    """The tables of these rows, made anew from angles, and the rotation by its definition."""
+    whose, call = row
+    torch.manual_seed(3)
+    angles = torch.rand(40, 32, dtype=torch.float64) * 6
+    shape = (2, 40, 8, 64) if whose.startswith(("Flux", "Wan", "Llama", "Qwen")) else (40, 8, 64)
+    shape = shape if len(shape) == 4 else (1, *shape)
+    q, k = (
+        torch.randn(shape, dtype=torch.float64),
+        torch.randn(shape, dtype=torch.float64)[:, :, :2],
+    )
+    neighbours, positions = whose.startswith(NEIGHBOURS), torch.arange(40)
+    names = {"cos": angles.cos(), "sin": angles.sin(), "positions": positions}
+    names["cos_sin"] = torch.cat([angles.cos(), angles.sin()], -1)
+    if "from_full_width" in call:
+        wide = angles.repeat_interleave(2, -1) if neighbours else torch.cat([angles, angles], -1)
+        names |= {"cos": wide.cos(), "sin": wide.sin()}
+    elif "from_complex" in call:
+        names["freqs"] = torch.polar(torch.ones_like(angles), angles)
+    elif "from_matrices" in call:
+        rows = [torch.stack([angles.cos(), -angles.sin()], -1)]
+        rows.append(torch.stack([angles.sin(), angles.cos()], -1))
+        names["freqs"] = torch.stack(rows, -2)[None, None]  # (batch, 1, tokens, pairs, 2, 2)
+    heads_first = whose.startswith(HEADS_FIRST)
+    given = [x.transpose(1, 2) if heads_first else x for x in (q, k)]
+    names |= {"apply_rotary_qk": apply_rotary_qk, "RotaryTable": RotaryTable}
+    found = eval(call, names | dict(zip("qk", given, strict=True)))
+    for x, y in zip((q, k), found, strict=True):
+        y = y.transpose(1, 2) if heads_first else y
+        exact = rotate(
+            x.numpy(), angles.cos().numpy(), angles.sin().numpy(), interleaved=neighbours
+        )
+        np.testing.assert_allclose(y.numpy(), exact, atol=1e-12)
 
 
-def test_the_table_of_tables_lists_every_view_of_a_models_table():
-    listed = set(re.findall(r"^\| `RotaryTable\.(\w+)\(", SECTIONS["Tables"], re.M))
-    offered = {name for name in vars(rope_cupy.RotaryTable) if name.startswith("from_")}
-    computed = {"from_inverse_frequencies", "from_angles", "from_config"}
-    assert listed == offered - computed
-    assert all(name in SECTIONS["Tables"] + SECTIONS["Tables of models"] for name in computed)
+def test_the_readme_has_these_lines_for_models():
+    assert len(ROWS) == 6
 
 
-def test_every_line_of_a_measurement_shown_stands_in_the_committed_results():
-    results = (ROOT / "benchmarks/results/2026-11-28-h100.txt").read_text().splitlines()
-    shown = code("Try it", "text").splitlines()
-    assert any("of copy" in line for line in shown)
-    assert set(shown) <= set(results)
+def chart():
+    spec = importlib.util.spec_from_file_location("chart", ROOT / "docs/chart.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_the_chart_is_drawn_from_the_committed_results():
+    assert (ROOT / "docs/speed.svg").read_text(encoding="utf-8") == chart().svg()
+    rows = dict(
+        re.findall(r">([^<]+)</text>\n<rect .*\n.*?>([\d.]+(?: ms|%))</text>", chart().svg())
+    )
+    assert rows["diffusers"] and rows["with rope_cupy"].endswith(" ms")
