@@ -20,7 +20,6 @@ from .problem import OF_POSITIONS, OF_WEIGHTS, output_names
 from .table_forms import OF_NEIGHBOURS, TableSource, no_table
 from .tables import source_of
 
-QKV = "q", "k", "v"
 AN_INT_OR_ARRAY = "None, an int or an int32 or int64 array"  # positions are
 SECTION = Options._fields.index("mrope_section")
 MAX_KINDS = 256  # of calls that are known: names, forms of tables, options
@@ -180,9 +179,7 @@ def _kind(
     others = others_and_types[: len(Options._fields) - len(parts) - 1]
     options = check_options(paired, *others, parts=parts)
     if form is no_table:
-        norm, _, cache = parts
-        copies = len(names) == len(QKV) and cache is None  # as a stream of `join_qkv` may be
-        check_without_table(norm is not None or copies, interleaved, options)
+        check_without_table(names, interleaved, options)
     return kind_of(names, form, extra_names, options)
 
 

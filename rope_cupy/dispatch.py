@@ -138,7 +138,8 @@ def join(given: Sequence[tuple[Any, ...]], out: tuple[Any, ...] | None) -> tuple
         if len(plain) == len(calls):
             together.write(plain, labels, are_apart=out is None)
             return joint.results(calls, out, outs)
-        [*map(_labelled, labels, repeat(_check), written)]  # v too, which PyTorch alone joins
+        for label, call in zip(labels, written, strict=True):
+            _labelled(label, _check, call)  # v too, which PyTorch alone joins
     from .ways import joins
 
     return joins.of_each(calls, out, axis, lambda label, call: _labelled(label, _by_way, call))
@@ -227,9 +228,7 @@ def _is_distributed(call: Call) -> bool:
 def _is_traced(call: Call) -> bool:
     """Return whether the call stands for one of a graph: table and all, or beside constants."""
     x = call.xs[0]
-    if not arrays.asked_of(x).is_traced(x):
-        return False
-    return all([arrays.asked_of(each).is_traced(each) for each in call.xs]) and (
+    return all(arrays.asked_of(each).is_traced(each) for each in call.xs) and (
         arrays.asked_of(x).is_beside_real(x)
         or all([arrays.asked_of(part).is_traced(part) for part in call.table.arrays])
     )

@@ -181,9 +181,9 @@ def check(call: Call) -> None:
 
 def rotate_new(call: Call, signature: Signature | None) -> tuple[Any, ...]:
     """Rotate a call of which nothing is prepared, and keep what is prepared for its signature."""
-    prepared = Ready(call, *_prepare(call, signature))
-    prepared.write()
-    return prepared.results()
+    checked = Ready(call, *_prepare(call, signature))
+    checked.write()
+    return checked.results()
 
 
 def _prepare(

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import dispatch
-from .call import QKV
 from .checks import described
 from .fused import norm_arrays, norm_of
+from .options import QKV, WITHOUT_TABLE, Options
 
 MAX_STREAMS = 3
 NORM_ARRAYS = 5  # where a Stream's weights and biases begin
@@ -94,7 +94,8 @@ def join_qkv(
         mrope_interleaved,
         rounding,
     )
-    without_table = None, layout, head_dim, 0, False, out_of_range, None, False, rounding
+    named = zip(Options._fields, options, strict=False)
+    without_table = tuple([WITHOUT_TABLE.get(name, option) for name, option in named])
     of_norms = [norm_arrays(*stream[NORM_ARRAYS:]) for stream in streams]
     has_norm = norm is not None or any([names for names, _ in of_norms])
     calls = []

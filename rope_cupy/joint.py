@@ -8,8 +8,8 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from . import arrays
-from .call import QKV, Call
-from .options import names_of_axes
+from .call import Call
+from .options import QKV, names_of_axes
 
 MAX_SHAPES = 1024  # of streams that are known
 

@@ -18,6 +18,15 @@ ROUNDINGS = "once", "eager"
 NORMS = HEAD_NORM, TOKEN_NORM, LAYER_NORM = "head", "heads", "layer"
 CACHE_LAYOUTS = "NHD", "HND"
 BEFORE_WEIGHT = "before_weight"
+QKV = "q", "k", "v"
+# What must be left as it is where there is no table to give it a meaning.
+WITHOUT_TABLE: dict[str, Any] = {
+    "interleaved": None,
+    "rotary_offset": 0,
+    "conjugate": False,
+    "mrope_section": None,
+    "mrope_interleaved": False,
+}
 NO_PARTS = None, None, None  # the last of Options, of a call that only rotates
 LEAST_SCALE = 2.0**-126  # whose reciprocal is a float32
 Part = TypeVar("Part")  # of Options
@@ -130,23 +139,19 @@ def check_options(
     )
 
 
-def check_without_table(is_asked: bool, interleaved: object, options: Options) -> None:
+def check_without_table(names: tuple[str, ...], interleaved: object, options: Options) -> None:
     """Refuse a call without a table of which nothing else is asked, or what a table alone gives a
     meaning. `interleaved` is what the call was given.
     """
-    if not is_asked:
+    copies = len(names) == len(QKV) and options.cache is None  # as a stream of `join_qkv` may be
+    if options.norm is None and not copies:
         raise TypeError(
             "table must be a RotaryTable or a tuple (cos, sin) where there is no norm, got None"
         )
-    given = (
-        ("interleaved", interleaved, None),
-        ("rotary_offset", options.rotary_offset, 0),
-        ("conjugate", options.conjugate, False),
-        ("mrope_section", options.mrope_section, None),
-    )
-    for name, value, default in given:
-        if value != default:
-            raise ValueError(f"{name} must be {default} without a table, got {value!r}")
+    given = options._asdict() | {"interleaved": interleaved}
+    for name, default in WITHOUT_TABLE.items():
+        if given[name] != default:
+            raise ValueError(f"{name} must be {default} without a table, got {given[name]!r}")
 
 
 def _checked_sections(mrope_section: object) -> tuple[int, int, int] | None:

@@ -231,11 +231,8 @@ class Prepared:
     @property
     def num_addresses(self) -> int:
         """How many addresses a call has."""
-        return _num_addresses(self.places)
-
-
-def _num_addresses(places: Places) -> int:
-    return max((*places.x, *places.out, places.sin, *places.extra)) + 1
+        places = self.places
+        return max((*places.x, *places.out, places.sin, *places.extra)) + 1
 
 
 def taker(parts: Sequence[Prepared], plan: LaunchPlan) -> Callable[[tuple[Any, ...]], Any]:

@@ -12,12 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..memory import cuda_index
-from .base import Array, Library, Outline, let_wait, like_dense, refusals_of, resized
+from .base import Array, Library, Outline, let_wait, like_dense, memory_order, refusals_of, resized
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
 
-__all__ = ["Array", "Library", "Outline", "let_wait", "like_dense", "resized"]
+__all__ = ["Array", "Library", "Outline", "let_wait", "like_dense", "memory_order", "resized"]
 
 MAX_TYPES = 256  # of arrays that are known; a program may make any number of them
 _LIBRARIES = {  # a type of arrays, in any module of its package, and what knows it

@@ -158,6 +158,11 @@ def like_dense(array: Array) -> Array:
     return array._replace(spec=spec, pointer=-1)
 
 
+def memory_order(strides: Sequence[int]) -> list[int]:
+    """Return the axes of an array as they lie in memory, the outermost first."""
+    return sorted(range(len(strides)), key=lambda axis: -abs(strides[axis]))
+
+
 def resized(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
     """Return a shape with another size of one axis."""
     return (*shape[:axis], size, *shape[axis + 1 :])

@@ -18,6 +18,7 @@ from .base import (
     check_device,
     computed_by,
     cupy_streams,
+    memory_order,
     refusals_of,
     resized,
 )
@@ -120,7 +121,7 @@ class DLPack(Library):
 
     @staticmethod
     def _empty(spec: ArraySpec) -> Any:
-        order = sorted(range(len(spec.shape)), key=lambda axis: -abs(spec.strides[axis]))
+        order = memory_order(spec.strides)
         dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
         with _module_of(spec.device) as module:
             buffer = module.empty([spec.shape[axis] for axis in order], dtype)

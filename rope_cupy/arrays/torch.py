@@ -12,7 +12,7 @@ import torch
 
 from .. import private_torch
 from ..memory import array_spec
-from .base import Array, Library, Outline, attribute_matcher, check_device, resized
+from .base import Array, Library, Outline, attribute_matcher, check_device, memory_order, resized
 
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class Torch(Library):
         shape = resized(array.shape, axis, size)
         if array.is_contiguous():
             return torch.empty(shape, dtype=array.dtype, device=array.device)
-        order = sorted(range(array.ndim), key=lambda each: -array.stride(each))
+        order = memory_order(array.stride())
         return torch.empty_permuted(shape, order, dtype=array.dtype, device=array.device)
 
     def part(self, array: Any, axis: int, start: int, stop: int) -> Any:

@@ -307,15 +307,14 @@ def _weights_of(stream: Stream) -> tuple[Any, Any]:
 
 def _norm_of_all(streams: Sequence[Stream], norm: str) -> dict[str, Any]:
     """Return what one call is told of the norms of all streams."""
-    normed = [stream for stream in streams if stream.norms is not None]
-    found = {(each.norms.eps, each.norms.round_norm) for each in normed if each.norms}
-    if not found:
+    norms = [stream.norms for stream in streams if stream.norms is not None]
+    if not norms:
         return {}
-    if len(found) > 1:
+    options = {"eps": norms[0].eps, "round_norm": norms[0].round_norm}
+    if any([(each.eps, each.round_norm) != (*options.values(),) for each in norms]):
         raise UnknownCallError("the norms of text and image differ")
-    ((eps, round_norm),) = found
-    if len(normed) < len(streams):
-        if norm != "head" or any([None in _weights_of(stream) for stream in normed]):
-            raise UnknownCallError("one of text and image has a norm, and no weights")
-        return {"eps": eps, "round_norm": round_norm}
-    return {"norm": norm, "eps": eps, "round_norm": round_norm}
+    if len(norms) == len(streams):
+        return options | {"norm": norm}
+    if norm != "head" or any([None in each.weights for each in norms]):
+        raise UnknownCallError("one of text and image has a norm, and no weights")
+    return options

@@ -13,7 +13,6 @@ from ..arrays.torch import refuse_transform
 from ..call import (
     AN_INT_OR_ARRAY,
     NO_EXTRA,
-    QKV,
     Call,
     Extra,
     Kind,
@@ -82,8 +81,7 @@ def parse(
     )
     checked = check_options(*options, parts=records)
     if source.form is no_table:
-        copies = len(names) == len(QKV) and cache is None
-        check_without_table(norm is not None or copies, interleaved, checked)
+        check_without_table(names, interleaved, checked)
     if positions[1] is not None or positions[2] is not None:
         check_counted(*positions, lambda each: is_array(each) and each.ndim > 0)
     there, ints = [], []

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from .. import eager, joint, together
-from ..arrays import asked_of
-from ..call import QKV, Call
+from ..arrays import asked_of, memory_order
+from ..call import Call
+from ..options import QKV, WITHOUT_TABLE
 from ..table_forms import TableSource, no_table
 from . import autograd, graphs
+from .graphs import refuse_vmap  # noqa: F401, which an operator below names
 from .operators import (
     FAKE,
     RUN,
@@ -26,14 +28,6 @@ from .operators import (
     new,
     text_of,
 )
-
-# Options that mean nothing without a table.
-WITHOUT_TABLE: dict[str, Any] = {
-    "rotary_offset": 0,
-    "conjugate": False,
-    "mrope_section": None,
-    "mrope_interleaved": False,
-}
 
 
 def of_each(
@@ -69,8 +63,7 @@ def _cat(parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
     first = parts[0]
     if first.is_contiguous():
         return torch.cat([*parts], dim=axis)
-    strides = [*first.stride()]
-    order = sorted(range(first.ndim), key=lambda each: -strides[each])
+    order = memory_order(first.stride())
     joined = torch.cat([part.permute(order) for part in parts], dim=order.index(axis))
     return joined.permute([order.index(each) for each in range(first.ndim)])
 
@@ -148,11 +141,12 @@ def _join(
         of_positions = *others[:3], offsets[i] if has_offset[i] else None
         arguments = cos, sin, form, *of_positions, *others[3:], *options
         call = graphs.traced_call(tuple(xs), None, arguments)
-        own = call.options._replace(interleaved=interleaved[i])
+        own = call.options
         if not has_norm[i]:
             own = own._replace(norm=None)
         if call.table.form is no_table:
             own = own._replace(**WITHOUT_TABLE)
+        own = own._replace(interleaved=interleaved[i])
         call = call.of_kind(options=own)
         for _, x in (*zip(call.names, xs, strict=True), *call.weights):
             asked_of(x).check_transform("an input", x)
@@ -216,22 +210,17 @@ def _fake_join(*arguments: Any) -> tuple[Any, ...]:
     return joint.outputs(calls, None, axis, sizes)
 
 
-_HAS_OFFSET = "bool[] has_offset"
 define(
     __name__,
     "join_new",
-    f"(Tensor[] arrays, int[] num_parts, SymInt[] offsets, {_HAS_OFFSET}, str[] kinds, int axis) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor[] arrays, int[] num_parts, SymInt[] offsets, bool[] has_offset, str[] kinds, "
+    "int axis) -> (Tensor, Tensor, Tensor)",
     {RUN: "_run_join", FAKE: "_fake_join"},
 )
 define(
     __name__,
     "join",
-    f"(Tensor?[] arrays, str[] forms, SymInt[] offsets, {_HAS_OFFSET}, bool[] has_norm, "
+    f"(Tensor?[] arrays, str[] forms, SymInt[] offsets, bool[] has_offset, bool[] has_norm, "
     f"bool[] of_neighbours, {graphs.OPTIONS}, int axis) -> (Tensor, Tensor, Tensor)",
-    {graphs.PARTS: "_join", VMAP: "_refuse_vmap"},
+    {graphs.PARTS: "_join", VMAP: "refuse_vmap"},
 )
-
-
-def _refuse_vmap(*_: Any) -> None:
-    graphs.refuse_vmap()

@@ -9,7 +9,6 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import pytest
 import torch
 from blocks import transformer
 from test_diffusion import ANGLE_ERROR, LIBRARIES, LONG_PI, angles, grid, text_at
+from test_producers import default_dtype
 
 from rope_cupy import RotaryTable, apply_rotary, diffusion, image_tables, video_tables
 from rope_cupy.frequencies import axial_from_config, inverse_frequencies
@@ -629,16 +629,6 @@ def test_q_is_rotated_as_by_the_models_own_function(name, compute_dtype):
     assert (found - wanted).abs().max() <= tolerance
     other = apply_rotary(q, table, interleaved=not case.interleaved)
     assert (other - wanted).abs().max() > tolerance or num_pairs == 1
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 DEFAULTS = {
