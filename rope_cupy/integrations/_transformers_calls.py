@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.compiler import is_compiling
 
 from rope_cupy import apply_norm_rotary, apply_qk_norm_rotary
+from rope_cupy.private_torch import is_traced_by_jit
 
 from ._transformers_forms import Probed, as_given, fused, options_of, rotary_dim, table_of
 from ._transformers_norms import (
+    TENSORS,
     About,
     Deferred,
     about,
@@ -33,6 +36,9 @@ logger = logging.getLogger(__name__)
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 COMPLEX = torch.complex64, torch.complex128
 DEVICES = "cpu", "cuda"
+MAX_SIGNATURES = (
+    256  # of calls whose options are remembered: finding them takes as long as a launch
+)
 
 
 def stand_in(probed: Probed, rounding: str) -> Callable[..., Any]:
@@ -47,21 +53,32 @@ def stand_in(probed: Probed, rounding: str) -> Callable[..., Any]:
     original, known = probed.original, constant((probed, rounding))
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def layout_for(*given: Any) -> tuple[str, str] | None:
-        return _layout_for(probed, *given)
+    def layout_for(*described: Any) -> tuple[str, str] | None:
+        return _layout_for(probed, *described)
+
+    @lru_cache(MAX_SIGNATURES)
+    def options_for(
+        _: tuple[Any, ...], named: tuple[Any, ...], tensors: Any, shapes: Any
+    ) -> dict[str, Any] | None:
+        return options_of_call(probed, rounding, _layout_for(probed, *named, *tensors), shapes)
 
     def rotate(*args: Any, **kwargs: Any) -> Any:
         form, rounding = known()
+        given = dict(zip(form.parameters.names, args, strict=False))
+        given.update(kwargs)
+        named, tensors, shapes = _described(form, given)
+        options: dict[str, Any] | None = None
+        if not is_compiling():
+            find = options_for if _is_remembered(tensors) else options_for.__wrapped__
+            options = find(_context(tensors), named, tensors, shapes)
+        elif not _is_step(form, shapes):
+            options = options_of_call(form, rounding, layout_for(*named, *tensors), shapes)
         reason: object = "its arguments are not those that were probed"
-        if not (is_compiling() and _is_step(form, args, kwargs)):
-            given = dict(zip(form.parameters.names, args, strict=False))
-            given.update(kwargs)
-            layout = layout_of(form, given, layout_for)
-            if layout is not None:
-                try:
-                    return rotate_known(form, rounding, layout, given)
-                except (TypeError, ValueError) as refusal:
-                    reason = refusal
+        if options is not None:
+            try:
+                return rotate_known(form, rounding, options, given)
+            except (TypeError, ValueError) as refusal:
+                reason = refusal
         if not is_compiling():
             logger.debug("left to %s: %s", original.__name__, reason)
         plain = [value(each) for each in args]
@@ -70,34 +87,60 @@ def stand_in(probed: Probed, rounding: str) -> Callable[..., Any]:
     return rotate
 
 
-def _is_step(probed: Probed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _described(probed: Probed, given: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Return what decides how arguments are rotated: their names, what About holds, their shapes.
+
+    Of tensors they are those that are rotated, and then cosines and sines. Before the names stands
+    where the cosines get an axis of heads.
+    """
+    parameters = probed.parameters
+    dim = given.get("unsqueeze_dim", parameters.unsqueeze_dim)
+    arrays = [_plain(given.get(name)) for name in (*parameters.arrays, *parameters.angles)]
+    shapes = tuple([getattr(each, "shape", ()) for each in arrays])
+    return (dim, *given), tuple([about(each) for each in arrays]), shapes
+
+
+def _is_remembered(tensors: tuple[Any, ...]) -> bool:
+    """Return whether the sizes of tensors are ints, which they are not where a trace is made."""
+    return all([each[0] in TENSORS for each in tensors]) and not is_traced_by_jit()
+
+
+def _context(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what decides beside the arguments: whether gradients are recorded, and autocast."""
+    kind = getattr(About(*tensors[0]).device, "type", "cpu")
+    is_cast = torch.is_autocast_enabled(kind)
+    return torch.is_grad_enabled(), is_cast and torch.get_autocast_dtype(kind)
+
+
+def _is_step(probed: Probed, shapes: tuple[Any, ...]) -> bool:
     """Return whether arguments are those of one token, by the first of cosines or numbers.
 
     In a graph the compiler makes norms, rotation and what writes the cache a few kernels of a
     microsecond each. An operator would cost the host more than it saves.
     """
-    place, name = len(probed.parameters.arrays), probed.parameters.angles[0]
-    cos: Any = args[place] if place < len(args) else kwargs.get(name)
-    return getattr(cos, "ndim", 0) > 1 and bool(cos.shape[-2] == 1)
+    rows = shapes[len(probed.parameters.arrays)]
+    return len(rows) > 1 and bool(rows[-2] == 1)
 
 
-def rotate_known(probed: Probed, rounding: str, layout: str, given: dict[str, Any]) -> Any:
-    """Rotate arguments that fit a layout, with their norms where all of them were deferred."""
+def rotate_known(
+    probed: Probed, rounding: str, options: dict[str, Any], given: dict[str, Any]
+) -> Any:
+    """Rotate arguments with these options, with their norms where all of them were deferred."""
     names = probed.parameters.arrays
     deferred = [isinstance(given[name], Deferred) for name in names]
     if all(deferred):
-        options = fused_options(tuple([given[name] for name in names]))
-        if options is not None:
-            return rotate_normed(probed, rounding, layout, given, *options)
+        norm = fused_options(tuple([given[name] for name in names]))
+        if norm is not None:
+            return rotate_normed(probed, rounding, options, given, *norm)
     if any(deferred):
         given = {**given, **{name: value(given[name]) for name in names}}
-    return fused(probed, rounding, layout, given)
+    return fused(probed, rounding, options, given)
 
 
 def rotate_normed(
     probed: Probed,
     rounding: str,
-    layout: str,
+    options: dict[str, Any],
     given: dict[str, Any],
     weights: list[Any],
     norm: dict[str, Any],
@@ -105,40 +148,35 @@ def rotate_normed(
     """Normalise and rotate what was deferred, in one call."""
     form, xs = probed.form, [given[name].x for name in probed.parameters.arrays]
     table = table_of(probed, rounding, given)
-    options = {**options_of(probed, rounding, layout, given), **norm}
     if len(xs) == 1:
-        return as_given(form, apply_norm_rotary(xs[0], weights[0], table, **options))
-    q, k = apply_qk_norm_rotary(xs[0], xs[1], weights[0], weights[1], table, **options)
+        return as_given(form, apply_norm_rotary(xs[0], weights[0], table, **options, **norm))
+    q, k = apply_qk_norm_rotary(xs[0], xs[1], weights[0], weights[1], table, **options, **norm)
     return as_given(form, q), as_given(form, k)
 
 
-def layout_of(
-    probed: Probed, given: dict[str, Any], layout_for: Callable[..., tuple[str, str] | None]
-) -> str | None:
-    """Return the layout of arguments that a form was found for, None of others.
+def options_of_call(
+    probed: Probed, rounding: str, found: tuple[str, str] | None, shapes: tuple[Any, ...]
+) -> dict[str, Any] | None:
+    """Return the options for arguments of these shapes, None where a form was not found for them.
 
-    `layout_for` is what decides of all but sizes.
+    Found were their layout and the axes of their cosines, by all but sizes.
     """
-    parameters = probed.parameters
-    xs: list[Any] = [_plain(given.get(name)) for name in parameters.arrays]
-    angles: list[Any] = [given.get(name) for name in parameters.angles]
-    dim = given.get("unsqueeze_dim", parameters.unsqueeze_dim)
-    found = layout_for(dim, *given, *[about(each) for each in (*xs, *angles)])
     if found is None:
         return None
-    (layout, axes), shape, rows = found, xs[0].shape, angles[0].shape
+    (layout, axes), count = found, len(probed.parameters.arrays)
+    shape, rows = shapes[0], shapes[count]
     if rows[-2] != shape[layout.index("s")] or (axes == "bs" and rows[0] not in (1, shape[0])):
         return None
-    if len(angles) == 2 and angles[1].shape != rows:
+    if any([each != rows for each in shapes[count:]]):
         return None
-    if len(xs) == 2:
+    if count == 2:
         wanted, heads = list(shape), layout.index("h")
-        wanted[heads] = xs[1].shape[heads]
-        if wanted != list(xs[1].shape):
+        wanted[heads] = shapes[1][heads]
+        if wanted != list(shapes[1]):
             return None
-    rotated = rotary_dim(probed.form, given, parameters.angles)
+    rotated = rotary_dim(probed.form, rows[-1])
     if rotated == shape[-1] or (probed.takes_parts and rotated < shape[-1]):
-        return layout
+        return options_of(probed.form, rounding, layout, shape[-1], rotated)
     return None
 
 
@@ -149,13 +187,12 @@ def _plain(x: Any) -> Any:
 def _layout_for(probed: Probed, dim: Any, *given: Any) -> tuple[str, str] | None:
     """Return the layout of arguments and the axes of cosines, by all but their sizes.
 
-    Given are the names of arguments, and then what About holds of tensors: those that are rotated,
-    and cosines and sines.
+    Given is what `_described` returns but for shapes.
     """
-    parameters, jit = probed.parameters, cast(Any, torch.jit)
+    parameters = probed.parameters
     names = [each for each in given if isinstance(each, str)]
     tensors = [About(*each) for each in given if not isinstance(each, str)]
-    if not parameters.known.issuperset(names) or jit.is_tracing():
+    if not parameters.known.issuperset(names) or is_traced_by_jit():
         return None
     if not all([is_plain(each.type) for each in tensors]):
         return None

@@ -198,12 +198,19 @@ def _agrees(probed: Probed, case: tuple[str, str, int], head_dim: int = ROTARY_D
     wanted = _results(probed.original, given)
     if wanted is None:
         return None
-    found = _results(lambda **given: fused(probed, "once", case[0], given), given)
+    found = _results(lambda **given: _fused_as(probed, "once", case[0], given), given)
     return (
         found is not None
         and [each.shape for each in found] == [each.shape for each in wanted]
         and all(map(_close, found, wanted))
     )
+
+
+def _fused_as(probed: Probed, rounding: str, layout: str, given: dict[str, Any]) -> Any:
+    x, rows = (given[names[0]] for names in (probed.parameters.arrays, probed.parameters.angles))
+    rotated = rotary_dim(probed.form, rows.shape[-1])
+    options = options_of(probed.form, rounding, layout, x.shape[-1], rotated)
+    return fused(probed, rounding, options, given)
 
 
 def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -234,7 +241,7 @@ def _float32_table(probed: Probed) -> bool | None:
 def _same_bits(probed: Probed, case: tuple[str, str, int], dtype: Any, table_dtype: Any) -> bool:
     given = _arguments(probed, case, ROTARY_DIM, dtype, table_dtype)
     wanted = _results(probed.original, given)
-    found = _results(lambda **given: fused(probed, "eager", case[0], given), given)
+    found = _results(lambda **given: _fused_as(probed, "eager", case[0], given), given)
     return wanted is not None and found is not None and all(map(torch.equal, found, wanted))
 
 
@@ -257,17 +264,15 @@ def table_of(probed: Probed, rounding: str, given: dict[str, Any]) -> RotaryTabl
     return RotaryTable(*angles)
 
 
-def rotary_dim(form: Form, given: dict[str, Any], angles: tuple[str, ...]) -> int:
-    """Return how many elements of a head a call rotates."""
-    width: int = given[angles[0]].shape[-1]
+def rotary_dim(form: Form, width: int) -> int:
+    """Return how many elements of a head a call rotates, by the width of its cosines."""
     return 2 * width if form.angles in ("half width", "complex") else width
 
 
-def options_of(probed: Probed, rounding: str, layout: str, given: dict[str, Any]) -> dict[str, Any]:
+def options_of(
+    form: Form, rounding: str, layout: str, head_dim: int, rotated: int
+) -> dict[str, Any]:
     """Return the options of a call of rope_cupy."""
-    form = probed.form
-    head_dim = given[probed.parameters.arrays[0]].shape[-1]
-    rotated = rotary_dim(form, given, probed.parameters.angles)
     return {
         "layout": layout,
         "interleaved": form.interleaved,
@@ -277,10 +282,9 @@ def options_of(probed: Probed, rounding: str, layout: str, given: dict[str, Any]
     }
 
 
-def fused(probed: Probed, rounding: str, layout: str, given: dict[str, Any]) -> Any:
+def fused(probed: Probed, rounding: str, options: dict[str, Any], given: dict[str, Any]) -> Any:
     """Rotate what a function of this form was given, in one call."""
     table = table_of(probed, rounding, given)
-    options = options_of(probed, rounding, layout, given)
     xs = [given[name] for name in probed.parameters.arrays]
     if len(xs) == 1:
         return as_given(probed.form, apply_rotary(xs[0], table, **options))
