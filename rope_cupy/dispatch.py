@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any
 
-from . import arrays, eager, joint, together
+from . import arrays, eager, joined, joint, together
 from .call import NO_EXTRA, Call, Extra, parse
 from .options import NO_PARTS
 from .ways import UNTRACED
@@ -129,6 +129,9 @@ def join(given: Sequence[tuple[Any, ...]], out: tuple[Any, ...] | None) -> tuple
         from .ways import joins
 
         return joins.join(calls, out, *joint.traced_tokens(calls))
+    known = joined.join(calls) if out is None else None
+    if known is not None:
+        return known
     axis, sizes = joint.tokens(calls)
     if not any(map(_is_distributed, calls)):
         outs = joint.outputs(calls, out, axis, sizes)
@@ -137,6 +140,8 @@ def join(given: Sequence[tuple[Any, ...]], out: tuple[Any, ...] | None) -> tuple
         plain = [each for each in ready if each]
         if len(plain) == len(calls):
             together.write(plain, labels, are_apart=out is None)
+            if out is None:
+                joined.keep(calls, plain, outs, axis)
             return joint.results(calls, out, outs)
         for label, call in zip(labels, written, strict=True):
             _labelled(label, _check, call)  # v too, which PyTorch alone joins

@@ -32,6 +32,13 @@ def write(calls: Sequence[Ready], labels: Sequence[str] = (), are_apart: bool = 
     together.write(calls)
 
 
+def by_one_launch(calls: Sequence[Ready]) -> Together | None:
+    """Return what is common to calls like these, None where not all are written by one launch."""
+    together = _of(calls)
+    is_one = together.launch is not None and len(together.asked) == len(calls)
+    return together if is_one else None
+
+
 def _of(calls: Sequence[Ready], labels: Sequence[str] = ()) -> Together:
     key = tuple([each.prepared for each in calls])
     known = _together.get(key)
@@ -47,7 +54,8 @@ class Together:
             _pairs(parts, labels) if any([each.call.out is not None for each in calls]) else ()
         )
         self.asked = [i for i, part in enumerate(parts) if part.problem.num_rows]
-        self.launch = _joint_launch([parts[i] for i in self.asked])
+        self.parts = [parts[i] for i in self.asked]
+        self.launch = _joint_launch(self.parts)
 
     def check(self, calls: Sequence[Ready]) -> None:
         """Refuse outputs of a call that share memory with arrays of another one."""
@@ -70,6 +78,10 @@ class Together:
             if offset is not None:
                 first, at = each.prepared.from_position(at, offset)
             values.append((at, first))
+        self.run(values)
+
+    def run(self, values: Sequence[tuple[tuple[int, ...], int]]) -> None:
+        """Write, by one launch, the outputs of calls at these addresses and first positions."""
         self.launch(values)
 
 

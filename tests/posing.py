@@ -76,32 +76,27 @@ def posing() -> Iterator[list[Prepared]]:
         written.append(self)
         cpu.rotate(self.problem, pointers)
 
-    write_together = together.Together.write
+    run_together = together.Together.run
 
-    def write_together_and_compare(self: Any, calls: Any) -> None:
+    def run_together_and_compare(self: Any, values: Any) -> None:
         driver.launched.clear()
-        write_together(self, calls)
-        if self.launch is None:
-            return  # each has been written and compared
-        asked = [calls[i] for i in self.asked]
-        pointers = []
-        for each in asked:
-            first, at, offset = 0, each.at, each.call.position_offset
-            if offset is not None:
-                first, at = each.prepared.from_position(at, offset)
-            pointers.append(each.prepared.pointers(at, first))
-        plan = joint_plan(tuple(each.prepared.problem for each in asked))
+        run_together(self, values)
+        pointers = [
+            part.pointers(at, first) for part, (at, first) in zip(self.parts, values, strict=True)
+        ]
+        problems = tuple([part.problem for part in self.parts])
+        plan = joint_plan(problems)
         assert plan is not None
         expected = plan.packer.pack(*pointers)
         ((name, sizes, stream, block),) = driver.launched
         assert (name, stream) == (plan.kernel, STREAM)
         assert sizes == [*plan.grid, 1, *plan.block, 1]
         assert ctypes.string_at(block, len(expected)) == expected
-        written.extend(each.prepared for each in asked)
-        cpu.rotate_all([each.prepared.problem for each in asked], pointers)
+        written.extend(self.parts)
+        cpu.rotate_all(problems, pointers)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(together.Together, "write", write_together_and_compare)
+        patch.setattr(together.Together, "run", run_together_and_compare)
         for library in (numpy.NumPy, torch.Torch, dlpack.DLPack):
             patch.setattr(library, "describe", _posing(library.describe))
         for library in (numpy.NumPy, torch.Torch, dlpack.DLPack, dlpack.Bfloat16Library):

@@ -39,7 +39,7 @@ class Torch(Library):
         """Return a new tensor."""
         shape = resized(array.shape, axis, size)
         if array.is_contiguous():
-            return torch.empty(shape, dtype=array.dtype, device=array.device)
+            return array.new_empty(shape)
         order = memory_order(array.stride())
         return torch.empty_permuted(shape, order, dtype=array.dtype, device=array.device)
 

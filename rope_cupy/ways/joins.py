@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import eager, joint, together
+from .. import eager, joined, joint, together
 from ..arrays import asked_of, memory_order
 from ..call import Call
 from ..options import QKV, WITHOUT_TABLE
@@ -193,11 +193,15 @@ def _calls(
 def _run_join(*arguments: Any) -> tuple[Any, ...]:
     *flat, axis = arguments
     calls = _calls(*flat)
+    known = joined.join(calls)
+    if known is not None:
+        return known
     _, sizes = joint.tokens(calls)
     outs = joint.outputs(calls, None, axis, sizes)
     parts = joint.parts(calls, outs, axis, sizes)
     ready = [eager.ready(call, *eager.find(call)) for call in parts]
     together.write(ready, joint.labels(len(ready)), are_apart=True)
+    joined.keep(calls, ready, outs, axis)
     return outs
 
 

@@ -22,13 +22,14 @@ from arrays import (
     possible,
     small_tiles,
 )
+from forgetting import forget
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from posing import posing
 from reference import FORMATS, check, decode, encode, to_bits, to_float64
 
 import rope_cupy
-from rope_cupy import Stream, join_qkv, together
+from rope_cupy import Stream, eager, join_qkv, joined, together
 
 CHUNK = 50
 POSITIONS = "none", "none", "int", "int32 s", "int64 bs", "int32 1s"
@@ -178,9 +179,12 @@ def test_joint_arrays_hold_what_each_stream_gives(way, chunk):
         assert out is None or all(y is given for y, given in zip(joint, out, strict=True))
         for held in helds:
             held.assert_guarded()
-        for i, y in enumerate(joint):
-            whole = np.concatenate([parts[i] for parts in wanted], axis)
-            if i == 2:
+        again = []
+        if out is None:  # as in one layer after the other, until the streams are known
+            again = [join_qkv(streams, **options) for _ in range(4)][-1]
+        for i, y in enumerate((*joint, *again)):
+            whole = np.concatenate([parts[i % 3] for parts in wanted], axis)
+            if i % 3 == 2:
                 assert np.array_equal(to_bits(y), whole)
             else:
                 agrees(to_bits(y), whole, case)
@@ -360,3 +364,75 @@ def test_streams_of_one_kernel_take_one_launch_whatever_their_tables():
             join_qkv(streams, interleaved=False)
             (group,) = together._together.values()
             assert (group.launch is not None) == is_one
+
+
+@pytest.fixture
+def known_streams():
+    """Streams that were joined until they were known, and what they gave."""
+    forget()
+    streams = [TEXT, IMAGE]
+    joint, *_ = [join_qkv(streams) for _ in range(4)]
+    assert joined._joined
+    yield streams, joint
+    forget()
+
+
+def counted_joins(monkeypatch):
+    """Note whether each call is one of streams that are known."""
+    found, join = [], joined.join
+
+    def join_and_note(calls):
+        results = join(calls)
+        found.append(results is not None)
+        return results
+
+    monkeypatch.setattr(joined, "join", join_and_note)
+    return found
+
+
+def test_known_streams_are_joined_from_wherever_they_lie(known_streams, monkeypatch):
+    streams, joint = known_streams
+    found = counted_joins(monkeypatch)
+    moved = [
+        stream._replace(**{name: np.copy(getattr(stream, name)) for name in "qkv"})
+        for stream in streams
+    ]
+    for each in streams, moved:
+        for y, wanted in zip(join_qkv(each), joint, strict=True):
+            assert np.array_equal(y, wanted)
+    other = [streams[0], streams[1]._replace(positions=1)]
+    turned = rope_cupy.apply_rotary(IMAGE.q, IMAGE.table, positions=1)
+    assert np.array_equal(join_qkv(other)[0][:, TEXT.q.shape[1] :], turned)
+    assert found == [True, True, True]
+
+
+def test_known_streams_with_a_difference_are_checked_as_new_ones(known_streams, monkeypatch):
+    found = counted_joins(monkeypatch)
+    (text, image), _ = known_streams
+    rows = len(image.table[0])
+    with pytest.raises(ValueError, match=r"streams\[1\]: .*positions"):
+        join_qkv([text, image._replace(positions=rows)])
+    with pytest.raises(TypeError, match=r"streams\[1\]"):
+        join_qkv([text, image._replace(v=image.v.astype(np.float64))])
+    with pytest.raises(ValueError, match=r"streams\[0\]"):
+        join_qkv([text._replace(v=text.v[:, 1:]), image])
+    shorter = [text, image._replace(**{name: getattr(image, name)[:, 1:] for name in "qkv"})]
+    assert join_qkv(shorter)[0].shape[1] == text.q.shape[1] + image.q.shape[1] - 1
+    shifted = np.empty(image.q.nbytes + 4, np.uint8)[4:].view(np.float32).reshape(image.q.shape)
+    shifted[...] = image.q
+    assert np.array_equal(
+        join_qkv([text, image._replace(q=shifted)])[0], join_qkv([text, image])[0]
+    )
+    assert found == [False] * 5 + [True]
+
+
+def test_no_more_streams_are_kept_than_are_allowed(known_streams, monkeypatch):
+    monkeypatch.setattr(joined, "MAX_JOINED", 2)
+    for offset in range(4):
+        for _ in range(3):
+            join_qkv([TEXT, IMAGE], eps=0.1 * offset, norm="head")
+    assert len(joined._joined) == 2
+    for tokens in range(1, eager.MAX_RECENT + 2):
+        for _ in range(3):
+            join_qkv([TEXT, stream_of(tokens)])
+    assert max(map(len, joined._joined.values())) <= eager.MAX_RECENT

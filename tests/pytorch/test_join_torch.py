@@ -288,3 +288,19 @@ def test_k_with_positions_of_its_own_differs_in_heads_and_tokens_alone(k):
     for function in (rope_cupy.apply_rotary_qk, compiled):
         with pytest.raises(Exception, match=r"k must have|Observed exception"):
             function(q, k, (angles(9).cos(), angles(9).sin()), k_positions=0)
+
+
+def test_streams_that_are_known_without_gradients_record_them_where_they_are_wanted():
+    made, tables = tensors("head"), tables_of("own")
+    for each in made.values():
+        for i in (0, 3):
+            each[i] = torch.nn.Parameter(each[i])
+    with torch.no_grad():
+        known = [joined(made, tables, norm="head") for _ in range(4)][-1]
+    assert not any(y.requires_grad for y in known)
+    results = joined(made, tables, norm="head")
+    assert results[0].requires_grad and not results[2].requires_grad
+    results[0].sum().backward()
+    assert all(each[i].grad is not None for each in made.values() for i in (0, 3))
+    for y, wanted in zip(results, known, strict=True):
+        assert torch.equal(y, wanted)
