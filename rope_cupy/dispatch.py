@@ -10,7 +10,7 @@ a call ──┬── traced by torch.compile ───────────
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Any
 
@@ -57,28 +57,20 @@ def rotate_each(*given: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
     All are checked before an output is written. Messages begin with the name of what is rotated.
     """
     labels = [each[0][0] for each in given]
-    calls = [*map(_labelled, labels, repeat(_parsed), given)]
+    calls = [*map(joint.labelled, labels, repeat(_parsed), given)]
     _check_alike(calls)
-    ready = [*map(_labelled, labels, repeat(_ready), calls)]
+    ready = [*map(joint.labelled, labels, repeat(_ready), calls)]
     plain = [each for each in ready if each]
     if len(plain) == len(calls):
         together.write(plain)
         return tuple([each.results() for each in plain])
     if any([call.out is not None for call in calls]):
         _check_each(calls)
-    return tuple([*map(_labelled, labels, repeat(_by_way), calls)])
+    return tuple([*map(joint.labelled, labels, repeat(_by_way), calls)])
 
 
 def _parsed(given: tuple[Any, ...]) -> Call:
     return parse(*given)
-
-
-def _labelled(label: str, function: Callable[[Any], Any], given: Any) -> Any:
-    """Return what a function makes of one of several calls, whose refusals tell which it is."""
-    try:
-        return function(given)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{label}: {error}") from error
 
 
 def _check(call: Call) -> None:
@@ -124,7 +116,7 @@ def join(given: Sequence[tuple[Any, ...]], out: tuple[Any, ...] | None) -> tuple
     whose results are put behind one another.
     """
     labels = joint.labels(len(given))
-    calls = [*map(_labelled, labels, repeat(_parsed), given)]
+    calls = [*map(joint.labelled, labels, repeat(_parsed), given)]
     if any(map(_is_traced, calls)):
         from .ways import joins
 
@@ -136,7 +128,7 @@ def join(given: Sequence[tuple[Any, ...]], out: tuple[Any, ...] | None) -> tuple
     if not any(map(_is_distributed, calls)):
         outs = joint.outputs(calls, out, axis, sizes)
         written = joint.parts(calls, outs, axis, sizes)
-        ready = [*map(_labelled, labels, repeat(_ready), written)]
+        ready = [*map(joint.labelled, labels, repeat(_ready), written)]
         plain = [each for each in ready if each]
         if len(plain) == len(calls):
             together.write(plain, labels, are_apart=out is None)
@@ -144,10 +136,10 @@ def join(given: Sequence[tuple[Any, ...]], out: tuple[Any, ...] | None) -> tuple
                 joined.keep(calls, plain, outs, axis)
             return joint.results(calls, out, outs)
         for label, call in zip(labels, written, strict=True):
-            _labelled(label, _check, call)  # v too, which PyTorch alone joins
+            joint.labelled(label, _check, call)  # v too, which PyTorch alone joins
     from .ways import joins
 
-    return joins.of_each(calls, out, axis, lambda label, call: _labelled(label, _by_way, call))
+    return joins.of_each(calls, out, axis, lambda label, call: joint.labelled(label, _by_way, call))
 
 
 def _by_way(call: Call) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -17,6 +17,14 @@ MAX_SHAPES = 1024  # of streams that are known
 def labels(num: int) -> list[str]:
     """Return what messages call streams."""
     return [f"streams[{i}]" for i in range(num)]
+
+
+def labelled(label: str, function: Callable[..., Any], *given: Any) -> Any:
+    """Return what a function makes of one of several calls, whose refusals tell which it is."""
+    try:
+        return function(*given)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{label}: {error}") from error
 
 
 def tokens(calls: Sequence[Call]) -> tuple[int, tuple[int, ...]]:

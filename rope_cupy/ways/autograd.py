@@ -211,7 +211,9 @@ class _Rotation(torch.autograd.Function):
             inputs = dict(zip(names_asked, saved, strict=False)) if norm else {}
             if norm and norm.after:
                 with torch.enable_grad():  # for what is normalised has a gradient of its own
-                    inputs |= rotated({name: inputs[name] for name in asked}, conjugate=False)
+                    inputs |= rotated(
+                        {name: _wide(inputs[name]) for name in asked}, conjugate=False
+                    )
                 asked = _through_norm(asked, names_asked, inputs, call.options, norm)
             back = {name: grad for name, grad in asked.items() if name in call.names}
             found = asked | (rotated(back, conjugate=True) if back else {})
@@ -280,12 +282,20 @@ def _through_norm(
         weights = _weights_of(name, inputs)
         wanted = [each for each in (name, *weights) if asked[each]]
         with torch.enable_grad():
-            y = _normalised(inputs[name], weights, options, norm)
+            y = _normalised(_wide(inputs[name]), weights, options, norm)
+            grad = grad.to(y.dtype)
         parts = torch.autograd.grad(
             y, [inputs[each] for each in wanted], grad, create_graph=torch.is_grad_enabled()
         )
         found |= dict(zip(wanted, parts, strict=True))
     return found
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Return float16 as float32, in which a kernel holds what float16 may not reach: rotated
+    elements before they are normalised, and weights.
+    """
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def _normalised(x: Any, weights: dict[str, Any], options: Options, norm: Norm) -> Any:

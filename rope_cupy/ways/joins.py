@@ -6,7 +6,7 @@ In a graph they are one operator, as calls on arrays in memory are one launch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, repeat
 from typing import Any
 
 import torch
@@ -199,17 +199,22 @@ def _run_join(*arguments: Any) -> tuple[Any, ...]:
     _, sizes = joint.tokens(calls)
     outs = joint.outputs(calls, None, axis, sizes)
     parts = joint.parts(calls, outs, axis, sizes)
-    ready = [eager.ready(call, *eager.find(call)) for call in parts]
-    together.write(ready, joint.labels(len(ready)), are_apart=True)
+    labels = joint.labels(len(parts))
+    ready = [*map(joint.labelled, labels, repeat(_ready), parts)]
+    together.write(ready, labels, are_apart=True)
     joined.keep(calls, ready, outs, axis)
     return outs
+
+
+def _ready(call: Call) -> eager.Ready:
+    return eager.ready(call, *eager.find(call))
 
 
 def _fake_join(*arguments: Any) -> tuple[Any, ...]:
     *flat, axis = arguments
     calls = _calls(*flat)
-    for call in calls:
-        check_traced(call)
+    for label, call in zip(joint.labels(len(calls)), calls, strict=True):
+        joint.labelled(label, check_traced, call)
     sizes = [call.xs[0].shape[axis] for call in calls]
     return joint.outputs(calls, None, axis, sizes)
 

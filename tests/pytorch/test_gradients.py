@@ -484,3 +484,25 @@ def test_a_numpy_table_cannot_change_unseen_but_serves(device):
     apply_rotary(x, (cos, sin)).sum().backward()
     wanted = apply_rotary(np.ones(x.shape), (cos, sin), conjugate=True)
     assert np.array_equal(x.grad.numpy(), wanted)
+
+
+@pytest.mark.parametrize("norm_after", [False, True])
+@pytest.mark.parametrize(("weight", "largest"), [(7e4, 1.0), (1.0, 5e4), (7e4, 5e4)])
+def test_gradients_of_float16_are_finite_where_a_kernel_holds_more(norm_after, weight, largest):
+    # A weight, or a rotated element before its norm, lies beyond the numbers of float16.
+    angle = torch.outer(torch.arange(6.0), 1 / (1 + torch.arange(4.0)))
+    halves = [largest, -largest * 0.9] * 4  # a rotation by an eighth adds neighbours up
+    x = torch.tensor([[halves] * 2] * 6)[None].half().requires_grad_()
+    weights = torch.full((8,), weight).requires_grad_()
+    options = {"norm_after": norm_after, "round_norm": False, "interleaved": True}
+    grad = torch.full((1, 6, 2, 8), 1e-3) * torch.linspace(-1, 1, 8)
+    found, wanted = [], []
+    for dtype, gradients in (torch.float16, found), (torch.float64, wanted):
+        q = x.detach().to(dtype).requires_grad_()
+        w = weights.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        table = angle.cos().to(w.dtype), angle.sin().to(w.dtype)
+        y = apply_norm_rotary(q, w, table, **options)
+        y.backward(grad.to(dtype))
+        gradients += [q.grad.double(), w.grad.double()]
+    for mine, exact, least in zip(found, wanted, (2.0**-24, 0.0), strict=True):
+        assert torch.allclose(mine, exact, rtol=3e-3, atol=least + 1e-3 * exact.abs().max())

@@ -304,3 +304,19 @@ def test_streams_that_are_known_without_gradients_record_them_where_they_are_wan
     assert all(each[i].grad is not None for each in made.values() for i in (0, 3))
     for y, wanted in zip(results, known, strict=True):
         assert torch.equal(y, wanted)
+
+
+def test_a_compiled_call_says_which_stream_goes_beyond_its_table():
+    half = angles(9, 2).cos(), angles(9, 2).sin()
+    text, image = ([torch.randn(1, tokens, 1, 4) for _ in range(3)] for tokens in (2, 3))
+
+    def join_from(first):
+        return join_qkv([Stream(*text, half), Stream(*image, half, first)])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(join_from, backend="aot_eager", fullgraph=True, dynamic=True)
+    for first in 3, 6:
+        for y, wanted in zip(compiled(first), join_from(first), strict=True):
+            assert torch.equal(y, wanted)
+    with pytest.raises(ValueError, match=r"streams\[1\]: table must hold the positions 7 to 9"):
+        compiled(7)
