@@ -34,6 +34,16 @@ def count(name: str, value: object, at_least: int = 0) -> int:
     return number
 
 
+def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return the choice that a value is equal to, which may be of an enumeration of strings."""
+    wanted = " or ".join(map(repr, choices))
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be {wanted}, got {described(value)}")
+    if value not in choices:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return choices[choices.index(value)]
+
+
 def check_number(name: str, value: object) -> None:
     """Refuse what is no int or float, of Python or NumPy. Booleans are no numbers here."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .choices import LAYER_NORM, TOKEN_NORM
 from .memory import FLOATS_8, ITEMSIZE, ndarray_at
-from .options import LAYER_NORM, NUM_AXES, TOKEN_NORM
+from .options import NUM_AXES
 from .problem import (
     BY_ELEMENT,
     FREQUENCY,

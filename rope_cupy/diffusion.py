@@ -34,6 +34,7 @@ import numpy as np
 
 from .arrays import is_kind_of_array
 from .checks import count, positive
+from .choices import ComputeDtype
 from .frequencies import axial
 from .image_tables import cogview4, ernie_image, hunyuan_image, qwen_image21, vision_encoder
 from .model_tables import (
@@ -88,7 +89,7 @@ def flux(
     like: Any,
     dims: Sequence[int] = (16, 56, 56),
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Flux from the ids of its tokens: text first, then image.
 
@@ -110,7 +111,7 @@ def flux2(
     like: Any,
     dims: Sequence[int] = (32, 32, 32, 32),
     base: float = 2000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Flux 2 from the ids of its tokens: text first, then image.
 
@@ -132,7 +133,7 @@ def qwen_image(
     scale_rope: bool = True,
     dims: Sequence[int] = (16, 56, 56),
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Qwen-Image: the rows of the text, then those of the images.
 
@@ -165,7 +166,7 @@ def qwen_image_layered(
     scale_rope: bool = True,
     dims: Sequence[int] = (16, 56, 56),
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Qwen-Image-Layered: rows of the text, the layers and the condition.
 
@@ -197,7 +198,7 @@ def wan(
     like: Any,
     head_dim: int = 128,
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Wan from its grid (frames, height, width).
 
@@ -221,7 +222,7 @@ def hunyuan_video(
     text_length: int = 0,
     dims: Sequence[int] = (16, 56, 56),
     base: float = 256.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of HunyuanVideo from its grid (frames, height, width).
 
@@ -245,7 +246,7 @@ def cogvideox(
     base_size: tuple[int, int] | None = (30, 45),
     head_dim: int = 64,
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of CogVideoX from its grid (frames, height, width).
 
@@ -287,7 +288,7 @@ def ltx_video(
     num_heads: int = 32,
     head_dim: int = 64,
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of LTX-Video, in which every head has angles of its own.
 
@@ -346,7 +347,7 @@ def z_image(
     multiple: int = 32,
     dims: Sequence[int] = (32, 48, 48),
     base: float = 256.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Z-Image: the rows of the image, then those of the text.
 
@@ -379,7 +380,7 @@ def lumina2(
     with_text: bool = True,
     dims: Sequence[int] = (32, 32, 32),
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Lumina 2: the rows of the text, then those of the image.
 
@@ -421,7 +422,7 @@ def qwen2_vl_vision(
     merge_size: int = 2,
     head_dim: int = 80,
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Qwen2-VL's vision encoder, for ``interleaved=False``.
 
@@ -458,7 +459,7 @@ def pixtral_vision(
     like: Any,
     head_dim: int = 64,
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Pixtral's vision encoder, for ``interleaved=False``.
 

@@ -16,8 +16,9 @@ from . import arrays
 from .arrays import Array
 from .bounded import put
 from .call import Call, kind_of
+from .choices import TOKEN_NORM
 from .memory import ACCESS_BYTES
-from .options import TOKEN_NORM, Options
+from .options import Options
 from .prepared import Addresses, Described, Prepared, places_of
 from .problem import RotaryProblem, check_inputs, rotary_problem
 

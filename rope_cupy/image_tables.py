@@ -9,6 +9,7 @@ import numpy as np
 
 from .arrays import placed
 from .checks import count, positive
+from .choices import ComputeDtype
 from .frequencies import axial, axial_from_config
 from .model_tables import (
     check_dims,
@@ -30,7 +31,7 @@ def cogview4(
     base_size: tuple[int, int] = (256, 256),
     head_dim: int = 128,
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of CogView 4 from its grid (height, width), for ``interleaved=False``.
 
@@ -69,7 +70,7 @@ def hunyuan_image(
     text_length: int = 0,
     dims: Sequence[int] = (64, 64),
     base: float = 256.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of HunyuanImage 2.1 from its grid (height, width).
 
@@ -95,7 +96,7 @@ def ernie_image(
     like: Any,
     dims: Sequence[int] = (32, 48, 48),
     base: float = 256.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of ERNIE-Image, for ``interleaved=False``: rows of the image, then the text.
 
@@ -149,7 +150,7 @@ def qwen_image21(
     like: Any,
     dims: Sequence[int] = (16, 56, 56),
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Qwen-Image 2.1, in whose sequence texts and images take turns.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from . import dispatch
 from .checks import described
+from .choices import Layout, NormKind, OutOfRange, Rounding, RoundNorm
 from .fused import norm_arrays, norm_of
 from .options import QKV, WITHOUT_TABLE, Options
 
@@ -36,21 +37,21 @@ class Stream(NamedTuple):
 def join_qkv(
     streams: Sequence[Stream],
     *,
-    norm: str | None = None,
+    norm: NormKind | None = None,
     eps: float = 1e-6,
     weight_offset: float = 0.0,
-    round_norm: bool | str = True,
+    round_norm: RoundNorm = True,
     norm_after: bool = False,
     interleaved: bool | None = None,
-    layout: str | None = None,
+    layout: Layout | None = None,
     head_dim: int | None = None,
     rotary_offset: int = 0,
     conjugate: bool = False,
     out: tuple[Any, Any, Any] | None = None,
-    out_of_range: str = "nan",
+    out_of_range: OutOfRange = "nan",
     mrope_section: Sequence[int] | None = None,
     mrope_interleaved: bool = False,
-    rounding: str = "once",
+    rounding: Rounding = "once",
 ) -> tuple[Any, Any, Any]:
     """Rotate up to three streams of tokens and write them behind one another, in one launch.
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from . import arguments
 from .access import Widths
 from .arguments import Double, Patched, Single, divisor
+from .choices import LAYER_NORM, TOKEN_NORM
 from .memory import ITEMSIZE
-from .options import LAYER_NORM, TOKEN_NORM
 from .problem import RotaryProblem, View
 from .row_order import HEAD, RowOrder, out_strides
 

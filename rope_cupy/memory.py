@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .choices import CACHE_DTYPES
+
 ITEMSIZE = {
     "float16": 2,
     "bfloat16": 2,
@@ -22,7 +24,7 @@ ITEMSIZE = {
     "uint8": 1,
 }
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-FLOATS_8 = ("float8_e4m3fn", "float8_e5m2")  # of caches
+FLOATS_8 = CACHE_DTYPES  # of 8 bits, in caches alone
 ACCESS_BYTES = 16  # the widest load and store of a thread; kernels/vec.cuh says the same
 
 

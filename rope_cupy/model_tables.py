@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .arrays import computed, describe, is_kind_of_array, library_of, placed
 from .checks import described, index, positive
+from .choices import COMPUTE_DTYPES, ComputeDtype
 from .frequencies import axial
 from .tables import RotaryTable
 
@@ -22,10 +23,10 @@ def table_of(
     dims: Sequence[int],
     base: float,
     like: Any,
-    compute_dtype: str,
+    compute_dtype: ComputeDtype,
     *,
     on_host: bool = False,
-    angle_dtype: str = "float32",
+    angle_dtype: ComputeDtype = "float32",
 ) -> RotaryTable:
     """Return the table of positions.
 
@@ -222,7 +223,7 @@ def head_size(value: Any, multiple: int, at_least: int = 1) -> int:
 
 
 def is_exact(compute_dtype: Any) -> bool:
-    if compute_dtype not in ("float64", "float32"):
+    if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(
             f'compute_dtype must be "float64" or "float32", got {described(compute_dtype)}'
         )

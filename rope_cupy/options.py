@@ -9,15 +9,19 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from .checks import MOST_FLOAT32, as_float, check_number, count, described, index
-from .memory import FLOATS_8
+from .checks import MOST_FLOAT32, as_float, check_number, choice, count, described, index
+from .choices import (
+    BEFORE_WEIGHT,
+    CACHE_DTYPES,
+    CACHE_LAYOUTS,
+    LAYOUTS,
+    NORMS,
+    OUT_OF_RANGE,
+    ROUNDINGS,
+)
 
 DEFAULT_LAYOUTS = {3: "shd", 4: "bshd"}
 NUM_AXES = 3  # of positions with mrope_section
-ROUNDINGS = "once", "eager"
-NORMS = HEAD_NORM, TOKEN_NORM, LAYER_NORM = "head", "heads", "layer"
-CACHE_LAYOUTS = "NHD", "HND"
-BEFORE_WEIGHT = "before_weight"
 QKV = "q", "k", "v"
 # What must be left as it is where there is no table to give it a meaning.
 WITHOUT_TABLE: dict[str, Any] = {
@@ -35,7 +39,7 @@ Part = TypeVar("Part")  # of Options
 class Norm(NamedTuple):
     """RMSNorm or LayerNorm of q and k, before they are rotated or after it."""
 
-    kind: str  # of NORMS
+    kind: str  # one of NORMS
     eps: float
     weight_offset: float
     round_norm: bool | str  # or BEFORE_WEIGHT
@@ -57,7 +61,7 @@ class Packed(NamedTuple):
 class Cache(NamedTuple):
     """Caches that k and v are written to."""
 
-    layout: str  # of CACHE_LAYOUTS
+    layout: str  # one of CACHE_LAYOUTS
     dtype: str | None  # what uint8 elements are
     k_scale: float
     v_scale: float
@@ -103,9 +107,7 @@ def check_options(
         raise TypeError(f"conjugate must be True or False, got {conjugate!r}")
     if not isinstance(layout, str | None):
         raise TypeError(f"layout must be a string of axis names or None, got {layout!r}")
-    if layout is not None and not (
-        layout[-1:] == "d" and _axes(layout) in (["h", "s"], ["b", "h", "s"])
-    ):
+    if layout is not None and layout not in LAYOUTS:
         raise ValueError(
             "layout must name the axes b (optional), s or t, and h in any order, then d, such as "
             f"'bshd', 'bhsd', 'sbhd', 'shd' or 'thd', got {layout!r}"
@@ -117,14 +119,14 @@ def check_options(
         raise ValueError(
             f"layout must end in 'hd' where head_dim splits the last axis, got {layout!r}"
         )
-    out_of_range = _choice("out_of_range", out_of_range, ("nan", "keep"))
+    out_of_range = choice("out_of_range", out_of_range, OUT_OF_RANGE)
     offset = index("rotary_offset", rotary_offset)
     if not isinstance(mrope_interleaved, bool):
         raise TypeError(f"mrope_interleaved must be True or False, got {mrope_interleaved!r}")
     sections = _checked_sections(mrope_section)
     if mrope_interleaved and sections is None:
         raise ValueError("mrope_section must be given with mrope_interleaved=True, got None")
-    rounding = _choice("rounding", rounding, ROUNDINGS)
+    rounding = choice("rounding", rounding, ROUNDINGS)
     return Options(
         interleaved,
         None if layout is None else "".join(layout),  # no longer of an enumeration of strings
@@ -163,16 +165,6 @@ def _checked_sections(mrope_section: object) -> tuple[int, int, int] | None:
     if min(first, second, third) < 0:
         raise ValueError(f"mrope_section must be of 0 or more pairs, got {mrope_section}")
     return first, second, third
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    """Return the choice that a value is equal to, which may be of an enumeration of strings."""
-    wanted = " or ".join(map(repr, choices))
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be {wanted}, got {described(value)}")
-    if value not in choices:
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
-    return choices[choices.index(value)]
 
 
 def _remembered(check: Callable[..., Part]) -> Callable[..., Part]:
@@ -219,7 +211,7 @@ def check_norm(
     norm: object, eps: Any, weight_offset: Any, round_norm: Any, norm_after: object = False
 ) -> Norm:
     """Check the fields of Norm."""
-    kind = _choice("norm", norm, NORMS)
+    kind = choice("norm", norm, NORMS)
     check_round_norm(round_norm)
     check_norm_after(norm_after)
     eps, weight_offset = _number("eps", eps), _number("weight_offset", weight_offset)
@@ -244,8 +236,8 @@ def check_packed(num_heads: object, num_kv_heads: object) -> Packed:
 @_remembered
 def check_cache(layout: object, dtype: object, k_scale: Any, v_scale: Any) -> Cache:
     """Check the fields of Cache, of which scales are numbers, or None for 1."""
-    layout = _choice("cache_layout", layout, CACHE_LAYOUTS)
-    dtype = None if dtype is None else _choice("cache_dtype", dtype, FLOATS_8)
+    layout = choice("cache_layout", layout, CACHE_LAYOUTS)
+    dtype = None if dtype is None else choice("cache_dtype", dtype, CACHE_DTYPES)
     scales = []
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         number = 1.0 if scale is None else _number(name, scale)
@@ -272,7 +264,3 @@ def names_of_axes(rank: int, layout: str | None, splits: bool) -> str:
     """Return the names of an array's axes; the last one holds all heads where that `splits`."""
     layout = layout or DEFAULT_LAYOUTS.get(rank + splits, "")
     return layout.replace("t", "s")[: -1 if splits else None]
-
-
-def _axes(layout: str) -> list[str]:
-    return sorted(layout[:-1].replace("t", "s"))

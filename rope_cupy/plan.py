@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from . import arguments
 from .access import Widths, access_widths
 from .arguments import ArgumentPacker, argument_packer
+from .choices import LAYER_NORM, TOKEN_NORM
 from .launch_arguments import Launch, Member, ThreadWork, arguments_of
 from .memory import ACCESS_BYTES, FLOATS_8, ITEMSIZE
-from .options import LAYER_NORM, TOKEN_NORM
 from .problem import (
     BY_ELEMENT,
     FREQUENCY,

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from . import arrays
-from .checks import described, index
+from .checks import choice, index
+from .choices import SCHEMES, Scheme
 
 
 def context_parallel(
-    seq_len: int, rank: int, world_size: int, *, scheme: str = "contiguous", like: Any = None
+    seq_len: int, rank: int, world_size: int, *, scheme: Scheme = "contiguous", like: Any = None
 ) -> Any:
     """Return the positions of the tokens that a process has of a sequence that several share.
 
@@ -51,17 +52,14 @@ def context_parallel(
         raise ValueError(f"world_size must be positive, got {world_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}")
-    pieces = {"contiguous": (rank,), "zigzag": (rank, 2 * world_size - 1 - rank)}
-    if not isinstance(scheme, str):
-        raise TypeError(f"scheme must be 'contiguous' or 'zigzag', got {described(scheme)}")
-    if scheme not in pieces:
-        raise ValueError(f"scheme must be 'contiguous' or 'zigzag', got {scheme!r}")
-    size, rest = divmod(seq_len, world_size * len(pieces[scheme]))
+    is_zigzag = choice("scheme", scheme, SCHEMES) == "zigzag"
+    pieces = (rank, 2 * world_size - 1 - rank) if is_zigzag else (rank,)
+    size, rest = divmod(seq_len, world_size * len(pieces))
     if seq_len < 0 or rest:
         raise ValueError(
-            f"seq_len must be a multiple of {world_size * len(pieces[scheme])}, the pieces that "
+            f"seq_len must be a multiple of {world_size * len(pieces)}, the pieces that "
             f"{world_size} processes have, got {seq_len}"
         )
-    mine = np.concatenate([np.arange(i * size, (i + 1) * size) for i in pieces[scheme]])
+    mine = np.concatenate([np.arange(i * size, (i + 1) * size) for i in pieces])
     mine = mine.astype(np.int64)
     return mine if like is None else arrays.placed(mine, like)

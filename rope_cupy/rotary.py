@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from .checks import described
+from .choices import Layout, OutOfRange, Rounding
 from .dispatch import rotate, rotate_each
 
 Array = TypeVar("Array")  # of any library, whose kind the results have too
@@ -19,15 +20,15 @@ def apply_rotary(
     seqlen_offsets: Any = None,
     cu_seqlens: Any = None,
     interleaved: bool | None = None,
-    layout: str | None = None,
+    layout: Layout | None = None,
     head_dim: int | None = None,
     rotary_offset: int = 0,
     conjugate: bool = False,
     out: Array | None = None,
-    out_of_range: str = "nan",
+    out_of_range: OutOfRange = "nan",
     mrope_section: Sequence[int] | None = None,
     mrope_interleaved: bool = False,
-    rounding: str = "once",
+    rounding: Rounding = "once",
 ) -> Array:
     """Rotate the heads of one array x, such as (b, s, h, d), and return an array of its kind.
 
@@ -65,15 +66,15 @@ def apply_rotary_qk(
     k_table: Any = None,
     k_positions: Any = None,
     interleaved: bool | None = None,
-    layout: str | None = None,
+    layout: Layout | None = None,
     head_dim: int | None = None,
     rotary_offset: int = 0,
     conjugate: bool = False,
     out: tuple[Array, Array] | None = None,
-    out_of_range: str = "nan",
+    out_of_range: OutOfRange = "nan",
     mrope_section: Sequence[int] | None = None,
     mrope_interleaved: bool = False,
-    rounding: str = "once",
+    rounding: Rounding = "once",
 ) -> tuple[Array, Array]:
     """Rotate the heads of q and k by the angles of their tokens' positions, in one launch.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .options import TOKEN_NORM
+from .choices import TOKEN_NORM
 from .problem import FREQUENCY, ONE_ANGLE, RotaryProblem
 
 BATCH, TOKEN, HEAD = 0, 1, 2  # axes

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import arrays
 from .checks import MOST_FLOAT32, as_float, count, described, is_array
+from .choices import TABLE_AXES, TableAxes
 from .memory import FLOATS
 from .problem import TableSpec, check_dtype
 from .table_forms import (
@@ -29,7 +30,6 @@ from .table_forms import (
 if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
 
-AXES = "p", "s", "bs", "sh", "bsh"  # of a table: positions, batches, tokens, heads
 TURNS_PER_RADIAN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A566  # in units of 2^-160
 MAX_RECENT = 8  # attributes of arrays of a form that were seen to fit together
 MOST_RADIANS = 2**64  # of a frequency whose turns those digits are enough for
@@ -65,11 +65,11 @@ class RotaryTable:
     RotaryTable(shape=(4, 2), rotary_dim=4, dtype='float64', device='cpu')
     """
 
-    def __init__(self, cos: Any, sin: Any, *, axes: str | None = None) -> None:
+    def __init__(self, cos: Any, sin: Any, *, axes: TableAxes | None = None) -> None:
         self._set(half_width, axes, cos, sin)
 
     @classmethod
-    def from_full_width(cls, cos: Any, sin: Any, *, axes: str | None = None) -> RotaryTable:
+    def from_full_width(cls, cos: Any, sin: Any, *, axes: TableAxes | None = None) -> RotaryTable:
         """View tables of shape (..., rotary_dim), which hold every angle once for each element.
 
         Each element of the head finds its angle at its own place: with ``interleaved=False`` the
@@ -88,7 +88,7 @@ class RotaryTable:
         return cls._of(full_width, axes, cos, sin)
 
     @classmethod
-    def from_elementwise(cls, cos: Any, sin: Any, *, axes: str | None = None) -> RotaryTable:
+    def from_elementwise(cls, cos: Any, sin: Any, *, axes: TableAxes | None = None) -> RotaryTable:
         """View tables of shape (..., rotary_dim), in which each element has an angle of its own.
 
         A pair (a, b), of halves or of neighbours as `interleaved` says, becomes (a cos_a - b sin_a,
@@ -120,7 +120,7 @@ class RotaryTable:
         return cls._of(cos_sin_cache, None, cos_sin)
 
     @classmethod
-    def from_complex(cls, freqs_cis: Any, *, axes: str | None = None) -> RotaryTable:
+    def from_complex(cls, freqs_cis: Any, *, axes: TableAxes | None = None) -> RotaryTable:
         """View cos + i sin, complex64 or complex128 (Llama's own code, Qwen-Image, Lumina).
 
         The shapes are those of `RotaryTable`, and so are `axes` and the errors. A complex number
@@ -133,7 +133,7 @@ class RotaryTable:
         return cls._of(complex_numbers, axes, freqs_cis)
 
     @classmethod
-    def from_matrices(cls, freqs: Any, *, axes: str | None = None) -> RotaryTable:
+    def from_matrices(cls, freqs: Any, *, axes: TableAxes | None = None) -> RotaryTable:
         """View matrices [[cos, -sin], [sin, cos]], (..., rotary_dim / 2, 2, 2) (Flux, ComfyUI).
 
         Any others are as good: all four numbers are read, and ``conjugate=True``, the gradient, is
@@ -285,12 +285,12 @@ class RotaryTable:
         return cls._of(half_width, None, *arrays.computed(cos_and_sin, factors, like))
 
     @classmethod
-    def _of(cls, form: Callable[..., TableView], axes: str | None, *sources: Any) -> RotaryTable:
+    def _of(cls, form: Callable[..., TableView], axes: object, *sources: Any) -> RotaryTable:
         table = cls.__new__(cls)
         table._set(form, axes, *sources)
         return table
 
-    def _set(self, form: Callable[..., TableView], axes: str | None, *parts: Any) -> None:
+    def _set(self, form: Callable[..., TableView], axes: object, *parts: Any) -> None:
         """Keep the arrays of a table, once they are known to fit together."""
         if axes is not None:
             parts = tuple([_with_axes(part, axes, form is matrices) for part in parts])
@@ -442,9 +442,11 @@ def _is_sequence_of_numbers(value: object) -> bool:
 def _with_axes(array: Any, axes: object, of_matrices: bool) -> Any:
     """Return an array with the axes that these names say: with one batch where they name none."""
     if not isinstance(axes, str):
-        raise TypeError(f"axes must be None or one of {', '.join(AXES)}, got {described(axes)}")
-    if axes not in AXES:
-        raise ValueError(f"axes must be None or one of {', '.join(AXES)}, got {axes!r}")
+        raise TypeError(
+            f"axes must be None or one of {', '.join(TABLE_AXES)}, got {described(axes)}"
+        )
+    if axes not in TABLE_AXES:
+        raise ValueError(f"axes must be None or one of {', '.join(TABLE_AXES)}, got {axes!r}")
     own = 3 if of_matrices else 1
     if not is_array(array):
         raise TypeError(

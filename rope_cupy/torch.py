@@ -14,6 +14,7 @@ import torch
 
 from .arrays import asked_of
 from .checks import count, index
+from .choices import Layout
 from .frequencies import cos_sin, inverse_frequencies
 from .options import check_options
 from .private_torch import no_modes
@@ -64,7 +65,7 @@ class RotaryEmbedding(torch.nn.Module):
         *,
         interleaved: bool = False,
         max_position: int = 8192,
-        layout: str | None = None,
+        layout: Layout | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ import numpy as np
 
 from .arrays import check_gradient, is_kind_of_array, library_of
 from .checks import count, positive
+from .choices import ComputeDtype
 from .frequencies import axial
 from .model_tables import (
     Positions,
@@ -34,7 +35,7 @@ def cosmos(
     scale: Sequence[float] = (2.0, 1.0, 1.0),
     head_dim: int = 128,
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Cosmos from its grid (frames, height, width), for ``interleaved=False``.
 
@@ -84,7 +85,7 @@ def kandinsky5(
     block_size: int | None = None,
     dims: Sequence[int] = (16, 24, 24),
     base: float = 10000.0,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Kandinsky 5 from its grid (frames, height, width).
 
@@ -144,7 +145,7 @@ def mochi(
     *,
     like: Any,
     base_size: tuple[int, int] = (192, 192),
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of Mochi, in which every head has frequencies of its own, which are trained.
 
@@ -206,7 +207,7 @@ def ltx2_video(
     head_dim: int = 128,
     base: float = 10000.0,
     double_precision: bool = True,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of LTX-2's video, in which every head has angles of its own.
 
@@ -246,7 +247,7 @@ def ltx2_video_cross(
     head_dim: int = 64,
     base: float = 10000.0,
     double_precision: bool = True,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of LTX-2's video in its cross-attention with the audio, by time alone.
 
@@ -279,7 +280,7 @@ def ltx2_audio(
     head_dim: int = 64,
     base: float = 10000.0,
     double_precision: bool = True,
-    compute_dtype: str = "float64",
+    compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
     """Return the table of LTX-2's audio, in which every head has angles of its own.
 
@@ -337,7 +338,7 @@ def _ltx2(
     base: float,
     double_precision: bool,
     like: Any,
-    compute_dtype: str,
+    compute_dtype: ComputeDtype,
 ) -> RotaryTable:
     """Return the table of tokens that span a part of each axis, of which `wholes` are the ends."""
     base, (num_heads, head_dim), axes = positive("base", base), heads, len(wholes)

@@ -28,7 +28,7 @@ def apply_rot_embed(x: Tensor, sin_emb: Tensor, cos_emb: Tensor, half: bool = Fa
     if x.ndim > 4:
         raise ValueError(f"x must have at most 4 axes, got shape {tuple(x.shape)}")
     whole, cos, sin = with_leading_axes(x, 4), cos_emb, sin_emb
-    layout = "bhsd"
+    layout: Any = "bhsd"
     if cos.ndim != 2 or cos.shape[0] != whole.shape[2]:  # else a row for each token
         cos, sin = with_leading_axes(cos, 4), with_leading_axes(sin, 4)
         layout, (cos, sin) = broadcast_axes(whole.shape, cos, sin)

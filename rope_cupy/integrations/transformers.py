@@ -33,12 +33,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..choices import ROUNDINGS, Rounding
 from ._transformers_classes import Recipe, Switched, full_name, plan_of, switched_class
 from ._transformers_norms import NormKind, probe_norm
 
 __all__ = ["Report", "disable", "enable"]
-
-ROUNDINGS = "once", "eager"
 
 
 class Report(NamedTuple):
@@ -58,7 +57,7 @@ class Report(NamedTuple):
 
 
 def enable(
-    model: torch.nn.Module, norm: bool = True, rounding: str = "once", strict: bool = True
+    model: torch.nn.Module, norm: bool = True, rounding: Rounding = "once", strict: bool = True
 ) -> Report:
     """Switch the rotary embeddings of a model to rope_cupy, in place, and report what was switched.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..choices import LAYER_NORM, TOKEN_NORM
 from ..memory import ACCESS_BYTES, FLOATS, ArraySpec
-from ..options import LAYER_NORM, TOKEN_NORM, Options
+from ..options import Options
 from .arrays import check_dtype
 from .records import MAX_NORM_DIM, OF_BIASES, OF_WEIGHTS, NormProblem
 

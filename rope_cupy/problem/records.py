@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..choices import HEAD_NORM, LAYER_NORM
 from ..memory import ITEMSIZE, ArraySpec
-from ..options import HEAD_NORM, LAYER_NORM, Norm
+from ..options import Norm
 
 MAX_ROWS = 2**31 - 2**10  # The last block may reach beyond them, and it counts in 32 bits too.
 MAX_HEAD_DIM = 2**22  # The lanes of such a head fit a grid of 65,535 blocks.

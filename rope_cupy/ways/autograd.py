@@ -12,7 +12,8 @@ import torch
 from .. import eager
 from ..call import Call
 from ..checks import described
-from ..options import LAYER_NORM, TOKEN_NORM, Norm, Options, axis_names
+from ..choices import LAYER_NORM, TOKEN_NORM
+from ..options import Norm, Options, axis_names
 from ..private_torch import base_of, may_not_be_written
 from ..problem import OF_POSITIONS, OF_WEIGHTS, out_names
 from ..table_forms import TableSource, frequencies, no_table

@@ -9,7 +9,8 @@ import torch
 from torch.distributed.tensor import DTensor, Partial
 
 from ..call import Call, Named
-from ..options import TOKEN_NORM, axis_names
+from ..choices import TOKEN_NORM
+from ..options import axis_names
 from ..table_forms import TableSource, matrices, no_table
 from .autograd import check_in_place
 

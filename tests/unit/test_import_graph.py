@@ -13,7 +13,8 @@ MODULES = {
 }
 # Modules that only compute, and so run and are tested everywhere.
 PURE = (
-    *("access", "arguments", "bounded", "checks", "frequencies", "launch_arguments", "memory"),
+    *("access", "arguments", "bounded", "checks", "choices", "frequencies"),
+    *("launch_arguments", "memory"),
     *("options", "plan", "problem", "row_order", "table_check", "template"),
 )
 KNOW_TORCH = (
