@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -58,6 +59,8 @@ STYLES = {
     "torch two launches": ("#bbbbbb", "2"),
 }
 UNKNOWN = ("#777777", "*")
+HOST_SHAPE = "q (1, 16, 32, 128) and k (1, 16, 8, 128)"  # of bench_host.py
+MOST_BANDS = 12  # of the plot of what is fused
 HOST_WAYS = "4 threads", "compiled", "compiled, dynamic lengths"  # behind the names of calls
 ENABLED = ", enabled"  # behind a way to call a model
 MODEL_WAYS = {"eager": "#ee5500", "compiled": "#332288", "reduce-overhead": "#44aa99"}
@@ -266,11 +269,16 @@ def by_model(run: pd.DataFrame, value: str) -> pd.DataFrame:
     return table.reindex(index=run["model"].unique(), columns=run["call"].unique())
 
 
-def models_table(run: pd.DataFrame) -> str:
-    """Milliseconds of blocks and layers as they are and enabled, in brackets how much faster."""
-    times, speedups = by_model(run, "milliseconds"), by_model(run, "speedup")
+def models_table(run: pd.DataFrame, of: str = "") -> str:
+    """Milliseconds of blocks and layers as they are and enabled, in brackets how much faster.
+
+    With "gpu_" as `of`, milliseconds of the GPU alone, for the calls that have them.
+    """
+    times, speedups = by_model(run, f"{of}milliseconds"), by_model(run, f"{of}speedup")
     status = by_model(run, "status")
-    table = pd.DataFrame(index=times.index.rename("block or layer"))
+    if of:
+        times = times.dropna(axis="columns", how="all")
+    table = pd.DataFrame(index=times.index.rename(f"block or layer{', GPU alone' if of else ''}"))
     for call in times:
         table[call] = [
             _model_cell(times.at[name, call], speedups.at[name, call], status.at[name, call], call)
@@ -289,7 +297,10 @@ def models(run: pd.DataFrame) -> str:
     """The table of blocks and layers, below the run's caption and the versions of libraries."""
     pairs = run[["library", "version"]].drop_duplicates().itertuples(index=False)
     libraries = ", ".join([f"{library} {version}" for library, version in pairs if version])
-    return f"{caption(run)}, {libraries}:\n\n{models_table(run)}"
+    tables = [models_table(run)]
+    if run["gpu_milliseconds"].notna().any():
+        tables.append(models_table(run, "gpu_"))
+    return "\n\n".join([f"{caption(run)}, {libraries}:", *tables])
 
 
 def draw_models(axes: Axes, run: pd.DataFrame) -> None:
@@ -307,6 +318,8 @@ def draw_models(axes: Axes, run: pd.DataFrame) -> None:
         axes.bar_label(bars, names, padding=2, fontsize=7)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(speedups)), speedups.index)
+    (dtype,) = run["dtype"].unique()
+    axes.set_title(f"Blocks and layers at their models' sizes, {dtype}; linear scale from 1")
     axes.set(xlabel="times as fast as the same call of the model as it is")
     axes.set_ylim(len(speedups) - 0.5, -0.5)
     axes.margins(x=0.12)
@@ -328,6 +341,10 @@ def draw_times(axes: Axes, run: pd.DataFrame) -> None:
             else {"linewidth": 0.9, "markersize": 3.5}
         )
         axes.plot(times[name].dropna(), color=color, marker=marker, label=name, **weight)
+    row = shown(run, "sweep").iloc[0]
+    batch, head_dim = row["batch"], row["head_dim"]
+    shapes = [f"({batch}, tokens, {row[heads]}, {head_dim})" for heads in ("q_heads", "k_heads")]
+    axes.set_title(f"q {shapes[0]} and k {shapes[1]}, {row['dtype']}, in place; logarithmic scales")
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds per call")
     axes.set_xticks(times.index, [f"{tokens:,}" for tokens in times.index], rotation=30)
     axes.minorticks_off()
@@ -336,12 +353,35 @@ def draw_times(axes: Axes, run: pd.DataFrame) -> None:
 
 def draw_shares(axes: Axes, run: pd.DataFrame) -> None:
     """The share of the limit by shape: a band for each shape, a mark for each provider."""
-    draw_bands(axes, share_by_shape(run))
+    shares = share_by_shape(run)
+    draw_bands(axes, shares)
+    axes.set_title(f"{len(shares)} shapes of models, {SHOWN['dtype']}, in place; linear scale")
 
 
 def draw_fused(axes: Axes, run: pd.DataFrame) -> None:
-    """The same for what is fused with the rotation, by operation and shape."""
-    draw_bands(axes, share_by_task(run))
+    """The same for what is fused with the rotation, for some operations and shapes."""
+    shares = share_by_task(run)
+    drawn = shares.loc[shares.index.isin(representative(shares.index))]
+    draw_bands(axes, drawn.dropna(axis="columns", how="all"))
+    (dtype,) = run["dtype"].unique()
+    count = f"{len(drawn)} of {len(shares)} operations and shapes"
+    axes.set_title(f"{count}, {dtype}; linear scale; the table has all")
+
+
+def representative(tasks: Iterable[str]) -> list[str]:
+    """The tasks that are drawn, such as "cache, flux.1": at most MOST_BANDS.
+
+    They are the first shape of each operation, then the last of each, then the second and so on.
+
+    >>> representative(f"{op}, {i}" for op in ("norm", "cache") for i in range(7))[:5]
+    ['norm, 0', 'cache, 0', 'norm, 6', 'cache, 6', 'norm, 1']
+    """
+    by_operation: dict[str, list[str]] = {}
+    for task in tasks:
+        by_operation.setdefault(task.partition(", ")[0], []).append(task)
+    orders = [[each[0], *each[1:][-1:], *each[1:-1]] for each in by_operation.values()]
+    ranked = [task for rank in zip_longest(*orders) for task in rank if task is not None]
+    return ranked[:MOST_BANDS]
 
 
 def draw_bands(axes: Axes, shares: pd.DataFrame) -> None:
@@ -374,6 +414,7 @@ def draw_host_times(axes: Axes, run: pd.DataFrame) -> None:
     bars = axes.barh(range(len(times)), times["plain"], 0.7, color=colors)
     axes.bar_label(bars, [digits(time) for time in times["plain"]], padding=3)
     axes.set_yticks(range(len(times)), labels)
+    axes.set_title(f"{HOST_SHAPE}, bfloat16; linear scale")
     axes.set(xlabel="microseconds of the host per call", ylim=(len(times) - 0.5, -0.5))
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
@@ -386,7 +427,10 @@ def draw(
     width: float = 9,
     height: float = 5,
 ) -> Figure:
-    """A figure of one panel for each run, `width` by `height` inches each."""
+    """A figure of one panel for each run, `width` by `height` inches each.
+
+    A panel's title says what is drawn: shapes, dtype and scale. GPU, date and versions follow it.
+    """
     with matplotlib.rc_context(DRAWING):
         size = (width * len(runs), height)
         figure = Figure(size, facecolor="white", layout="constrained")
@@ -394,8 +438,9 @@ def draw(
         marks = {}
         for axes, run in zip(grid[0], runs, strict=True):
             panel(axes, run)
-            title = caption(run).replace("; ", "\n")
-            axes.set_title(title, loc="left", fontsize=7.5, color="#444444")
+            title = f"{axes.get_title()}\n{caption(run)}".replace("; Python", "\nPython")
+            axes.set_title("")
+            axes.set_title(title, loc="left", fontsize=8, color="#222222")
             handles, labels = axes.get_legend_handles_labels()
             marks = dict(zip(labels, handles, strict=True)) | marks
         if marks:

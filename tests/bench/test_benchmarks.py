@@ -1,5 +1,6 @@
 """benchmarks/bench_rotary.py on the CPU, and what it counts and compares."""
 
+import configparser
 import csv
 import datetime
 import doctest
@@ -327,3 +328,14 @@ def test_the_fastest_way_counts_and_a_clock_beside_that_fails_leaves_the_time():
     assert (fast.status, fast.microseconds, fast.beside) == ("ok", 2, {"cpu": 2})
     assert fast.reason == "gpu: RuntimeError: no graph"
     assert (failing.status, failing.microseconds, failing.beside) == ("failed", None, {})
+
+
+def test_the_extra_of_peers_installs_every_peer_that_pip_installs_beside_the_others():
+    """vLLM and SGLang pin a PyTorch each, and flash-attn is compiled when it is installed."""
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[2] / "setup.cfg")
+    extra = config["options.extras_require"]["peers"].split()
+    own = {"torch", "cupy", "cupy-cuda12x", "cupy-cuda13x", "rope-cupy", "rope_cupy"}
+    alone = {"vllm", "sglang", "sgl-kernel", "sglang-kernel", "flash-attn"}
+    packages = {name for peer in PEERS.values() for name in peer.distributions}
+    assert sorted(packages - own - alone) == extra

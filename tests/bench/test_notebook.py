@@ -3,8 +3,11 @@
 import csv
 import doctest
 import shutil
+import subprocess
 from pathlib import Path
 
+import bench_host
+import committed
 import figures
 import numpy as np
 import pytest
@@ -148,6 +151,8 @@ def executed(notebook, cwd, **settings):
     """The notebook's outputs, in order, with no cell failed."""
     content = nbformat.read(notebook, as_version=4)
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("ROPE_CUPY_BENCH", "ROPE_CUPY_SAVE"):
+            patch.delenv(name, raising=False)
         for name, value in settings.items():
             patch.setenv(name, value)
         resources = {"metadata": {"path": str(cwd)}}
@@ -161,20 +166,95 @@ def executed(notebook, cwd, **settings):
     return [output.data for output in outputs if "data" in output]
 
 
+def markdown(shown):
+    return [data["text/markdown"] for data in shown if "text/markdown" in data]
+
+
+def files_of(folder):
+    """What files that git tracks, and those that it does not ignore, hold."""
+    command = "git", "ls-files", "--cached", "--others", "--exclude-standard"
+    names = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return {name: (folder / name).read_bytes() for name in names.splitlines()}
+
+
+def test_without_a_gpu_the_notebook_reads_the_committed_results_and_says_so():
+    unchanged = files_of(ROOT / "benchmarks")
+    banner, *tables = markdown(executed(NOTEBOOK, ROOT, CUDA_VISIBLE_DEVICES=""))
+    assert banner.startswith("> **Nothing was measured on this machine.** These are committed")
+    for name in ("NVIDIA H100 80GB HBM3 (2026-", "NVIDIA H200 (2026-", "ROPE_CUPY_SAVE=1"):
+        assert name in banner
+    assert tables == committed_tables()
+    assert unchanged == files_of(ROOT / "benchmarks")
+
+
+def copied(folder):
+    """The notebook beside the modules that it imports, in a folder without results."""
+    (folder / "results").mkdir(parents=True)
+    for source in ("figures.py", "shapes.py", "committed.py", "rotary.ipynb"):
+        shutil.copy(ROOT / "benchmarks" / source, folder)
+    return folder / "rotary.ipynb"
+
+
+SCRIPT = """
+import shutil, sys
+shutil.copy({csv!r}, sys.argv[-1])
+"""
+
+
+@pytest.mark.parametrize("save", [None, "1"])
+def test_measurements_are_copied_to_the_results_only_when_asked(tmp_path, write, save):
+    """Scripts that write made-up measurements stand for those that measure."""
+    notebook = copied(tmp_path / "benchmarks")
+    kinds = {"rotary": rotary_rows, "host": host_rows, "fused": fused_rows, "models": model_rows}
+    for kind, rows in kinds.items():
+        csv = str(write(f"{kind}.csv", rows(gpu="NVIDIA H300 80GB")))
+        (notebook.parent / f"bench_{kind}.py").write_text(SCRIPT.format(csv=csv))
+    results = notebook.parent / "results"
+    older = results / "2026-01-02-h300-host.csv"
+    older.write_text("older")
+    settings = {"ROPE_CUPY_BENCH": "run", "TMPDIR": str(tmp_path)}
+    settings |= {} if save is None else {"ROPE_CUPY_SAVE": save}
+    banner, *_ = markdown(executed(notebook, tmp_path, **settings))
+    assert banner.startswith("> **These results were measured on the GPU of this machine.**")
+    found = {path.name for path in results.iterdir()}
+    if save is None:
+        assert found == {older.name} and older.read_text() == "older"
+    else:
+        assert found == {f"2026-01-02-h300-{kind}.csv" for kind in kinds}
+        for kind in kinds:
+            copy = results / f"2026-01-02-h300-{kind}.csv"
+            assert copy.read_bytes() == (tmp_path / f"{kind}.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA A100-SXM4-40GB", "a100-sxm4-40gb"),
+        ("cpu", "cpu"),
+    ],
+)
+def test_a_file_of_results_is_named_by_its_day_and_gpu(tmp_path, write, gpu, name):
+    csv = write("a.csv", host_rows(gpu=gpu))
+    assert committed.save(csv, tmp_path, "host").name == f"2026-01-02-{name}-host.csv"
+
+
 def test_without_a_gpu_the_notebook_measures_on_the_cpu_and_draws_five_figures(tmp_path):
     for library in ("diffusers", "transformers"):
         pytest.importorskip(library)
+    unchanged = files_of(ROOT / "benchmarks")
     shown = executed(NOTEBOOK, ROOT / "tests", ROPE_CUPY_BENCH="small", TMPDIR=str(tmp_path))
     assert sum("image/png" in data for data in shown) == 5
-    table, of_fused, of_models = (
-        data["text/markdown"] for data in shown if "text/markdown" in data
-    )
+    banner, table, of_fused, of_models = markdown(shown)
+    assert banner.startswith("> **These small shapes were measured on the CPU.**")
     assert table.startswith("no GPU: the CPU, ")
     assert "| llama-3-8b-decode-64 | 64 | 32/8, D128 | half |" in table
     assert of_fused.startswith("no GPU: the CPU, ")
     assert "| norm heads: shape | limit | rotation alone | rope_cupy | torch eager |" in of_fused
     assert "| block or layer | eager | eager, enabled |" in of_models
     assert of_models.count("(**") == 2
+    assert unchanged == files_of(ROOT / "benchmarks")
     for kind in ("rotary", "host", "fused"):
         (path,) = tmp_path.glob(f"*/{kind}.csv")
         (measured,) = figures.read(path)
@@ -186,10 +266,7 @@ def test_without_a_gpu_the_notebook_measures_on_the_cpu_and_draws_five_figures(t
 
 @pytest.mark.parametrize("num_kinds", [2, 3, 4], ids=["", "fused", "fused, models"])
 def test_the_notebook_draws_the_newest_results_of_each_gpu(tmp_path, write, num_kinds):
-    folder = tmp_path / "benchmarks"
-    (folder / "results").mkdir(parents=True)
-    for source in ("figures.py", "shapes.py", "rotary.ipynb"):
-        shutil.copy(ROOT / "benchmarks" / source, folder)
+    folder = copied(tmp_path / "benchmarks").parent
     kinds = {"rotary": rotary_rows, "host": host_rows, "fused": fused_rows, "models": model_rows}
     for gpu, date in (("GPU A", "2026-01-02"), ("GPU A", "2026-02-03"), ("GPU B", "2026-01-04")):
         for kind, rows in list(kinds.items())[:num_kinds]:
@@ -197,7 +274,8 @@ def test_the_notebook_draws_the_newest_results_of_each_gpu(tmp_path, write, num_
             shutil.move(write(name, rows(gpu=gpu, date=date)), folder / "results")
     shown = executed(folder / "rotary.ipynb", folder, ROPE_CUPY_BENCH="read")
     assert sum("image/png" in data for data in shown) == 1 + num_kinds
-    tables = [data["text/markdown"] for data in shown if "text/markdown" in data]
+    banner, *tables = markdown(shown)
+    assert "committed results of GPU A (2026-02-03) and GPU B (2026-01-04)." in banner
     captions = [table.partition(";")[0] for table in tables]
     newest = ["GPU A, driver 580.1, 2026-02-03", "GPU B, driver 580.1, 2026-01-04"]
     assert captions == newest * (num_kinds - 1)
@@ -224,6 +302,22 @@ GPU A, driver 580.1, 2026-01-02; {versions}, diffusers 1.2, transformers 1.2:
     again[1] |= {"milliseconds": 2.0, "speedup": 1.7}
     (run,) = figures.read(path, write("b-models.csv", again))
     assert "| flux | 3.40 | 2.00 (**1.70**) |" in figures.models(run)
+
+
+def test_the_gpus_time_has_a_table_of_its_own_without_calls_that_have_none(write):
+    rows = model_rows()
+    for row in rows:
+        row["gpu_speedup"] = ""
+        if row["model"] == "flux" and row["status"] == "ok" and "eager" not in row["call"]:
+            enabled = row["call"].endswith("enabled")
+            row |= {"gpu_milliseconds": 2.1 - 0.1 * enabled, "gpu_speedup": 1.05 if enabled else 1}
+    (run,) = figures.read(write("a-models.csv", rows))
+    assert figures.models(run).endswith("""
+
+| block or layer, GPU alone | compiled | compiled, enabled |
+| --- | --- | --- |
+| flux | 2.10 | 2.00 (**1.05**) |
+| qwen3-8b-decode-1 | wrong | wrong |""")
 
 
 def test_the_plot_of_models_has_a_bar_for_each_way_to_call_one(write):
@@ -294,6 +388,55 @@ def test_the_plot_of_what_is_fused_has_a_band_for_each_task(write):
     shares = figures.share_by_task(run)
     assert np.isclose(shares.at["norm head, qwen-image", "rope_cupy"], 10 / 10.2)
     assert len(axes.collections) == len(shares.columns) == 6
+
+
+def test_the_plot_of_what_is_fused_has_twelve_bands_and_says_of_how_many(write):
+    shapes = "qwen-image", "flux.1", "llama-3-8b-prefill", "llama-3-8b-decode-64", "head-dim-64"
+    rows = [
+        measurement(shape, provider, 11, op=op)
+        for op in ("norm head", "cache", "qkv")
+        for shape in shapes
+        for provider in ("limit", "rope_cupy")
+    ]
+    for row in rows:
+        for column in ("variant", "table", "measure"):
+            del row[column]
+    (run,) = figures.read(write("a.csv", rows))
+    (axes,) = figures.draw(figures.draw_fused, [run]).axes
+    tasks = [label.get_text() for label in axes.get_yticklabels()]
+    left_out = "llama-3-8b-decode-64"  # the last but one is what the fourth round lacks
+    assert tasks == [
+        f"{op}, {shape}"
+        for op in ("norm head", "cache", "qkv")
+        for shape in shapes
+        if shape != left_out
+    ]
+    assert axes.get_title(loc="left").startswith("12 of 15 operations and shapes, bfloat16;")
+
+
+def test_every_plot_says_shape_dtype_scale_and_gpu(write):
+    kinds = {"rotary": rotary_rows, "host": host_rows, "fused": fused_rows, "models": model_rows}
+    runs = {kind: figures.read(write(f"{kind}.csv", rows())) for kind, rows in kinds.items()}
+    q, k = "q (1, tokens, 32, 128)", "k (1, tokens, 8, 128)"
+    subjects = {
+        (figures.draw_times, "rotary"): f"{q} and {k}, bfloat16, in place; logarithmic scales",
+        (figures.draw_shares, "rotary"): "2 shapes of models, bfloat16, in place; linear scale",
+        (figures.draw_host_times, "host"): f"{figures.HOST_SHAPE}, bfloat16; linear scale",
+        (figures.draw_fused, "fused"): (
+            "3 of 3 operations and shapes, bfloat16; linear scale; the table has all"
+        ),
+        (figures.draw_models, "models"): (
+            "Blocks and layers at their models' sizes, bfloat16; linear scale from 1"
+        ),
+    }
+    for (panel, kind), subject in subjects.items():
+        (axes,) = figures.draw(panel, runs[kind]).axes
+        title = axes.get_title(loc="left").splitlines()
+        assert title[:2] == [subject, "GPU A, driver 580.1, 2026-01-02"]
+        assert axes.get_title() == ""
+    shape = bench_host.SHAPE
+    q, k = ((shape.batch, shape.tokens, heads, shape.head_dim) for heads in (shape[3], shape[4]))
+    assert f"q {q} and k {k}" == figures.HOST_SHAPE
 
 
 def test_a_limit_that_was_not_measured_leaves_times_alone(write):
@@ -388,7 +531,10 @@ def test_the_plots_hold_what_was_measured(write):
     for axes in figure.axes:
         lines = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
         assert lines == {"limit": [10, 10], "rope_cupy": [10.5, 10.5], "SGLang": [20, 20]}
-    assert [axes.get_title(loc="left")[:5] for axes in figure.axes] == ["GPU A", "GPU B"]
+    assert [axes.get_title(loc="left").splitlines()[1][:5] for axes in figure.axes] == [
+        "GPU A",
+        "GPU B",
+    ]
     figure = figures.draw(figures.draw_shares, runs[:1])
     (axes,) = figure.axes
     shapes = [label.get_text() for label in axes.get_yticklabels()]
@@ -401,17 +547,21 @@ def test_every_provider_has_a_look_of_its_own():
 
 
 def test_the_example_of_a_docstring_is_right():
-    assert doctest.testmod(figures) == (0, 1)
+    assert doctest.testmod(figures) == (0, 2)
+
+
+def committed_tables():
+    rotary, fused, models = (
+        figures.latest(NOTEBOOK.parent / "results", kind) for kind in ("rotary", "fused", "models")
+    )
+    return [*map(figures.readme, rotary), *map(figures.fused, fused), *map(figures.models, models)]
 
 
 def test_the_committed_notebook_shows_the_committed_results_of_a_gpu():
     cells = [c for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.cell_type == "code"]
     shown = [output.data for cell in cells for output in cell.outputs if "data" in output]
-    tables = [data["text/markdown"] for data in shown if "text/markdown" in data]
-    rotary, fused, models = (
-        figures.latest(NOTEBOOK.parent / "results", kind) for kind in ("rotary", "fused", "models")
-    )
-    assert tables == [
-        *(*map(figures.readme, rotary), *map(figures.fused, fused), *map(figures.models, models))
+    assert markdown(shown) == [
+        committed.banner("read", NOTEBOOK.parent / "results"),
+        *committed_tables(),
     ]
-    assert sum("image/png" in data for data in shown) == 3 + bool(fused) + bool(models)
+    assert sum("image/png" in data for data in shown) == 5

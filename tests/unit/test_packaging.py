@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).parents[2]
 BUILT_FROM = ["rope_cupy", "kernels", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
-EXTRAS = {"cuda12", "cuda13", "test", "bench", "dev", "docs"}
+EXTRAS = {"cuda12", "cuda13", "test", "bench", "peers", "dev", "docs"}
 
 PROBE = """
 import json, site, sys
