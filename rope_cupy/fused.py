@@ -1,4 +1,4 @@
-"""The public functions that normalise too, or take packed arrays or caches."""
+"""The public functions that also normalise, rotate packed arrays or write caches."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ def apply_norm_rotary(
     mrope_interleaved: bool = False,
     rounding: Rounding = "once",
 ) -> Array:
-    """Normalise the heads of one array x, then rotate them: see `apply_qk_norm_rotary`.
+    """Normalise the heads of one array x, then rotate them, in one launch.
 
-    `weight` and `bias` are what `q_weight` and `q_bias` are there.
+    All arguments are as for `apply_qk_norm_rotary`; `weight` and `bias` are as `q_weight` and
+    `q_bias`.
 
     >>> import numpy as np
     >>> quarter_turn = np.array([[0.0]]), np.array([[1.0]])  # cos, sin
@@ -102,50 +103,51 @@ def apply_qk_norm_rotary(
 ) -> tuple[Array, Array]:
     """Normalise the heads of q and k and rotate them, in one launch that moves the same bytes.
 
-    RMSNorm, Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4:
-    x / sqrt(mean(x^2) + eps) * (weight + weight_offset). The mean is that of a whole head, also
-    where only a slice of it turns, or of all heads of a token. LayerNorm of each head, Ba, Kiros
-    and Hinton, "Layer Normalization" (2016), equation 3: (x - mean(x)) / sqrt(var(x) + eps) *
-    (weight + weight_offset) + bias, with the variance around the mean, divided by head_dim.
+    RMSNorm is x / sqrt(mean(x^2) + eps) * (weight + weight_offset): Zhang and Sennrich, "Root Mean
+    Square Layer Normalization" (2019), equation 4. The mean is taken over a whole head, even if
+    only a slice of it is rotated, or over all heads of a token. LayerNorm of each head is
+    (x - mean(x)) / sqrt(var(x) + eps) * (weight + weight_offset) + bias: Ba, Kiros and Hinton,
+    "Layer Normalization" (2016), equation 3. The variance is taken around the mean and divided by
+    head_dim.
 
     Args:
-        q, k, and what is not named here: as for `apply_rotary_qk`, with heads of up to 512
+        q, k, and all arguments not named here: as for `apply_rotary_qk`, with heads of up to 512
             elements.
-        q_weight, k_weight: None for 1, or arrays of shape (head_dim,), with ``norm="heads"`` of
-            shape (heads * head_dim,), of one of the dtypes float16, bfloat16, float32 and float64,
-            which need not be q's.
-        table: as for `apply_rotary_qk`, or None: then nothing is rotated, whole heads are
-            normalised, and positions, sections, `interleaved`, `rotary_offset` and `conjugate`
-            must be left as they are. `out_of_range` and `norm_after` mean nothing then.
-        eps: is added to the mean of the squares, or to the variance.
-        norm: "head" for each head (Qwen3, Flux, Qwen-Image, Z-Image, HunyuanVideo), "heads" for all
-            heads of a token together (Wan, LTX, OLMo 2). Of these a block of 1,024 threads must
-            hold a token: with dense arrays that is 65,536 elements of 16 bits. "layer" for
-            LayerNorm of each head (CogVideoX, CogView 4, GLM-Image).
-        weight_offset: is added to weights; 1.0 for Gemma.
-        round_norm: True rounds what is normalised and weighed to q's dtype before it is rotated, as
-            models do whose norm is a module of its own (Gemma, OLMo 2, `torch.nn.RMSNorm`);
-            "before_weight" rounds before the weights too, as Llama's norm does in transformers and
-            in the models that took it over (Qwen3, GLM-4-MoE, MiniMax-M2), and diffusers' RMSNorm
-            with weights of 16 bits; False rounds once, at the store. With ``rounding="eager"`` the
-            root is computed as PyTorch does it too, and results have the bits of those modules, but
-            for elements that the order of a float32 sum decides. LayerNorm has those of
-            `torch.nn.functional.layer_norm` but for such elements, and for the bias, which is added
-            in one rounding with the product before it on a GPU, and in two on the CPU.
-        norm_after: True rotates first, and normalises what has been rotated (HunYuan's language
-            models). It is rounded to q's dtype in between, as by two functions of a model, unless
-            `round_norm` is False; then, as before, behind the weights, and with "before_weight"
-            before them too. ``rounding="eager"`` rounds its products and sums all the same. The
-            mean is that of rotated numbers. Where a token is out of range, all of its heads are
-            NaN; "keep" normalises them unrotated.
-        q_bias, k_bias: None for 0, or arrays of shape (head_dim,) and of the weights' dtype, for
-            ``norm="layer"`` alone.
+        q_weight, k_weight: None for 1, or arrays of shape (head_dim,), or with ``norm="heads"`` of
+            shape (heads * head_dim,). They are float16, bfloat16, float32 or float64, and may
+            differ from q in dtype.
+        table: as for `apply_rotary_qk`, or None to normalise whole heads without rotating them.
+            Without a table, positions, sections, `interleaved`, `rotary_offset` and `conjugate`
+            must have their defaults, and `out_of_range` and `norm_after` have no effect.
+        eps: the number that is added to the mean of the squares, or to the variance.
+        norm: "head" for RMSNorm of each head (Qwen3, Flux, Qwen-Image, Z-Image, HunyuanVideo),
+            "heads" for RMSNorm of all heads of a token together (Wan, LTX, OLMo 2), "layer" for
+            LayerNorm of each head (CogVideoX, CogView 4, GLM-Image). With "heads" a block of 1,024
+            threads must hold a token: 65,536 elements of 16 bits in dense arrays.
+        weight_offset: the number that is added to the weights; 1.0 for Gemma.
+        round_norm: True rounds the weighted norm to q's dtype before the rotation, as a model does
+            whose norm is a module (Gemma, OLMo 2, `torch.nn.RMSNorm`). "before_weight" also rounds
+            it before the weights, as Llama's norm in transformers does, and its copies (Qwen3,
+            GLM-4-MoE, MiniMax-M2), and diffusers' RMSNorm with 16-bit weights. False rounds once,
+            when the result is stored. With ``rounding="eager"`` the root is computed as PyTorch
+            computes it. Results then have the bits of those modules, except for elements that
+            depend on the order of a float32 sum. LayerNorm has the bits of
+            `torch.nn.functional.layer_norm` with the same exception, and one more: a GPU rounds a
+            product and its bias together, the CPU rounds each.
+        norm_after: True rotates first and then normalises (HunYuan's language models). Between the
+            two, numbers are rounded to q's dtype, as by two functions of a model, unless
+            `round_norm` is False. After the norm they are rounded behind the weights, and with
+            "before_weight" before them too. ``rounding="eager"`` rounds products and sums of the
+            rotation in every case. The mean is taken over rotated numbers. All heads of a token
+            out of range are NaN; "keep" normalises them unrotated.
+        q_bias, k_bias: None for 0, or arrays of shape (head_dim,) with the weights' dtype, only for
+            ``norm="layer"``.
 
     Returns:
         (q_out, k_out), as `apply_rotary_qk`.
 
-    Raises as `apply_rotary_qk`. PyTorch records gradients of q, k, weights and biases where new
-    arrays are returned, and refuses to where arrays are written in place.
+    Errors are as for `apply_rotary_qk`. PyTorch records gradients of q, k, weights and biases for
+    new arrays, and refuses a call that needs gradients and writes in place.
 
     >>> import numpy as np
     >>> q, k = np.ones((1, 6, 8, 64), np.float32), np.ones((1, 6, 2, 64), np.float32)
@@ -210,20 +212,20 @@ def apply_rotary_qkv(
     mrope_interleaved: bool = False,
     rounding: Rounding = "once",
 ) -> Array:
-    """Rotate q and k within a packed projection, and leave v as it is, in one launch.
+    """Rotate q and k within a packed projection and leave v unchanged, in one launch.
 
     Args:
-        qkv: an array whose heads are the `num_heads` of q, then the `num_kv_heads` of k, then as
-            many of v: such as (b, s, num_heads + 2 num_kv_heads, d) or, with `head_dim`, (b, s,
-            (num_heads + 2 num_kv_heads) * d).
+        qkv: an array that holds the `num_heads` heads of q, then the `num_kv_heads` heads of k,
+            then the `num_kv_heads` heads of v: such as (b, s, num_heads + 2 num_kv_heads, d) or,
+            with `head_dim`, (b, s, (num_heads + 2 num_kv_heads) * d).
         q_weight, k_weight, norm, eps, weight_offset, round_norm, norm_after, q_bias, k_bias: as for
-            `apply_qk_norm_rotary`; where `norm` is None there is none, but "head" where a weight is
-            given. With a norm, `table` may be None there as well.
-        out: None for a new array, v included, or an array to write, such as qkv itself, of which v
-            is then neither read nor written.
+            `apply_qk_norm_rotary`. Where `norm` is None, a weight means "head", and without a
+            weight nothing is normalised. With a norm, `table` may be None.
+        out: None for a new array, with v copied; or an array to write. With ``out=qkv`` v is
+            neither read nor written.
         table, and all others: as for `apply_rotary_qk`.
 
-    Returns an array like qkv; raises as `apply_rotary_qk`.
+    Returns an array like qkv. Errors are as for `apply_rotary_qk`.
 
     >>> import numpy as np
     >>> qkv = np.ones((6, 12, 64), np.float32)  # 8 heads of q, 2 of k and of v
@@ -289,30 +291,30 @@ def apply_rotary_kv_cache(
     mrope_interleaved: bool = False,
     rounding: Rounding = "once",
 ) -> Array:
-    """Rotate q, rotate k straight into its cache and copy v into its own, in one launch.
+    """Rotate q, write k rotated into its cache and v into its cache, in one launch.
 
     Args:
         q, k, v: as for `apply_rotary_qk`; v has k's shape. Neither k nor v is written.
         k_cache, v_cache: arrays with any strides, of slots (slots, heads, d) or (slots, heads * d),
-            or of blocks, which are pages, of slots (blocks, block_size, heads, d). They have q's
-            dtype, or float8_e4m3fn or float8_e5m2.
-        slot_mapping: the slot of each token, an int32 or int64 array of shape (s,) or (b, s): slot
-            i is in block i // block_size, at i % block_size. A token whose slot the cache does not
-            hold, such as -1, is left out; two tokens must not share a slot.
+            or of blocks, also called pages, (blocks, block_size, heads, d). They have q's dtype, or
+            float8_e4m3fn or float8_e5m2.
+        slot_mapping: the slot of each token, an int32 or int64 array of shape (s,) or (b, s). Slot
+            i is in block i // block_size, at i % block_size. A token whose slot is not in the
+            cache, such as -1, is not stored. Two tokens must not share a slot.
         cache_layout: "NHD", or "HND" for caches (heads, slots, d) or (blocks, heads, block_size,
             d).
-        cache_dtype: "float8_e4m3fn" or "float8_e5m2" for what the elements of uint8 caches are.
-        k_scale, v_scale: what is divided by before it is rounded to 8 bits: None for 1, a number,
-            or an array of one element, of one of the four dtypes. What is too large becomes the
-            largest number.
+        cache_dtype: "float8_e4m3fn" or "float8_e5m2", the dtype of the bytes of a uint8 cache.
+        k_scale, v_scale: the divisors of k and v before they are rounded to 8 bits: None for 1, a
+            number, or an array of one element in one of the four dtypes. A quotient too large for 8
+            bits becomes their largest number.
         q_weight, k_weight, norm, eps, weight_offset, round_norm, norm_after, q_bias, k_bias: as for
-            `apply_qk_norm_rotary`; where `norm` is None there is none, but "head" where a weight is
-            given. With a norm, `table` may be None there as well.
+            `apply_qk_norm_rotary`. Where `norm` is None, a weight means "head", and without a
+            weight nothing is normalised. With a norm, `table` may be None.
         out: None for a new q, or an array to write, such as q itself.
         table, and all others: as for `apply_rotary_qk`.
 
-    Returns q rotated. Raises as `apply_rotary_qk`, and where a gradient is wanted, which is not
-    recorded.
+    Returns q rotated. Errors are as for `apply_rotary_qk`. A call that needs a gradient is refused,
+    since none is recorded.
 
     >>> import numpy as np
     >>> q, k, v = (np.ones((6, heads, 64), np.float32) for heads in (8, 2, 2))
@@ -349,7 +351,7 @@ def apply_rotary_kv_cache(
 
 
 def _given(names: tuple[str, ...], arrays: tuple[Any, ...]) -> Extra:
-    """Return the arrays that are not None, and their names."""
+    """Return the names of the arrays that are not None, and these arrays."""
     there = [array is not None for array in arrays]
     if False not in there:
         return names, arrays
@@ -357,7 +359,7 @@ def _given(names: tuple[str, ...], arrays: tuple[Any, ...]) -> Extra:
 
 
 def norm_arrays(q_weight: Any, k_weight: Any, q_bias: Any, k_bias: Any) -> Extra:
-    """Return the weights and biases that are given, and their names."""
+    """Return the names of the weights and biases that are given, and these arrays."""
     weights = _given(Q_K_WEIGHTS, (q_weight, k_weight))
     if q_bias is None and k_bias is None:
         return weights
@@ -366,7 +368,7 @@ def norm_arrays(q_weight: Any, k_weight: Any, q_bias: Any, k_bias: Any) -> Extra
 
 
 def _scales(k_scale: Any, v_scale: Any, more: Extra) -> tuple[Any, Any, Extra]:
-    """Return the scales that are numbers, and more arrays with those that are arrays."""
+    """Return the scales that are numbers, and `more` with the scales that are arrays."""
     k_number, v_number = [None if is_array(scale) else scale for scale in (k_scale, v_scale)]
     arrays = [scale if is_array(scale) else None for scale in (k_scale, v_scale)]
     names, scales = _given(("k_scale", "v_scale"), (*arrays,))
@@ -376,7 +378,7 @@ def _scales(k_scale: Any, v_scale: Any, more: Extra) -> tuple[Any, Any, Extra]:
 def norm_of(
     norm: Any, eps: Any, weight_offset: Any, round_norm: Any, norm_after: Any, weights: Extra
 ) -> Any:
-    """Return what is normalised: heads, where weights alone are given."""
+    """Return the fields of Norm, of which "head" is the kind where only a weight is given."""
     if norm is None and not weights[0]:
         if (eps, weight_offset, round_norm, norm_after) != (1e-6, 0.0, True, False):
             raise ValueError(

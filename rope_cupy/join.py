@@ -1,4 +1,4 @@
-"""Several streams of tokens, such as a text's and an image's, as joint q, k and v."""
+"""Joining several streams of tokens, such as text and image, into one q, k and v."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ NORM_ARRAYS = 5  # where a Stream's weights and biases begin
 
 
 class Stream(NamedTuple):
-    """The q, k and v of some tokens, and what they are normalised and rotated by.
+    """The q, k and v of some tokens, and the arrays that normalise and rotate them.
 
     q, k, v: arrays as for `apply_rotary_qk`, of the same tokens.
-    table: a `RotaryTable`, a tuple (cos, sin), or None for what is not rotated.
+    table: a `RotaryTable`, a tuple (cos, sin), or None for a stream that is not rotated.
     positions, q_weight, k_weight, q_bias, k_bias: as for `apply_qk_norm_rotary`.
     """
 
@@ -53,27 +53,27 @@ def join_qkv(
     mrope_interleaved: bool = False,
     rounding: Rounding = "once",
 ) -> tuple[Any, Any, Any]:
-    """Rotate up to three streams of tokens and write them behind one another, in one launch.
+    """Rotate up to three streams of tokens and concatenate them, in one launch.
 
-    What models with a joint attention over text and image do by norms, rotations and `torch.cat`:
-    the heads of q and k of each stream are normalised and rotated, v is copied.
+    The heads of q and k of each stream are normalised and rotated, and v is copied. Models with a
+    joint attention over text and image do this by norms, rotations and `torch.cat`.
 
     Args:
-        streams: one to three `Stream`, in the order of their tokens in the results. All have the
-            same shapes but for their tokens, and one dtype.
+        streams: one to three `Stream`, in the order of their tokens in the results. They share a
+            dtype and all sizes but the number of tokens.
         norm, eps, weight_offset, round_norm, norm_after: as for `apply_qk_norm_rotary`, for all
-            streams; where `norm` is None, streams that have weights are normalised by "head".
+            streams. Where `norm` is None, "head" normalises the streams that have weights.
         out: None for new arrays, or a tuple of three arrays (q, k, v) to write, of all tokens.
         all others: as for `apply_rotary_qk`, for all streams.
 
     Returns:
-        (q, k, v): new arrays of the caller's library, dense, with the axes of the first stream and
-        the tokens of all; or `out`.
+        (q, k, v): new dense arrays of the caller's library, with the axes of the first stream and
+        the tokens of all streams; or `out`.
 
-    Raises as `apply_rotary_qk`; messages name the stream. PyTorch records gradients of q, k, v,
-    weights and biases where new arrays are returned, and compiles a call as one operator.
+    Errors are as for `apply_rotary_qk`, and messages name the stream. PyTorch records gradients of
+    q, k, v, weights and biases for new arrays, and compiles a call as one operator.
 
-    Streams whose tables are of several forms, dtypes or kinds of positions take a launch each.
+    Streams take a launch each if their tables differ in form or dtype, or their positions in kind.
 
     >>> import numpy as np
     >>> text, image = (np.ones((3, 1, tokens, 8, 64), np.float32) for tokens in (7, 16))

@@ -1,4 +1,4 @@
-"""Positions of the tokens that one process of several has."""
+"""The positions of the tokens of one process, where several share a sequence."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from .choices import SCHEMES, Scheme
 def context_parallel(
     seq_len: int, rank: int, world_size: int, *, scheme: Scheme = "contiguous", like: Any = None
 ) -> Any:
-    """Return the positions of the tokens that a process has of a sequence that several share.
+    """Return the positions of the tokens of one process, where several share a sequence.
 
-    - ``"contiguous"``: the sequence is cut into `world_size` pieces, and process i has piece i. The
-      int ``rank * seq_len // world_size`` says the same as `positions` of `apply_rotary_qk`, and
-      nothing is read for it.
-    - ``"zigzag"``: it is cut into 2 `world_size` pieces, and process i has the pieces i and
-      2 world_size - 1 - i, one behind the other: under a causal mask all then have the same work
-      (Ring attention as Megatron-LM, TransformerEngine and Llama 3's training arrange it).
+    - ``"contiguous"``: the sequence is cut into `world_size` pieces, and process i has piece i. As
+      `positions` of `apply_rotary_qk` the int ``rank * seq_len // world_size`` does the same, and
+      no array is read.
+    - ``"zigzag"``: the sequence is cut into 2 `world_size` pieces, and process i has the pieces i
+      and 2 world_size - 1 - i, one after the other. Under a causal mask all processes then have the
+      same work. Ring attention in Megatron-LM, TransformerEngine and Llama 3's training does this.
 
-    Where processes share the heads during attention instead (Ulysses), rotate before the exchange,
-    by the contiguous positions, or after it, when each has all tokens, by none.
+    Where processes share the heads during attention instead (Ulysses), rotate before the exchange
+    with the contiguous positions, or after it, when each has all tokens, without positions.
 
     Args:
-        seq_len: tokens of the whole sequence; `world_size`, for zigzag twice that, divides it.
-        rank: of this process, in [0, world_size).
-        world_size: how many processes share the sequence.
+        seq_len: the number of tokens of the whole sequence, a multiple of `world_size`, or of twice
+            `world_size` for "zigzag".
+        rank: the rank of this process, in [0, world_size).
+        world_size: the number of processes that share the sequence.
         scheme: "contiguous" or "zigzag".
-        like: an array of the library and on the device that the positions are wanted for; None for
-            NumPy.
+        like: an array whose library and device the result has; None for NumPy.
 
     Returns:
         An int64 array of shape (seq_len / world_size,), for the `positions` of `apply_rotary_qk`.
 
-    Raises TypeError or ValueError when a number does not fit the others, or `scheme` is no name.
+    Raises TypeError or ValueError if a number does not fit the others, or `scheme` is unknown.
 
     Source of zigzag: Llama Team, "The Llama 3 Herd of Models" (2024), section 3.3.2.
 

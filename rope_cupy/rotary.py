@@ -1,4 +1,4 @@
-"""The public functions that rotate alone: options and arrays in, arrays out."""
+"""The public functions that only rotate: arrays and options in, arrays out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .checks import described
 from .choices import Layout, OutOfRange, Rounding
 from .dispatch import rotate, rotate_each
 
-Array = TypeVar("Array")  # of any library, whose kind the results have too
+Array = TypeVar("Array")  # an array of any library; the results are of the same kind
 
 
 def apply_rotary(
@@ -30,9 +30,9 @@ def apply_rotary(
     mrope_interleaved: bool = False,
     rounding: Rounding = "once",
 ) -> Array:
-    """Rotate the heads of one array x, such as (b, s, h, d), and return an array of its kind.
+    """Rotate the heads of one array x, such as (b, s, h, d), and return an array of the same kind.
 
-    Shapes, dtypes, options and errors are those of `apply_rotary_qk`; `out` is one array.
+    Shapes, dtypes, options and errors are as for `apply_rotary_qk`. `out` is None or one array.
 
     >>> import numpy as np
     >>> quarter_turn = np.array([[0.0]]), np.array([[1.0]])  # cos, sin
@@ -85,66 +85,68 @@ def apply_rotary_qk(
         q, k: float16, bfloat16, float32 or float64 arrays of CuPy, PyTorch, NumPy or any DLPack
             producer, with any strides. They share dtype, device and every axis but heads.
         table: a `RotaryTable` on the device of q, or a tuple (cos, sin) that stands for
-            ``RotaryTable(cos, sin)``: half width, so not the tables of Hugging Face transformers,
-            which `RotaryTable.from_full_width` takes. No value of a table is read to see whether it
-            is what it is said to be: `RotaryTable.check` does that.
-        positions: the table row of each token: None for its index along the token axis, an int for
-            that index plus an offset (an error where the table is too short), or an int32 or int64
-            array of shape (s,) or (b, s), with `mrope_section` (3, s), (3, 1, s) or (3, b, s): of 3
-            batches not (3, s), which could be meant for each batch.
-        seqlen_offsets: an int, or an int32 or int64 array of shape (b,), or (sequences,) with
-            `cu_seqlens`: what is added to a token's index, such as how many tokens a cache holds. A
-            sum that does not fit 64 bits is out of range.
+            ``RotaryTable(cos, sin)``. Such a tuple has half width. The tables of Hugging Face
+            transformers have full width: pass ``RotaryTable.from_full_width(cos, sin)``. No call
+            reads a table to see whether it has the form that it claims; `RotaryTable.check` does.
+        positions: the table row of each token. None takes the token's index along the token axis.
+            An int is added to that index; a sum beyond the table is an error. An int32 or int64
+            array has the shape (s,) or (b, s), or with `mrope_section` the shape (3, s), (3, 1, s)
+            or (3, b, s). With 3 batches (3, s) is refused, since it could also mean (b, s).
+        seqlen_offsets: a number that is added to a token's index, such as the number of tokens in a
+            cache: an int, or an int32 or int64 array of shape (b,), or of shape (sequences,) with
+            `cu_seqlens`. A sum that does not fit 64 bits is out of range.
         cu_seqlens: an int32 or int64 array of shape (sequences + 1,), for packed sequences ("thd"):
-            sequence i has the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1, and its first one has
-            the index 0. Tokens of none are out of range. It must not decrease.
-        k_table, k_positions: a table and positions of k's own, each None for those of q. With one
-            of them q and k may have other numbers of tokens, as in cross-attention, and a table by
-            head may be given where they have other numbers of heads. `k_positions` stands in the
-            place of all three that tell q's positions.
+            sequence i has the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1, and its first token
+            has the index 0. A token of no sequence is out of range. The array must not decrease.
+        k_table, k_positions: the table and the positions of k; None takes those of q. With either
+            of them, q and k may differ in their number of tokens, as in cross-attention. Where they
+            differ in their number of heads, each may then have a table by head. `k_positions`
+            replaces `positions`, `seqlen_offsets` and `cu_seqlens` for k.
         interleaved: True pairs elements (2 i, 2 i + 1), False elements (i, i + rotary_dim / 2).
-            None takes the table's own pairing: neighbours where it is of complex numbers or
-            matrices, which stand for them, and halves for all others.
-        layout: the names of the axes: b, s (or t) for tokens, h for heads, and d last. By default
-            "shd" for 3 axes and "bshd" for 4.
-        head_dim: first splits the last axis into heads of this size: (t, h * d) or (b, s, h * d).
-            Where that splits nothing of three axes, because all tensors have one head,
-            ``layout="bshd"`` must say that they are not (t, h, d).
-        rotary_offset: where in a head the rotary_dim elements that are rotated begin; the others
-            pass through.
-        conjugate: rotate the other way: the inverse, and the gradient. Of a table with two angles a
-            pair it is the transpose, which is the gradient alone.
+            None takes the pairing of the table: neighbours for complex numbers and matrices, halves
+            for all others.
+        layout: the names of the axes: b for batches, s (or t) for tokens, h for heads, and d last.
+            The default is "shd" for 3 axes and "bshd" for 4.
+        head_dim: the size of a head, where the last axis holds all heads: (t, h * d) or (b, s,
+            h * d). Where arrays of three axes have one head only, ``layout="bshd"`` must say that
+            they are (b, s, d) and not (t, h, d).
+        rotary_offset: the index in a head of the first of the rotary_dim elements that are rotated.
+            All other elements are copied.
+        conjugate: True rotates the other way. This is the inverse, and the gradient. For a table
+            with two angles a pair it is the transpose, which is the gradient but not the inverse.
         out: None for new arrays, or a tuple of two arrays to write, such as q and k themselves.
-        out_of_range: what becomes of a token whose position, in an array of them, the table does
-            not hold: "nan" fills its rotated slice with NaN, "keep" leaves it as it is.
-        mrope_section: the pairs that turn by the first, second and third axis of `positions` (time,
-            height, width): M-RoPE, Wang et al., "Qwen2-VL" (2024), section 2.1. They add up to
-            rotary_dim / 2. A token is out of range where one of its positions is.
-        mrope_interleaved: False for sections one behind the other (Qwen2-VL), True for every third
-            pair by the second axis and by the third until they have theirs, and all others by the
-            first (Qwen3-VL). Sections that do not fit in this way are refused.
-        rounding: "once", at the store; or "eager", which rounds every product and every sum as
-            PyTorch's operations do one by one, and so gives bit by bit what models were trained
-            with: `apply_rotary_pos_emb` of Hugging Face transformers, by its table in q's dtype,
-            and diffusers' functions, by a float32 one. The table decides: where cosines and sines
-            are of q's dtype, products are rounded to it, else to float32 or float64.
+        out_of_range: what happens to a token whose position is in an array and not in the table:
+            "nan" fills its rotated slice with NaN, "keep" leaves it unrotated.
+        mrope_section: how many pairs are rotated by the first, second and third axis of `positions`
+            (time, height, width): M-RoPE, Wang et al., "Qwen2-VL" (2024), section 2.1. The three
+            add up to rotary_dim / 2. A token is out of range if any of its positions is.
+        mrope_interleaved: False puts the pairs of the three axes one after another (Qwen2-VL). True
+            interleaves them (Qwen3-VL): pairs 1, 4, 7, ... follow the second axis and pairs 2, 5,
+            8, ... the third, as many as their sections say, and all other pairs follow the first.
+            Sections that do not fit this order are refused.
+        rounding: "once" rounds when the result is stored. "eager" rounds every product and every
+            sum, as PyTorch's operations do one by one. So it gives, bit by bit, the results that
+            models were trained with: those of `apply_rotary_pos_emb` of Hugging Face transformers
+            with its table in q's dtype, and of diffusers' functions with a float32 table. The table
+            decides: with cosines and sines in q's dtype, products are rounded to it, and otherwise
+            to float32 or float64.
 
     Returns:
-        (q_out, k_out): new arrays of the caller's library, dense, with the axes in memory in the
-        order of the input's; or `out`.
+        (q_out, k_out): new dense arrays of the caller's library, whose axes lie in memory in the
+        same order as those of the inputs; or `out`.
 
     Raises:
-        TypeError, ValueError: say what was wanted and what came; nothing has been written then.
-        RuntimeError: the first call that needs a kernel is made while its stream is captured.
+        TypeError, ValueError: the message says what was wanted and what came. Nothing was written.
+        RuntimeError: the call is the first that needs its kernel, and its stream is being captured.
 
-    PyTorch records gradients of q and k, first and second, in place too, and compiles a call as one
-    operator; a table has none.
+    PyTorch records first and second gradients of q and k, also where arrays are written in place,
+    and compiles a call as one operator. A table has no gradient.
 
-    On a GPU the arithmetic is float32, or float64 when q or the table is 64-bit, with one rounding,
-    to q's dtype; on the CPU it is float64 throughout. The kernel runs on the current stream of the
-    library that owns the output (q's), and the host does not wait for it. It waits for the
-    current streams of the libraries of all other arrays; keep these arrays, as they are, until it
-    has run.
+    On a GPU the arithmetic is float32, or float64 where q or the table is 64-bit, and the result is
+    rounded once, to q's dtype. On the CPU it is float64 throughout. The kernel runs on the current
+    stream of the library that owns the output (q's), and the host does not wait for it. The kernel
+    waits for the current streams of the libraries of all other arrays. Keep these arrays, and do
+    not change them, until it has run.
 
     >>> import numpy as np
     >>> q, k = np.ones((1, 6, 8, 64), np.float32), np.ones((1, 6, 2, 64), np.float32)
@@ -175,13 +177,13 @@ def apply_rotary_qk(
 
 
 def check_two(out: object) -> None:
-    """Refuse outputs that are not two."""
+    """Refuse an `out` that is not a tuple of two."""
     if out is not None and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"out must be None or a tuple of two arrays, got {described(out)}")
 
 
 def apart(table: Any, k_table: Any, rows: Any, k_positions: Any) -> tuple[Any, Any]:
-    """Return the tables of q and of k, and what tells the positions of each."""
+    """Return the tables of q and of k, and the arguments that give the positions of each."""
     of_k = rows if k_positions is None else (k_positions, None, None)
     return (table, table if k_table is None else k_table), (rows, of_k)
 

@@ -1,4 +1,4 @@
-"""RotaryTable: cosines and sines in any form that models keep them in, read where they lie."""
+"""RotaryTable: cosines and sines in the forms that models keep them in, read without a copy."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     from numpy.typing import NDArray
 
 TURNS_PER_RADIAN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A566  # in units of 2^-160
-MAX_RECENT = 8  # attributes of arrays of a form that were seen to fit together
-MOST_RADIANS = 2**64  # of a frequency whose turns those digits are enough for
+MAX_RECENT = 8  # how many signatures of checked arrays are kept for each form
+MOST_RADIANS = 2**64  # the largest frequency for which TURNS_PER_RADIAN has enough digits
 
 WITHOUT_TABLE = TableSource(no_table, ())
 _recent: dict[Callable[..., TableView], tuple[Callable[..., bool], ...]] = {}
 
 
 class RotaryTable:
-    """The cosine and sine of every pair's angle at every position, viewed without a copy.
+    """A view of the cosines and sines of every pair's angle at every position, without a copy.
 
     ``cos`` and ``sin`` have one of the shapes
 
@@ -47,17 +47,18 @@ class RotaryTable:
     - ``(b, s, rotary_dim / 2)``: a row for each batch and token (b may be 1),
     - ``(b, s, h, rotary_dim / 2)``: a row for each batch, token and head (b and h may be 1),
 
-    and the dtype float16, bfloat16, float32 or float64, which need not be that of the arrays to
-    rotate. They may be strided, of any library, on the CPU or a GPU. Later changes to their values
-    are seen. Other forms: `from_full_width`, `from_elementwise`, `from_cache`, `from_complex`,
-    `from_matrices`, `from_inverse_frequencies`, `from_config`, `from_angles`. No constructor reads
-    a value, so none can see that a table has another form than its own: `check` can.
+    and the dtype float16, bfloat16, float32 or float64, which may differ from that of the arrays to
+    rotate. They may be strided arrays of any library, on the CPU or a GPU. A later call sees values
+    that have changed. Other constructors take other forms: `from_full_width`, `from_elementwise`,
+    `from_cache`, `from_complex`, `from_matrices`, `from_inverse_frequencies`, `from_config` and
+    `from_angles`. No constructor reads a value, so a table of the wrong form is not seen: `check`
+    sees it.
 
-    `axes` names the axes before the last where there are others than their number says: "p" for
-    positions, "b" for batches, "s" for tokens and "h" for heads, as "p", "s", "bs", "sh" or "bsh".
-    So ``axes="sh"`` takes (s, h, rotary_dim / 2), which is a row for each batch and token without.
+    `axes` names the axes before the last, "p" for positions, "b" for batches, "s" for tokens and
+    "h" for heads: "p", "s", "bs", "sh" or "bsh". Without it the number of axes decides, as listed
+    above. So ``axes="sh"`` takes (s, h, rotary_dim / 2), which would else mean (b, s, ...).
 
-    Raises TypeError or ValueError when the arrays do not fit together.
+    Raises TypeError or ValueError if the arrays do not fit together.
 
     >>> import numpy as np
     >>> angles = np.outer(np.arange(4), [1.0, 0.1])
@@ -70,15 +71,15 @@ class RotaryTable:
 
     @classmethod
     def from_full_width(cls, cos: Any, sin: Any, *, axes: TableAxes | None = None) -> RotaryTable:
-        """View tables of shape (..., rotary_dim), which hold every angle once for each element.
+        """View tables of shape (..., rotary_dim), which hold the angle of each pair twice.
 
-        Each element of the head finds its angle at its own place: with ``interleaved=False`` the
-        halves repeat (Hugging Face transformers), with ``interleaved=True`` every angle repeats at
-        once (diffusers' Flux, CogVideoX and HunyuanVideo). Of each pair the first element's number
-        is read alone: columns 0 to rotary_dim / 2 - 1, or with ``interleaved=True`` every second
-        column from 0 on. The second copy is never read. Where it is no copy, because the elements
-        of a pair have angles of their own, `from_elementwise` reads both. `axes` and errors are as
-        for `RotaryTable`.
+        The angle of an element is in the column of that element. So with ``interleaved=False`` the
+        second half repeats the first (Hugging Face transformers), and with ``interleaved=True``
+        every column is repeated at once (diffusers' Flux, CogVideoX and HunyuanVideo). Only the
+        column of a pair's first element is read: columns 0 to rotary_dim / 2 - 1, or with
+        ``interleaved=True`` columns 0, 2, 4 and so on. Where the two elements of a pair have
+        different angles, use `from_elementwise`, which reads both. `axes` and errors are as for
+        `RotaryTable`.
 
         >>> import numpy as np
         >>> angles = np.outer(np.arange(4), [1.0, 0.1])
@@ -92,12 +93,12 @@ class RotaryTable:
         """View tables of shape (..., rotary_dim), in which each element has an angle of its own.
 
         A pair (a, b), of halves or of neighbours as `interleaved` says, becomes (a cos_a - b sin_a,
-        b cos_b + a sin_b), where cos_a lies where a does, and so on (ERNIE-Image, V-JEPA 2, the
-        reference functions of apex and FlashInfer, and whatever computes ``x * cos + rotate_half(x)
-        * sin``). Both numbers of a pair are read. Such a pair is not rotated in general:
-        ``conjugate=True`` is the transpose, which is the gradient, and not the inverse. Where both
-        angles of every pair are one, `from_full_width` gives the same by half of the reads. `axes`
-        and errors are as for `RotaryTable`.
+        b cos_b + a sin_b), where cos_a is in the column of a, and so on. ERNIE-Image, V-JEPA 2 and
+        the reference functions of apex and FlashInfer compute this, and every model that computes
+        ``x * cos + rotate_half(x) * sin``. In general this is no rotation: ``conjugate=True`` is
+        the transpose, which is the gradient but not the inverse. Where both angles of every pair
+        are equal, `from_full_width` gives the same result and reads half as much. `axes` and errors
+        are as for `RotaryTable`.
 
         >>> import numpy as np
         >>> angles = np.outer(np.arange(4), [1.0, 0.1, 0.01, 0.001])
@@ -108,9 +109,9 @@ class RotaryTable:
 
     @classmethod
     def from_cache(cls, cos_sin: Any) -> RotaryTable:
-        """View a (p, rotary_dim) cache of cosines, then sines, in a row (vLLM, SGLang, FlashInfer).
+        """View a cache (p, rotary_dim), each row of which holds cosines, then sines.
 
-        Errors as for `RotaryTable`.
+        vLLM, SGLang and FlashInfer have such caches. Errors are as for `RotaryTable`.
 
         >>> import numpy as np
         >>> angles = np.outer(np.arange(4), [1.0, 0.1])
@@ -123,8 +124,8 @@ class RotaryTable:
     def from_complex(cls, freqs_cis: Any, *, axes: TableAxes | None = None) -> RotaryTable:
         """View cos + i sin, complex64 or complex128 (Llama's own code, Qwen-Image, Lumina).
 
-        The shapes are those of `RotaryTable`, and so are `axes` and the errors. A complex number
-        rotates two neighbours, unless a call says ``interleaved=False``.
+        Shapes, `axes` and errors are as for `RotaryTable`. Pairs are neighbours, unless a call says
+        ``interleaved=False``.
 
         >>> import numpy as np
         >>> RotaryTable.from_complex(np.exp(1j * np.outer(np.arange(4), [1.0, 0.1])))
@@ -136,9 +137,9 @@ class RotaryTable:
     def from_matrices(cls, freqs: Any, *, axes: TableAxes | None = None) -> RotaryTable:
         """View matrices [[cos, -sin], [sin, cos]], (..., rotary_dim / 2, 2, 2) (Flux, ComfyUI).
 
-        Any others are as good: all four numbers are read, and ``conjugate=True``, the gradient, is
-        the transpose. A matrix rotates two neighbours, unless a call says ``interleaved=False``.
-        What stands for the dots is as for `RotaryTable`, and so are `axes` and the errors.
+        Any 2 by 2 matrices are taken: all four numbers are read, and ``conjugate=True`` takes the
+        transpose, which is the gradient. Pairs are neighbours, unless a call says
+        ``interleaved=False``. The first axes, `axes` and errors are as for `RotaryTable`.
 
         >>> import numpy as np
         >>> angles = np.outer(np.arange(4), [1.0, 0.1])
@@ -160,20 +161,20 @@ class RotaryTable:
     ) -> RotaryTable:
         """Compute the table of positions 0 .. num_positions - 1 from radians per position.
 
-        Angles, cosines and sines are computed in float64, multiplied by `attention_scaling` and
-        stored as float32, in the library and on the device of the array `like`. `inv_freq` is any
-        array of shape (rotary_dim / 2,), or a sequence of numbers.
+        `inv_freq` is any array of shape (rotary_dim / 2,), or a sequence of numbers. Cosines and
+        sines are computed in float64, multiplied by `attention_scaling` and stored as float32, in
+        the library and on the device of the array `like`.
 
-        With ``precompute=False`` there is no table, and no `num_positions`: every call computes the
-        cosines and sines of its tokens, at any position from 0 to 2 ** 63 - 2; only negative ones
-        are out of range. What is kept is each frequency in units of 2 ** -64 turns, so that the
-        angle of a position is reduced to one turn without an error. On a GPU cosines and sines are
-        off by 1e-7 at most, up to the position 1,000,000 and on; where q is float64, and on the
-        CPU, by 1e-12 there.
+        With ``precompute=False`` no table is stored, and `num_positions` must be left out. Every
+        call computes the cosines and sines of its tokens, at any position from 0 to 2 ** 63 - 2.
+        Only negative positions are out of range. Frequencies are stored in units of 2 ** -64 turns,
+        so that the angle of a position is reduced to one turn exactly. Up to the position 1,000,000
+        and beyond, cosines and sines have an error of at most 1e-7 on a GPU, and of 1e-12 on the
+        CPU or where q is float64.
 
-        Raises TypeError or ValueError when `inv_freq` is not finite numbers of one axis, or gives
-        angles that are not, `num_positions` not an int of 0 or more (or given with
-        ``precompute=False``), or `attention_scaling` not a number that is finite in float32.
+        Raises TypeError or ValueError if `inv_freq` is not one axis of finite numbers or gives an
+        angle that is not finite, `num_positions` is not an int of 0 or more (or is given with
+        ``precompute=False``), or `attention_scaling` is not a number that is finite in float32.
 
         >>> import numpy as np
         >>> from rope_cupy.frequencies import inverse_frequencies
@@ -224,10 +225,10 @@ class RotaryTable:
     ) -> RotaryTable:
         """Compute the table that a Hugging Face config, or its dict, describes.
 
-        `rope_cupy.frequencies.from_config` says what is read, and what `seq_len` and `layer_type`
-        mean, and which configs are refused; the attention scaling of the config's type is in the
-        table. The rest, and errors, are those of `from_inverse_frequencies`. The table of a vision
-        encoder is `from_angles` of `rope_cupy.frequencies.axial_from_config`.
+        `rope_cupy.frequencies.from_config` says what is read, what `seq_len` and `layer_type` mean
+        and which configs are refused. The attention scaling of the config is part of the table. All
+        else, and errors, are as for `from_inverse_frequencies`. For a vision encoder, pass the
+        angles of `rope_cupy.frequencies.axial_from_config` to `from_angles`.
 
         >>> import numpy as np
         >>> scaling = {"rope_type": "linear", "factor": 2.0}
@@ -235,7 +236,7 @@ class RotaryTable:
         >>> RotaryTable.from_config(config, 16, like=np.zeros(1))
         RotaryTable(shape=(16, 4), rotary_dim=8, dtype='float32', device='cpu')
         """
-        from .frequencies import from_config  # which most programs need not import
+        from .frequencies import from_config  # few programs need it
 
         inv_freq, scaling = from_config(config, seq_len=seq_len, layer_type=layer_type)
         return cls.from_inverse_frequencies(
@@ -248,15 +249,15 @@ class RotaryTable:
 
     @classmethod
     def from_angles(cls, angles: Any, *, like: Any) -> RotaryTable:
-        """Compute the table of the angles, in radians, that every pair turns by at every row.
+        """Compute the table of an array of angles, in radians, one for each row and pair.
 
-        `angles` is an array of float64 or float32, of any library and of a shape as for
-        `RotaryTable`: of grids of images and video, say, by `rope_cupy.frequencies.axial`. Of
-        float32, large angles have lost digits before they come here. Cosines and sines are computed
-        in float64 and stored as float32, in the library and on the device of the array `like`. The
-        host reads the angles, and so waits for a GPU that they lie on.
+        `angles` is a float64 or float32 array of any library, with a shape as for `RotaryTable`,
+        such as the angles of a grid that `rope_cupy.frequencies.axial` returns. Large angles in
+        float32 have lost digits already. Cosines and sines are computed in float64 and stored as
+        float32, in the library and on the device of the array `like`. The host reads the angles, so
+        it waits for the GPU that they are on.
 
-        Raises TypeError or ValueError when `angles` is no such array of finite numbers.
+        Raises TypeError or ValueError if `angles` is not such an array, or not finite.
 
         >>> import numpy as np
         >>> x = np.zeros((4, 1, 8), np.float32)
@@ -275,7 +276,7 @@ class RotaryTable:
 
     @classmethod
     def _computed(cls, like: Any, scale: float, *factors: NDArray[np.float64]) -> RotaryTable:
-        """Compute the table of a product of angles where `like` lies, cos and sin times `scale`."""
+        """Compute the table of a product of angles on the device of `like`, times `scale`."""
 
         def cos_and_sin(module: Any, *factors: Any) -> tuple[Any, Any]:
             angles, single = math.prod(factors[1:], start=factors[0]), module.float32
@@ -291,10 +292,10 @@ class RotaryTable:
         return table
 
     def _set(self, form: Callable[..., TableView], axes: object, *parts: Any) -> None:
-        """Keep the arrays of a table, once they are known to fit together."""
+        """Check that the arrays of a table fit together, and keep them."""
         if axes is not None:
             parts = tuple([_with_axes(part, axes, form is matrices) for part in parts])
-        if arrays.is_compiling(parts[0]):  # what is compiled checks it when it runs
+        if arrays.is_compiling(parts[0]):  # the compiled call checks them when it runs
             self._source = TableSource(form, parts)
             return
         parts = tuple([arrays.asked_of(part).lasting(part) for part in parts])
@@ -313,9 +314,10 @@ class RotaryTable:
     def check(self) -> str:
         """Read all values and return a sentence that says what they are.
 
-        It names the constructor that they are for where that is another one: "every angle twice, in
-        halves: use RotaryTable.from_full_width", or "not a rotation". On a GPU it copies the arrays
-        to the CPU and waits for that, so it is for a program that is being written.
+        If another constructor is right, the sentence names it: "every angle twice, in halves: use
+        RotaryTable.from_full_width". Values that rotate nothing are "not a rotation". Arrays on a
+        GPU are copied to the CPU, and the host waits for that. So call this while you write a
+        program, and not in one that runs.
 
         >>> import numpy as np
         >>> angles = np.outer(np.arange(4), [1.0, 0.1])
@@ -324,7 +326,7 @@ class RotaryTable:
         >>> RotaryTable(np.tile(np.cos(angles), 2), np.tile(np.sin(angles), 2)).check()
         'every angle twice, in halves: use RotaryTable.from_full_width'
         """
-        from .table_check import verdict  # which programs that run need not import
+        from .table_check import verdict  # few programs need it
 
         form, parts = self._source
         values = [arrays.library_of("table", part).download(part) for part in parts]
@@ -335,27 +337,27 @@ class RotaryTable:
         return self._source.view(None).specs[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy looks at the copies of the arrays, not at the addresses of these.
+        # A copy views copies of the arrays, and not the addresses of these.
         return type(self)._of, (self._source.form, None, *self._source.arrays)
 
     @property
     def axes(self) -> str:
-        """The names of all axes but the last: "p" of positions, "bs" or "bsh"."""
+        """The names of all axes but the last: "p", "bs" or "bsh"."""
         return {2: "p", 3: "bs", 4: "bsh"}[len(self.shape)]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of cos and of sin at half width: (..., rotary_dim / 2)."""
+        """The shape of cos, and of sin, at half width: (..., rotary_dim / 2)."""
         return self._spec.shape
 
     @property
     def rotary_dim(self) -> int:
-        """How many elements of a head are rotated."""
+        """The number of elements of a head that are rotated."""
         return 2 * self.shape[-1]
 
     @property
     def num_positions(self) -> int:
-        """The size of the axis of positions, or of tokens where the table is by batch and token.
+        """The number of positions, or of tokens in a table by batch and token.
 
         It is 2 ** 63 - 1 with ``precompute=False``.
         """
@@ -368,7 +370,7 @@ class RotaryTable:
 
     @property
     def device(self) -> str:
-        """The device of cos and sin, "cpu" or such as "cuda:0"."""
+        """The device of cos and sin, such as "cpu" or "cuda:0"."""
         return self._spec.cos.device
 
     def __repr__(self) -> str:
@@ -380,9 +382,9 @@ class RotaryTable:
 
 
 def source_of(table: Any) -> TableSource:
-    """Return the source of a RotaryTable, or of the one that a (cos, sin) tuple stands for.
+    """Return the source of a RotaryTable, or of the table that a tuple (cos, sin) stands for.
 
-    None is no table: a call that normalises may have none.
+    None stands for no table, which a call with a norm may have.
     """
     if isinstance(table, RotaryTable):
         return table._source
@@ -394,10 +396,10 @@ def source_of(table: Any) -> TableSource:
 
 
 def _frequency_words(radians: NDArray[np.float64], scale: float) -> NDArray[np.int32]:
-    """Return 64 bits for each frequency, and those of the scale: (pairs + 1, 2) words of 32 bits.
+    """Return 64 bits for each frequency, then 64 for the scale: (pairs + 1, 2) words of 32 bits.
 
-    A frequency is in turns, in units of 2^-64 and without whole ones: see kernels/angles.cuh. The
-    words have a dtype that every library knows.
+    A frequency is a fraction of a turn in units of 2^-64: see kernels/angles.cuh. Words of 32 bits
+    have a dtype that every library knows.
     """
     turns = []
     for each in radians.tolist():
@@ -440,7 +442,7 @@ def _is_sequence_of_numbers(value: object) -> bool:
 
 
 def _with_axes(array: Any, axes: object, of_matrices: bool) -> Any:
-    """Return an array with the axes that these names say: with one batch where they name none."""
+    """Return an array with the named axes, and with an axis of one batch where none is named."""
     if not isinstance(axes, str):
         raise TypeError(
             f"axes must be None or one of {', '.join(TABLE_AXES)}, got {described(axes)}"

@@ -1,8 +1,8 @@
 """RotaryEmbedding, a module of PyTorch. Importing this defines the operators of compiled graphs.
 
-Calls import by themselves what they need of PyTorch. Import this too before `torch.export.load`, or
-a package of AOTInductor, in a new process: such a file names operators, and PyTorch does not find
-by itself who defines them.
+Calls of rope_cupy's functions import what they need of PyTorch. A new process that loads a file of
+`torch.export` or AOTInductor must import this module first: the file names operators, and PyTorch
+does not know which package defines them.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ __all__ = ["RotaryEmbedding"]
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """Rotate q and k by a table of its own, which is float32 whatever the model's dtype is.
+    """Rotate q and k by a table that the module owns, which is float32 whatever the model's dtype.
 
-    The cosines and sines of the positions 0 .. max_position - 1 are ``cos`` and ``sin``, of shape
-    (max_position, head_dim / 2). They are no buffers: they are computed when they are first needed,
-    on the device of q, from `head_dim`, `base` and `max_position`. So no loader can fill them, no
-    ``.half()`` rounds them, and they are in neither ``state_dict()`` nor a pickle. The attributes
-    ``cos`` and ``sin`` lie where the module does, which a buffer without elements tells.
+    The attributes ``cos`` and ``sin`` hold the cosines and sines of the positions 0 .. max_position
+    - 1. Their shape is (max_position, head_dim / 2). They are not buffers: the module computes them
+    from `head_dim`, `base` and `max_position` when they are first needed, on the device of q. So no
+    checkpoint overwrites them, ``.half()`` does not round them, and neither ``state_dict()`` nor a
+    pickle contains them. The attributes are on the device of the module, which follows ``.to()``.
 
     Args:
-        head_dim: elements of a head, all of which are rotated; even.
-        base: of the inverse frequencies base ** (-2 i / head_dim): Su et al., "RoFormer: Enhanced
-            Transformer with Rotary Position Embedding" (2021), section 3.2.2.
+        head_dim: the number of elements of a head, all of which are rotated; even.
+        base: the base of the inverse frequencies base ** (-2 i / head_dim): Su et al., "RoFormer:
+            Enhanced Transformer with Rotary Position Embedding" (2021), section 3.2.2.
         interleaved: True pairs elements (2 i, 2 i + 1), False elements (i, i + head_dim / 2).
-        max_position: how many positions the table holds.
+        max_position: the number of positions in the table.
         layout: the names of the axes of q and k, as for `rope_cupy.apply_rotary_qk`.
-        device: of ``cos`` and ``sin``; by default PyTorch's.
+        device: the device of ``cos`` and ``sin``; None takes PyTorch's default.
 
-    Raises TypeError or ValueError when `head_dim` is not a positive even int, `base` not a positive
+    Raises TypeError or ValueError if `head_dim` is not a positive even int, `base` not a positive
     number or `max_position` not an int of 0 or more.
 
-    The first call on a GPU copies the table there, so it must come before a CUDA graph is captured.
+    The first call on a GPU copies the table there, so make it before you capture a CUDA graph.
 
     >>> import torch
     >>> rotary = RotaryEmbedding(64, base=500000.0, max_position=8192).half()
@@ -72,19 +72,19 @@ class RotaryEmbedding(torch.nn.Module):
         self.head_dim, self.base = index("head_dim", head_dim), base
         self.max_position = count("max_position", max_position)
         check_options(interleaved, layout, None, 0, False, "nan", None, False)
-        inverse_frequencies(head_dim, base)  # refuses what no table can be made of
+        inverse_frequencies(head_dim, base)  # refuses values that give no table
         self.interleaved, self.layout = interleaved, layout
         self.register_buffer("place", torch.empty(0, device=device), persistent=False)
         self._tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def cos(self) -> torch.Tensor:
-        """The cosines, where the module lies."""
+        """The cosines, on the device of the module."""
         return self._table_on(self.place.device)[0]
 
     @property
     def sin(self) -> torch.Tensor:
-        """The sines, where the module lies."""
+        """The sines, on the device of the module."""
         return self._table_on(self.place.device)[1]
 
     def forward(
@@ -122,20 +122,20 @@ class RotaryEmbedding(torch.nn.Module):
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _compute(self, device: torch.device) -> bool:
-        """Compute the table of what the module is now on a device, where there is none yet.
+        """Compute the table of the module's present values on a device, if there is none yet.
 
-        While torch.compile traces, this is called and not traced.
+        torch.compile calls this while it traces, and does not trace it.
         """
         about = device, self.head_dim, self.base, self.max_position
         if about not in self._tables:
             numbers = cos_sin(inverse_frequencies(self.head_dim, self.base), self.max_position)
-            # It outlives what the first call is made in: a trace, or a mode that makes no real
-            # tensors or none for gradients.
+            # The table outlives a trace or a mode that is on during the first call, so its tensors
+            # must be real ones that gradients can use.
             with no_modes(), torch.inference_mode(False):
                 cos, sin = (torch.from_numpy(each).to(device) for each in numbers)
             self._tables[about] = cos, sin
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle of the module holds, which computes its own table."""
+        """Return the state of a copy or a pickle, which computes its own table."""
         return self.__dict__ | {"_tables": {}}
