@@ -1,27 +1,28 @@
 """Rotary tables of diffusion transformers and vision encoders, by the names of the models.
 
-A model here is the positions of its tokens on some axes, how many elements of a head each axis
-rotates, and a base. What a builder returns goes to
+A builder knows the positions of a model's tokens on each axis, the number of elements of a head
+that each axis rotates, and the base of the frequencies. Pass the table that it returns to
 `apply_rotary_qk(q, k, table, interleaved=True)`, or with ``interleaved=False`` where the docstring
-of its builder says so, as for vision encoders; the docstring also says what the rows of the table
-are. Models whose positions are added to their tokens, such as Stable Diffusion 3, have no table.
+of the builder says so, as for vision encoders. The docstring also says which rows the table has.
+Models that add positions to their tokens, such as Stable Diffusion 3, have no table.
 
 Arguments of every builder:
 
-- ``like``: the array in whose library and on whose device the table is made, such as q.
-- ``dims`` and ``base``: elements of a head that each axis rotates, and the base of its frequencies.
-  The defaults are those of the modules of diffusers or transformers. A model whose module takes a
-  ``head_dim`` has its dims follow from it.
+- ``like``: an array, such as q. The table is made in its library and on its device.
+- ``dims`` and ``base``: how many elements of a head each axis rotates, and the base of its
+  frequencies. The defaults are those of diffusers or transformers. Where their module takes a
+  ``head_dim``, the builder does too, and dims follow from it.
 - ``compute_dtype``: "float64" computes cos and sin in float64 and rounds them to float32 once.
   "float32" computes in float32, by the operations of diffusers or transformers and in their order.
-  Each docstring says in which dtype they compute. Where it is float64, the default has the numbers
-  of theirs. Where it is float32, their angles are off by up to some 2 ** -21 of their size: cos
-  and sin by 1e-5 for Qwen-Image at 1328 x 1328, by 4e-3 for LTX-Video. With "float32" and a PyTorch
-  tensor as `like` the table has the bits of theirs. `vision_encoder` computes in float64 alone.
+  Each docstring says in which dtype these libraries compute. Where it is float64, the default gives
+  their numbers. Where it is float32, their angles have a relative error of up to some 2 ** -21: cos
+  and sin are off by 1e-5 for Qwen-Image at 1328 x 1328, and by 4e-3 for LTX-Video. With "float32"
+  and a PyTorch tensor as `like`, the table has their bits. `vision_encoder` always computes in
+  float64.
 
-A grid is counted in tokens: the latent's frames, height and width divided by the patch size.
+A grid is counted in tokens: the frames, height and width of the latent divided by the patch size.
 
-Every builder raises TypeError or ValueError where an argument is not what it says.
+Every builder raises TypeError or ValueError if an argument is not what its docstring says.
 """
 
 from __future__ import annotations
@@ -93,9 +94,9 @@ def flux(
 ) -> RotaryTable:
     """Return the table of Flux from the ids of its tokens: text first, then image.
 
-    `ids` is an array of shape (tokens, 3), or (batch, tokens, 3) for a table of each batch. In
-    diffusers it is ``torch.cat((txt_ids, img_ids))``. It computes in float64, and in float32 on
-    Apple's GPUs alone.
+    `ids` is an array of shape (tokens, 3), or (batch, tokens, 3) for a table by batch. In diffusers
+    it is ``torch.cat((txt_ids, img_ids))``. diffusers computes in float64, and in float32 only on
+    Apple's GPUs.
 
     >>> import numpy as np
     >>> image = np.stack(np.meshgrid(0, range(4), range(6), indexing="ij"), -1).reshape(-1, 3)
@@ -115,8 +116,8 @@ def flux2(
 ) -> RotaryTable:
     """Return the table of Flux 2 from the ids of its tokens: text first, then image.
 
-    `ids` has the shape (tokens, 4) or (batch, tokens, 4), of time, height, width and index in the
-    text. diffusers computes in float64, and in float32 on Apple's GPUs alone.
+    `ids` has the shape (tokens, 4) or (batch, tokens, 4): time, height, width and the index in the
+    text. diffusers computes in float64, and in float32 only on Apple's GPUs.
 
     >>> import numpy as np
     >>> flux2(np.zeros((8, 4)), like=np.zeros(1))
@@ -137,16 +138,16 @@ def qwen_image(
 ) -> RotaryTable:
     """Return the table of Qwen-Image: the rows of the text, then those of the images.
 
-    This is the order of its joint attention, so one call rotates q and k of both. Where they are
-    apart, as in diffusers' attention processor, ``positions=0`` rotates the text's and
-    ``positions=text_length`` the images'.
+    This is the order of the model's joint attention, so one call rotates q and k of both. Where
+    text and images are separate arrays, as in diffusers' attention processor, ``positions=0``
+    rotates the text and ``positions=text_length`` the images.
 
-    `grids` is (frames, height, width), or several of them: the images of an edit, each one frame
-    after the one before. With `scale_rope` height and width are centred at 0 and the text begins at
-    half the largest of them, without it they begin at 0 and the text begins at the largest.
+    `grids` is one (frames, height, width), or several for the images of an edit, which follow each
+    other by one frame. With `scale_rope`, heights and widths are centred at 0, and the text begins
+    at half of the largest. Without it they begin at 0, and the text begins at the largest.
 
-    Qwen-Image-Layered has the same arguments and another table: `qwen_image_layered`. diffusers
-    computes in float32, in the memory of the CPU, up to 4096 positions.
+    Qwen-Image-Layered takes the same arguments but has another table: `qwen_image_layered`.
+    diffusers computes in float32, on the CPU, up to 4096 positions.
 
     >>> import numpy as np
     >>> qwen_image((1, 4, 6), 8, like=np.zeros(1))
@@ -170,11 +171,11 @@ def qwen_image_layered(
 ) -> RotaryTable:
     """Return the table of Qwen-Image-Layered: rows of the text, the layers and the condition.
 
-    `grids` are rows of (frames, height, width): those of the layers, each one frame after the one
-    before, and last that of the image which they are taken from, of one frame, which lies at the
-    frame -1. The text begins at half the largest height or width, without `scale_rope` at the
-    largest, or at the number of layers where this is more. All else is as for `qwen_image`. In
-    diffusers it is the Qwen-Image of a config with ``use_layer3d_rope=True``.
+    `grids` are rows of (frames, height, width): first the layers, which follow each other by one
+    frame, and last the image that they are taken from, which has one frame, at -1. The text begins
+    at half of the largest height or width, or without `scale_rope` at the largest, but at least at
+    the number of layers. All else is as for `qwen_image`. In diffusers this model is Qwen-Image
+    with ``use_layer3d_rope=True`` in its config.
 
     >>> import numpy as np
     >>> qwen_image_layered([(1, 4, 6), (1, 4, 6), (1, 4, 6)], 8, like=np.zeros(1))
@@ -202,7 +203,7 @@ def wan(
 ) -> RotaryTable:
     """Return the table of Wan from its grid (frames, height, width).
 
-    Height and width rotate 2 * (head_dim // 6) elements each and the frame those that are left.
+    Height and width rotate 2 * (head_dim // 6) elements each, and the frame rotates the others.
     diffusers computes in float64, and in float32 where PyTorch finds Apple's GPUs.
 
     >>> import numpy as np
@@ -226,8 +227,9 @@ def hunyuan_video(
 ) -> RotaryTable:
     """Return the table of HunyuanVideo from its grid (frames, height, width).
 
-    The text follows the video in its joint attention and is not rotated: `text_length` appends as
-    many rows of angle 0, so that one call rotates q and k of both. diffusers computes in float32.
+    The text follows the video in the model's joint attention and is not rotated. `text_length`
+    appends that many rows of angle 0, so that one call takes q and k of both. diffusers computes in
+    float32.
 
     >>> import numpy as np
     >>> hunyuan_video((2, 4, 6), like=np.zeros(1), text_length=8)
@@ -250,13 +252,13 @@ def cogvideox(
 ) -> RotaryTable:
     """Return the table of CogVideoX from its grid (frames, height, width).
 
-    CogVideoX 1.0 spreads height and width over that part of the `base_size` it was trained at,
-    (height, width), which has their aspect ratio, centred. CogVideoX 1.5 counts from 0: pass
-    ``base_size=None``. The frame rotates a quarter of the head, height and width three eighths
+    CogVideoX 1.0 spreads height and width over the central part of `base_size`, the (height, width)
+    of its training, that has their aspect ratio. CogVideoX 1.5 counts from 0: pass
+    ``base_size=None``. The frame rotates a quarter of the head, and height and width three eighths
     each.
 
-    The text precedes the video in its joint attention and is not rotated: `text_length` prepends as
-    many rows of angle 0. diffusers computes in float32.
+    The text precedes the video in the model's joint attention and is not rotated. `text_length`
+    prepends that many rows of angle 0. diffusers computes in float32.
 
     >>> import numpy as np
     >>> cogvideox((2, 4, 6), like=np.zeros(1), text_length=8)
@@ -292,13 +294,12 @@ def ltx_video(
 ) -> RotaryTable:
     """Return the table of LTX-Video, in which every head has angles of its own.
 
-    Its shape is (1, tokens, num_heads, head_dim / 2): q and k are to be split into heads.
+    Its shape is (1, tokens, num_heads, head_dim / 2), so split q and k into heads first.
 
-    `grid` is (frames, height, width), of points that lie `scale` apart, in seconds and pixels: the
-    default is that of 25 frames a second and of its VAE. Or `grid` is a float array of shape
-    (batch, tokens, 3) of the seconds and pixels themselves, for a table of each batch: diffusers'
-    video_coords with the last two axes exchanged. `base_size` is the time, height and width that
-    these are divided by.
+    `grid` is (frames, height, width). Its points are `scale` apart, in seconds and pixels; the
+    default is for the model's VAE and 25 frames a second. Or `grid` is a float array of shape
+    (batch, tokens, 3), of seconds and pixels, for a table by batch: diffusers' video_coords with
+    the last two axes exchanged. Times, heights and widths are divided by `base_size`.
 
     diffusers computes in float32.
 
@@ -351,13 +352,13 @@ def z_image(
 ) -> RotaryTable:
     """Return the table of Z-Image: the rows of the image, then those of the text.
 
-    This is the order of its unified sequence, in which both are padded to a `multiple` of tokens.
-    Its refiners, which see one of them, take ``positions=0`` for the image and for the text the
-    number of the image's tokens, padding included. The padding of an image has the position
-    (0, 0, 0), that of a text counts on.
+    This is the order of the model's unified sequence, in which both are padded to a multiple of
+    `multiple` tokens. The padding of the image has the position (0, 0, 0); the padding of the text
+    has the positions after it. A refiner sees only one of the two: call it with ``positions=0`` for
+    the image, and for the text with the number of the image's tokens, padding included.
 
     `grid` is (frames, height, width). diffusers computes frequencies and angles in float64, rounds
-    the angles to float32, and computes cos and sin of those in the memory of the CPU.
+    the angles to float32, and computes their cos and sin on the CPU.
 
     >>> import numpy as np
     >>> z_image((1, 4, 6), 8, like=np.zeros(1))
@@ -384,12 +385,13 @@ def lumina2(
 ) -> RotaryTable:
     """Return the table of Lumina 2: the rows of the text, then those of the image.
 
-    `grid` is (height, width), `text_length` the number of the text's tokens that count. The context
-    refiner takes the table as it is, the noise refiner ``positions=text_length``.
+    `grid` is (height, width), and `text_length` the number of tokens of the text without padding.
+    For the context refiner, use the table without positions; for the noise refiner, with
+    ``positions=text_length``.
 
-    Where the texts of a batch differ in length, `text_length` is a sequence of them, and the table
-    has the shape (batch, tokens, sum(dims) / 2), with rows of angle 0 behind the shorter ones. Then
-    ``with_text=False`` gives the rows of the image alone, for the noise refiner.
+    Where the texts of a batch differ in length, `text_length` is a sequence of lengths. The table
+    then has the shape (batch, tokens, sum(dims) / 2), with rows of angle 0 after shorter sequences,
+    and ``with_text=False`` gives only the rows of the image, for the noise refiner.
 
     diffusers computes in float64, and in float32 where PyTorch finds Apple's GPUs.
 
@@ -426,10 +428,10 @@ def qwen2_vl_vision(
 ) -> RotaryTable:
     """Return the table of Qwen2-VL's vision encoder, for ``interleaved=False``.
 
-    `grids` is (frames, height, width) in patches or several of them, such as image_grid_thw: the
-    rows of one grid follow those of another. Patches are in the order of the encoder: every frame
-    anew, in blocks of `merge_size` by `merge_size`. Height rotates the first half of the pairs and
-    width the second. transformers computes in float32, the frequencies in the memory of the CPU.
+    `grids` is one (frames, height, width) in patches, or several, such as image_grid_thw; the rows
+    of the grids follow one another. Patches are in the order of the encoder: frame by frame, in
+    blocks of `merge_size` by `merge_size`. Height rotates the first half of the pairs and width the
+    second. transformers computes in float32, and the frequencies on the CPU.
 
     >>> import numpy as np
     >>> qwen2_vl_vision([(1, 4, 6), (1, 2, 2)], like=np.zeros(1))
@@ -463,10 +465,10 @@ def pixtral_vision(
 ) -> RotaryTable:
     """Return the table of Pixtral's vision encoder, for ``interleaved=False``.
 
-    `grids` is (height, width) in patches or several of them: the rows of one grid follow those of
-    another. Of the frequencies of the whole head height takes every other, and width those
-    between: the first half of the pairs and the second. transformers computes in float32, the
-    frequencies in the memory of the CPU, and rounds the table to the dtype of the patches.
+    `grids` is one (height, width) in patches, or several; the rows of the grids follow one another.
+    Height rotates the first half of the pairs, by frequencies 0, 2, 4, ... of the whole head, and
+    width rotates the second half, by frequencies 1, 3, 5, ... transformers computes in float32, and
+    the frequencies on the CPU, and rounds the table to the dtype of the patches.
 
     >>> import numpy as np
     >>> pixtral_vision([(4, 6), (2, 2)], like=np.zeros(1))

@@ -1,4 +1,4 @@
-"""Tables of more image models, and of vision encoders: `rope_cupy.diffusion` has them all."""
+"""Tables of more image models and of vision encoders, which `rope_cupy.diffusion` offers."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def cogview4(
 ) -> RotaryTable:
     """Return the table of CogView 4 from its grid (height, width), for ``interleaved=False``.
 
-    Row y of the grid has the position y * base_size[0] // height, column x accordingly: every image
-    is spread over the `base_size`, in whole steps. Height and width rotate half of the head each.
-    The default of `head_dim` is that of CogView 4 6B.
+    Every image is spread over `base_size` in whole steps: row y of the grid has the position
+    y * base_size[0] // height, and column x the position x * base_size[1] // width. Height and
+    width rotate half of the head each. The default of `head_dim` is that of CogView 4 6B.
 
-    The text precedes the image in its joint attention and is not rotated: `text_length` prepends as
-    many rows of angle 0. diffusers computes in float32, in the memory of the CPU.
+    The text precedes the image in the model's joint attention and is not rotated. `text_length`
+    prepends that many rows of angle 0. diffusers computes in float32, on the CPU.
 
     >>> import numpy as np
     >>> cogview4((4, 6), like=np.zeros(1), text_length=8)
@@ -74,10 +74,10 @@ def hunyuan_image(
 ) -> RotaryTable:
     """Return the table of HunyuanImage 2.1 from its grid (height, width).
 
-    With three `dims` the grid is (frames, height, width), as in its refiner.
+    With three `dims` the grid is (frames, height, width), as in the model's refiner.
 
-    The text follows the image in its joint attention and is not rotated: `text_length` appends as
-    many rows of angle 0. diffusers computes in float32.
+    The text follows the image in the model's joint attention and is not rotated. `text_length`
+    appends that many rows of angle 0. diffusers computes in float32.
 
     >>> import numpy as np
     >>> hunyuan_image((4, 6), like=np.zeros(1), text_length=8)
@@ -100,13 +100,13 @@ def ernie_image(
 ) -> RotaryTable:
     """Return the table of ERNIE-Image, for ``interleaved=False``: rows of the image, then the text.
 
-    `grid` is (height, width), `text_length` the number of the text's tokens. The image lies at the
-    time `text_length`, the text at the times before it.
+    `grid` is (height, width), and `text_length` the number of tokens of the text. The image has the
+    time `text_length`, and the tokens of the text have the times before it.
 
-    Where the texts of a batch differ in length, `text_length` is a sequence of them, and the table
-    has rows of each batch, those of the text as many as the longest has.
+    Where the texts of a batch differ in length, `text_length` is a sequence of lengths. The table
+    then has rows by batch, with as many rows of text as the longest text has tokens.
 
-    The elements of a pair have angles of their own, of neighbouring frequencies, because the model
+    The two elements of a pair have different angles, of neighbouring frequencies, because the model
     repeats every angle at once and then pairs halves: see `RotaryTable.from_elementwise`. diffusers
     computes in float32 and rounds the table to the dtype of q.
 
@@ -152,15 +152,16 @@ def qwen_image21(
     base: float = 10000.0,
     compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
-    """Return the table of Qwen-Image 2.1, in whose sequence texts and images take turns.
+    """Return the table of Qwen-Image 2.1, whose sequence alternates texts and images.
 
-    `grids` is (1, height, width) or several of them, diffusers' img_shapes: the images to edit and
-    last the one to make. `text_lengths` says how many tokens of text precede each image, and those
-    that follow the last one where it has one number more. An int is the text before a single image.
+    `grids` is one (1, height, width), or several, diffusers' img_shapes: the images to edit, and
+    last the image to make. `text_lengths` has the number of tokens of the text before each image,
+    and may have one number more, for the text after the last image. An int is the length of the
+    text before a single image.
 
-    A token of text advances the position on all three axes by 1. An image lies at the frame that
-    the position has reached, with height and width centred at 0, and advances the position by the
-    larger of them. diffusers computes in float32, in the memory of the CPU.
+    A token of text advances the position on all three axes by 1. An image has the position that is
+    reached as its frame, and height and width centred at 0. It advances the position by its height
+    or its width, whichever is larger. diffusers computes in float32, on the CPU.
 
     >>> import numpy as np
     >>> qwen_image21([(1, 4, 6), (1, 8, 8)], (20, 9), like=np.zeros(1))
@@ -191,18 +192,18 @@ def qwen_image21(
 def vision_encoder(config: Any, grids: Any, *, like: Any, merge_size: int = 1) -> RotaryTable:
     """Return the table of a vision encoder of transformers, from its config or its dict.
 
-    `rope_cupy.frequencies.axial_from_config` says which models are known, and its `interleaved` is
-    that of the calls that rotate. `grids` is (frames, height, width) in patches or several of them,
-    such as image_grid_thw: the rows of one grid follow those of another. The patches of a frame are
-    in the order of rows or, with a `merge_size`, in blocks of as many by as many: the order of
-    those encoders whose config has a `spatial_merge_size`, but Kimi K2.5, PaddleOCR-VL and Step 3,
-    which keep that of rows. Qwen2.5-VL reorders its tokens by windows afterwards, so these rows
-    too. Tokens that stand for no patch, such as a class token, have no row.
+    `rope_cupy.frequencies.axial_from_config` says which models are known. Pass the `interleaved` of
+    its result to the function that rotates. `grids` is one (frames, height, width) in patches, or
+    several, such as image_grid_thw; the rows of the grids follow one another. The patches of a
+    frame are in the order of rows, or with a `merge_size` in blocks of `merge_size` by
+    `merge_size`. Encoders with a `spatial_merge_size` in their config have blocks, except Kimi
+    K2.5, PaddleOCR-VL and Step 3. Qwen2.5-VL reorders its tokens by windows afterwards: reorder
+    these rows too. Tokens that stand for no patch, such as a class token, have no row.
 
-    transformers computes in float32; this computes in float64 and rounds once.
+    transformers computes in float32. This function computes in float64 and rounds once.
 
-    Raises TypeError or ValueError where an argument is not what it says, and for Gemma 4, whose
-    heads are rotated by slices, and Ernie 4.5 VL's text model, which is no encoder.
+    Raises TypeError or ValueError if an argument is not what its docstring says, for Gemma 4, which
+    rotates slices of its heads, and for the text model of Ernie 4.5 VL, which is not an encoder.
 
     >>> import numpy as np
     >>> config = {"model_type": "qwen3_vl_vision", "head_dim": 72}

@@ -1,4 +1,4 @@
-"""What builders of models' tables share: grids, checked sizes, float32 in a model's own order."""
+"""Shared by the builders of models' tables: grids, checks of sizes, float32 in a model's order."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def table_of(
 ) -> RotaryTable:
     """Return the table of positions.
 
-    How diffusers computes it in float32: `on_host` in the memory of the CPU and by polar
-    coordinates, with angles first of `angle_dtype`.
+    In float32 it is computed as diffusers does: with `on_host` on the CPU and by polar coordinates,
+    from angles of `angle_dtype`.
     """
     base, axes = positive("base", base), positions.shape[-1]
     if len(_dims(dims)) != axes:
@@ -56,7 +56,7 @@ def qwen_positions(
     scale_rope: bool,
     text_from: int = 0,
 ) -> Positions:
-    """Return the positions of a text, then of images, given as (first frame, size)."""
+    """Return the positions of a text, then of images, each given by its first frame and size."""
     text_start, share, images = text_from, 2 if scale_rope else 1, []
     for frame, (frames, height, width) in grids:
         text_start = max(text_start, height // share, width // share)
@@ -93,7 +93,7 @@ def _cos_and_sin(
     axes = enumerate(frequencies)
     angles = module.concatenate([positions[..., axis, None] * pairs for axis, pairs in axes], -1)
     angles = module.asarray(angles, dtype=module.float32)
-    if by_polar and _is_torch(module):  # whose cos and sin give other bits
+    if by_polar and _is_torch(module):  # its cos and sin give other bits than its polar
         turns = module.polar(module.ones_like(angles), angles)
         return turns.real, turns.imag
     return module.cos(angles), module.sin(angles)
@@ -105,9 +105,9 @@ def computed_in_order(
     like: Any,
     on_host: bool = False,
 ) -> tuple[Any, ...]:
-    """Return what a function(module, *arrays) makes where `like` lies.
+    """Return the results of function(module, *arrays), computed on the device of `like`.
 
-    With `on_host`, PyTorch computes in the memory of the CPU, wherever `like` lies.
+    With `on_host`, PyTorch computes them on the CPU.
     """
     if not on_host:
         return computed(function, arrays, like)
@@ -129,7 +129,7 @@ def _is_torch(module: Any) -> bool:
 
 
 def spread_of(ends: Sequence[tuple[float, float, int]], like: Any, exact: bool) -> list[Any]:
-    """Return evenly spaced numbers from each (first, last, size)."""
+    """Return evenly spaced numbers for each (first, last, size)."""
     if exact:
         return [np.linspace(*axis) for axis in ends]
     axes = computed_in_order(
@@ -143,7 +143,10 @@ def spread_of(ends: Sequence[tuple[float, float, int]], like: Any, exact: bool) 
 def crop_of(
     height: int, width: int, base_height: int, base_width: int
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Return (size of the crop, tokens, size of the base) of the largest crop of this aspect."""
+    """Return (size of the crop, tokens, size of the base) for height and width.
+
+    The crop is the largest part of the base that has the aspect ratio of height by width.
+    """
     if height / width > base_height / base_width:
         crop = base_height, round(base_height / height * width)
     else:
@@ -196,7 +199,7 @@ def three_of(name: str, values: Any) -> list[float]:
 
 
 def numbers_of(name: str, values: Any) -> tuple[Positions, bool]:
-    """Return an array of any library, or nested sequences, as float64, and whether of ints."""
+    """Return an array or nested sequences as float64, and whether the numbers were ints."""
     if is_kind_of_array(type(values)):  # type: ignore[arg-type]
         dtype = describe(name, values).spec.dtype
         array = np.asarray(library_of(name, values).download(values))

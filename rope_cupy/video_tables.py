@@ -1,4 +1,4 @@
-"""Tables of more video models: `rope_cupy.diffusion` has them all."""
+"""Tables of more video models, which `rope_cupy.diffusion` offers."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def cosmos(
 ) -> RotaryTable:
     """Return the table of Cosmos from its grid (frames, height, width), for ``interleaved=False``.
 
-    `scale` is by how much each axis is longer than in training, diffusers' rope_scale: the base of
-    an axis of dim elements is `base` * scale ** (dim / (dim - 2)) (NTK-aware scaling). With the
-    frames a second of a video, `fps`, frame t has the position t * base_fps / fps, without it, as
-    for an image, t. Height and width rotate 2 * (head_dim // 6) elements each and the frame those
-    that are left. diffusers computes in float32.
+    `scale` says how many times as long as in training each axis is, as diffusers' rope_scale does.
+    The base of an axis of dim elements is `base` * scale ** (dim / (dim - 2)) (NTK-aware scaling).
+    Frame t has the position t, as in an image, or with `fps`, the frames a second of a video,
+    t * base_fps / fps. Height and width rotate 2 * (head_dim // 6) elements each, and the frame
+    rotates the others. diffusers computes in float32.
 
     Source: bloc97, "NTK-Aware Scaled RoPE" (2023), for the base.
 
@@ -89,15 +89,15 @@ def kandinsky5(
 ) -> RotaryTable:
     """Return the table of Kandinsky 5 from its grid (frames, height, width).
 
-    The angles of each axis are divided by its `scale`. diffusers takes (1, 2, 2) for videos whose
-    height and width are from 480 to 854 pixels and (1, 3.16, 3.16) for others, and ones for images.
-    With the sparse attention of its long and large videos, the tokens of a frame are in blocks of 8
+    The angles of each axis are divided by its `scale`. diffusers takes (1, 2, 2) for videos with a
+    height and a width from 480 to 854 pixels, (1, 3.16, 3.16) for other videos, and (1, 1, 1) for
+    images. The sparse attention of long and large videos has the tokens of a frame in blocks of 8
     by 8: pass ``block_size=8``.
 
-    Its texts, which are rotated apart, have the table of a language model:
+    The text is rotated separately, by the table of a language model:
     ``RotaryTable.from_inverse_frequencies(inverse_frequencies(64), text_length, like=q)``, for
-    ``interleaved=True``. diffusers computes in float32, the angles before the division in the
-    memory of the CPU.
+    ``interleaved=True``. diffusers computes in float32, and the angles before their division on the
+    CPU.
 
     >>> import numpy as np
     >>> kandinsky5((2, 4, 6), like=np.zeros(1), scale=(1, 2, 2))
@@ -147,10 +147,10 @@ def mochi(
     base_size: tuple[int, int] = (192, 192),
     compute_dtype: ComputeDtype = "float64",
 ) -> RotaryTable:
-    """Return the table of Mochi, in which every head has frequencies of its own, which are trained.
+    """Return the table of Mochi, in which every head has its own trained frequencies.
 
-    Its shape is (1, tokens, heads, head_dim / 2). `grid` is (frames, height, width), `frequencies`
-    an array of any library of shape (3, heads, head_dim / 2): the model's pos_frequencies. The
+    Its shape is (1, tokens, heads, head_dim / 2). `grid` is (frames, height, width). `frequencies`
+    is an array of any library of shape (3, heads, head_dim / 2): the model's pos_frequencies. The
     angle of a pair is the sum over the axes of position times frequency. Height and width are
     centred at 0 and scaled to the area of `base_size`, (height, width). Gradients do not reach the
     frequencies. The text is not rotated. diffusers computes in float32.
@@ -190,9 +190,9 @@ def mochi(
 class _Spans(NamedTuple):
     """Where the tokens of LTX-2 begin and end on each axis."""
 
-    starts: Positions  # (batch, tokens, axes), and as many ends
-    ends: Positions
-    units: Sequence[tuple[float, float]]  # of each axis: they are multiplied and divided by these
+    starts: Positions  # (batch, tokens, axes)
+    ends: Positions  # (batch, tokens, axes)
+    units: Sequence[tuple[float, float]]  # a factor and a divisor of each axis
 
 
 def ltx2_video(
@@ -211,19 +211,18 @@ def ltx2_video(
 ) -> RotaryTable:
     """Return the table of LTX-2's video, in which every head has angles of its own.
 
-    Its shape is (1, tokens, num_heads, head_dim / 2): q and k are to be split into heads. It goes
-    to ``interleaved=True`` where the config's rope_type is "interleaved", and to
+    Its shape is (1, tokens, num_heads, head_dim / 2), so split q and k into heads first. Pass
+    ``interleaved=True`` where the rope_type of the config is "interleaved", and
     ``interleaved=False`` where it is "split".
 
-    `grid` is (frames, height, width) of the latent, of which every point spans `scale` frames and
-    pixels of the video, at `fps` frames a second. The first frame of a latent spans `causal_offset`
-    frames alone, as its VAE does, or 0 for no such frame. Or `grid` is an array of shape
+    `grid` is the (frames, height, width) of the latent. Every point spans `scale` frames and pixels
+    of the video, at `fps` frames a second. The first frame of the latent spans only `causal_offset`
+    frames, as in the model's VAE; 0 means no such frame. Or `grid` is an array of shape
     (batch, 3, tokens, 2), diffusers' video_coords: the seconds and pixels where each token begins
-    and ends; then `fps`, `scale` and `causal_offset` are not read. The position of a token is the
-    middle of its span, divided by `base_size`: seconds, height and width.
+    and ends. Then `fps`, `scale` and `causal_offset` are not read. The position of a token is the
+    middle of its span divided by `base_size`, which is in seconds and pixels.
 
-    diffusers computes the frequencies in float64, without `double_precision` in float32, and all
-    else in float32.
+    diffusers computes in float32, but the frequencies in float64 with `double_precision`.
 
     >>> import numpy as np
     >>> ltx2_video((2, 4, 6), like=np.zeros(1))
@@ -251,9 +250,10 @@ def ltx2_video_cross(
 ) -> RotaryTable:
     """Return the table of LTX-2's video in its cross-attention with the audio, by time alone.
 
-    Its arguments are those of `ltx2_video`, but that `base_size` is in seconds: the larger of the
-    video's and the audio's. The audio's tokens have the table of `ltx2_audio` there, with the
-    `base_size`, `num_heads` and `head_dim` of the cross-attention; by default it is the same.
+    Arguments are as for `ltx2_video`, except `base_size`, which is in seconds: the larger of the
+    video's and the audio's. In this attention the tokens of the audio have the table of
+    `ltx2_audio` with the `base_size`, `num_heads` and `head_dim` of the cross-attention, which are
+    its defaults.
 
     >>> import numpy as np
     >>> ltx2_video_cross((2, 4, 6), like=np.zeros(1))
@@ -284,12 +284,12 @@ def ltx2_audio(
 ) -> RotaryTable:
     """Return the table of LTX-2's audio, in which every head has angles of its own.
 
-    Its shape is (1, frames, num_heads, head_dim / 2), for `interleaved` as in `ltx2_video`. The
-    latent's frames, the first of which is `start`, span `scale` steps of the spectrogram each, of
-    `hop_length` samples, at `sampling_rate` samples a second. Or `frames` is an array of shape
-    (batch, 1, tokens, 2), diffusers' audio_coords: the seconds where each token begins and ends;
-    then `start`, `scale`, `hop_length`, `sampling_rate` and `causal_offset` are not read.
-    `base_size` is in seconds, and the rest is as for `ltx2_video`.
+    Its shape is (1, frames, num_heads, head_dim / 2), and `interleaved` is as for `ltx2_video`. The
+    frames of the latent count from `start`. Each spans `scale` steps of the spectrogram, and a step
+    has `hop_length` samples, at `sampling_rate` samples a second. Or `frames` is an array of shape
+    (batch, 1, tokens, 2), diffusers' audio_coords: the seconds where each token begins and ends.
+    Then `start`, `scale`, `hop_length`, `sampling_rate` and `causal_offset` are not read.
+    `base_size` is in seconds. All else is as for `ltx2_video`.
 
     >>> import numpy as np
     >>> ltx2_audio(25, like=np.zeros(1))
@@ -340,7 +340,7 @@ def _ltx2(
     like: Any,
     compute_dtype: ComputeDtype,
 ) -> RotaryTable:
-    """Return the table of tokens that span a part of each axis, of which `wholes` are the ends."""
+    """Return the table of tokens that span a part of each axis; axis i ends at `wholes[i]`."""
     base, (num_heads, head_dim), axes = positive("base", base), heads, len(wholes)
     num_pairs = num_heads * head_dim // 2
     if not isinstance(double_precision, bool):
