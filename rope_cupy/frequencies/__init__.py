@@ -1,9 +1,9 @@
-"""Inverse frequencies: how far each pair turns from one position to the next. NumPy, float64.
+"""Inverse frequencies: the angle of each pair from one position to the next. NumPy, float64.
 
-A model extends its context by other frequencies than it was first trained with. `rules.py` has a
-function for each rule; `from_config` finds the rule and its numbers in a Hugging Face config. Some
-rules also scale attention: cos and sin are then multiplied by the `attention_scaling` that comes
-with them. Models of images and video rotate by several axes: `axial`, `axial_from_config`.
+A model extends its context by changing the frequencies that it was first trained with. There is a
+function for each published rule, and `from_config` finds the rule and its numbers in a Hugging Face
+config. Some rules also return an `attention_scaling`, by which cos and sin are multiplied. Models
+of images and video rotate by several axes: see `axial` and `axial_from_config`.
 """
 
 from .axial import AxialRotation, axial, axial_from_config

@@ -24,17 +24,17 @@ MOST_STEPS = 2**31  # on an axis of a grid
 def axial(positions: Any, dims: Sequence[int], base: Any = 10000.0) -> Frequencies:
     """Return the angles, in radians, of tokens that have a position on each of several axes.
 
-    The first dims[0] rotary elements are rotated by the position on the first axis, the next
-    dims[1] by that on the second, and so on: pair i of an axis by position * base ** (-2 i / dim).
-    `RotaryTable.from_angles` makes a table of the result.
+    The position on the first axis rotates the first dims[0] rotary elements, the position on the
+    second axis the next dims[1], and so on. Pair i of an axis has the angle
+    position * base ** (-2 i / dim). `RotaryTable.from_angles` makes a table of the result.
 
     Args:
         positions: an array of shape (..., tokens, axes), the positions of each token, which may be
-            fractional or negative. Or a tuple or list that gives, for each axis, its positions as
-            numbers, or how many it has, n for 0 .. n - 1: the tokens are then all points of this
-            grid, the last axis fastest.
-        dims: how many rotary elements each axis has, each even.
-        base: a number, or a tuple or list of one for each axis.
+            fractional or negative. Or a tuple or list that has, for each axis, its positions as
+            numbers, or an int n for the positions 0 .. n - 1. The tokens are then all points of
+            this grid, with the last axis fastest.
+        dims: the number of rotary elements of each axis, all even.
+        base: a number, or a tuple or list with a number for each axis.
 
     Returns:
         A float64 array of shape (..., tokens, sum(dims) / 2).
@@ -42,8 +42,8 @@ def axial(positions: Any, dims: Sequence[int], base: Any = 10000.0) -> Frequenci
     Source: Heo et al., "Rotary Position Embedding for Vision Transformer" (2024), section 3.2, for
     two axes.
 
-    Raises TypeError or ValueError when a position is not a finite number, one of `dims` not a
-    positive even int, a base not a positive number, or their counts differ.
+    Raises TypeError or ValueError if a position is not a finite number, one of `dims` is not a
+    positive even int, a base is not a positive number, or their counts differ.
 
     >>> axial((2, 3), dims=(2, 2))
     array([[0., 0.],
@@ -76,21 +76,21 @@ def axial(positions: Any, dims: Sequence[int], base: Any = 10000.0) -> Frequenci
 class AxialRotation(NamedTuple):
     """How a model rotates each pair of a head by one of the positions of a token.
 
-    ``interleaved`` is the argument of that name of the functions that rotate. Where `num_slices` is
-    not 1, a head is to be cut into as many equal slices, of which each has its own part of
-    `inv_freq` and is rotated by itself: `rotary_offset` says where it begins.
+    `interleaved` is the argument of that name of the functions that rotate. Where `num_slices` is
+    not 1, cut a head into that many equal slices. Each slice has its own part of `inv_freq` and is
+    rotated by a call of its own, whose `rotary_offset` says where the slice begins.
     """
 
-    names: tuple[str, ...]  # of the axes: what the positions of a token are, in order
+    names: tuple[str, ...]  # of the axes, in the order of a token's positions
     inv_freq: Frequencies  # (pairs,), in radians for a step on the axis of the pair
     axes: NDArray[np.intp]  # (pairs,), the axis of each pair
     interleaved: bool
     num_slices: int
-    first: float | None  # position of a grid on every axis, None where it goes from -1 to 1
+    first: float | None  # the first position of a grid on every axis; None: from -1 to 1
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """How many elements of a head each axis rotates."""
+        """The number of elements of a head that each axis rotates."""
         return tuple(2 * int((self.axes == axis).sum()) for axis in range(len(self.names)))
 
     def angles(self, positions: Any) -> Frequencies:
@@ -98,8 +98,8 @@ class AxialRotation(NamedTuple):
 
         `positions` are as for `axial`: an array of shape (..., tokens, axes), as the model counts
         them, or a tuple of the sizes of a grid, whose points are in the order of rows. Encoders
-        that merge patches have another order (see `rope_cupy.diffusion.qwen2_vl_vision`), and
-        tokens that stand for no patch angles of 0. The result is float64, of shape (..., tokens,
+        that merge patches have another order (see `rope_cupy.diffusion.qwen2_vl_vision`). Tokens
+        that stand for no patch have angles of 0. The result is float64, of shape (..., tokens,
         pairs), for `RotaryTable.from_angles`.
 
         >>> config = {"model_type": "mlcd_vision_model", "head_dim": 8, "rope_theta": 100.0}
@@ -116,7 +116,7 @@ class AxialRotation(NamedTuple):
         )
 
     def _on_axis(self, axis: Any) -> Any:
-        """Return the positions on an axis of a grid where its size is given."""
+        """Return the positions on an axis, of which the size or the positions are given."""
         if not isinstance(axis, int | np.integer):
             return axis
         steps = _steps(axis, axis)
@@ -126,20 +126,20 @@ class AxialRotation(NamedTuple):
 def axial_from_config(config: Any) -> AxialRotation:
     """Return how a model of transformers rotates by several axes, from its config or its dict.
 
-    These are the vision encoders whose `rope_type` is "axial" (Qwen2-VL to Qwen3.5, GLM-4V,
-    Pixtral, Gemma 4, Kimi K2.5, SAM 3 and their like), Llama 4's, DINOv3, EoMT-DINOv3 and
-    Sapiens 2, and the text model of Ernie 4.5 VL. They are known by the `model_type` of the config
-    of that part; of the config of a whole model its `vision_config` is read.
+    Known are the vision encoders whose `rope_type` is "axial" (Qwen2-VL to Qwen3.5, GLM-4V,
+    Pixtral, Gemma 4, Kimi K2.5, SAM 3 and others), the encoders of Llama 4, DINOv3, EoMT-DINOv3 and
+    Sapiens 2, and the text model of Ernie 4.5 VL. The `model_type` of the encoder's config names
+    it. From the config of a whole model, its `vision_config` is read.
 
-    The result says how each pair rotates. The table of a grid of 4 by 6 patches is then
-    ``RotaryTable.from_angles(axial_from_config(config).angles((4, 6)), like=q)``, and
-    ``apply_rotary_qk(q, k, table, interleaved=...)`` takes the `interleaved` of the result. Models
-    that are trained with fractional or random positions (DINOv3) get them as an array.
+    The result says how each pair is rotated. The table of a grid of 4 by 6 patches is then
+    ``RotaryTable.from_angles(axial_from_config(config).angles((4, 6)), like=q)``. Pass the
+    `interleaved` of the result to ``apply_rotary_qk(q, k, table, interleaved=...)``. For models
+    trained with fractional or random positions (DINOv3), pass positions as an array.
 
     Source: Heo et al., "Rotary Position Embedding for Vision Transformer" (2024), section 3.2.
 
-    Raises TypeError or ValueError when the config is of no such model, or lacks a number or holds
-    one that gives no frequencies.
+    Raises TypeError or ValueError if the config is not of such a model, lacks a number, or has a
+    number that gives no frequencies.
 
     >>> rotation = axial_from_config({"model_type": "qwen2_vl_vision", "head_dim": 80})
     >>> rotation.names, rotation.dims, rotation.interleaved
@@ -177,7 +177,7 @@ def axial_from_config(config: Any) -> AxialRotation:
 
 
 def _axes_of(config: Any) -> tuple[Any, Axes]:
-    """Return the part of a config that rotates by several axes, and how it does."""
+    """Return the part of a config that rotates by several axes, and its `Axes`."""
     if not isinstance(config, Mapping) and not hasattr(config, "__dict__"):
         raise TypeError(f"config must be a config object or its dict, got {described(config)}")
     whole = model_type_of(config)
@@ -186,7 +186,7 @@ def _axes_of(config: Any) -> tuple[Any, Axes]:
         part, names = config, (whole, f"{whole}_vision")
     elif not isinstance(part, Mapping) and not hasattr(part, "__dict__"):
         raise TypeError(f"vision_config must be a config or a dict, got {described(part)}")
-    else:  # a file of old, whose part has the name of the whole or none
+    else:  # an old file, in which the part has the name of the whole, or none
         names = model_type_of(part), f"{whole}_vision"
     for name in names:
         if name in SEVERAL_AXES:
@@ -198,12 +198,12 @@ def _axes_of(config: Any) -> tuple[Any, Axes]:
 
 
 def _head_dim(config: Any) -> int:
-    memory = "memory_attention_hidden_size"  # of SAM 2 Video and its like, where they rotate
+    memory = "memory_attention_hidden_size"  # SAM 2 Video and similar models rotate there
     if (width := read(config, memory)) is not None:
         parts = "memory_attention_downsample_rate", "memory_attention_num_attention_heads"
         counts = [index(part, read(config, part, otherwise=1)) for part in parts]
         return few_elements("head_dim", index(memory, width) // max(math.prod(counts), 1))
-    width = read(config, "embed_dim")  # of Qwen2-VL, whose hidden_size is that of its text
+    width = read(config, "embed_dim")  # of Qwen2-VL, whose hidden_size is the text model's
     if width is not None and read(config, "head_dim") is None:
         heads = index("num_heads", read(config, "num_heads", "num_attention_heads"))
         return few_elements("head_dim", index("embed_dim", width) // max(heads, 1))
@@ -211,7 +211,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _sections(given: Mapping[str, Any], num_pairs: int) -> NDArray[np.intp]:
-    """Return the axis of each pair of Ernie 4.5 VL: height and width by turns, then time."""
+    """Return the axis of each pair of Ernie 4.5 VL: height and width alternate, then time."""
     given_sections = read(given, "mrope_section", otherwise=[22, 22, 20])
     sections = real_numbers("mrope_section", given_sections).astype(np.intp)
     if len(sections) != 3 or (sections < 0).any() or sections.sum() != num_pairs:

@@ -1,4 +1,4 @@
-"""Reading the rotary embedding of a model from its Hugging Face config."""
+"""The rotary embedding of a model, read from its Hugging Face config."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class RotaryParameters(NamedTuple):
     """What a config says about the rotary embedding of its layers."""
 
     rope_type: str  # a key of RULES
-    rotary_dim: int  # how many elements of a head the frequencies are for
+    rotary_dim: int  # the number of elements of a head that are rotated
     base: float
     options: dict[str, Any]  # the keyword arguments of the rule, without seq_len
-    max_position: int | None  # how many positions the model is made for
+    max_position: int | None  # the number of positions that the model is made for
 
 
 class Rule(NamedTuple):
-    """How a type of a config becomes frequencies."""
+    """How to compute the frequencies of a type that a config names."""
 
     function: Callable[..., Any]
     required: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ RULES = {
 }
 ALIASES = {"su": "longrope", "mrope": "default"}
 
-# What other programs let a YaRN config change, and the one value that this rule has of it.
+# Fields of YaRN configs that other programs let differ, and the only values of them taken here.
 YARN_ONLY_AT = {"extrapolation_factor": 1, "apply_yarn_scaling": True}
 
 
@@ -97,41 +97,38 @@ def from_config(
 ) -> tuple[Frequencies, float]:
     """Return (inv_freq, attention_scaling) of the model that a Hugging Face config describes.
 
-    A config describes a rotary embedding where it has `rope_parameters`, `rope_scaling`,
-    `rope_theta`, `partial_rotary_factor` or what single models call them, where its
-    `position_embedding_type` says so ("rotary", "rope", "rope_gptj"), or where its `model_type` is
-    one that rotates whatever its file says ("llama"). A dict that names no model (no `model_type`,
-    no `architectures`) is taken for that of a Llama. Every other config is refused, as is one with
+    A config describes a rotary embedding if it has `rope_parameters`, `rope_scaling`, `rope_theta`,
+    `partial_rotary_factor` or the names of single models for these, if its
+    `position_embedding_type` is "rotary", "rope" or "rope_gptj", or if its `model_type` is a model
+    that always rotates ("llama"). A dict that names no model (no `model_type`, no `architectures`)
+    is read as that of a Llama. Every other config is refused, and so is a config with
     ``alibi=True`` or another `position_embedding_type`.
 
     Args:
-        config: a config object or its dict, such as a parsed config.json: `rope_parameters` of
-            transformers 5 or the older `rope_theta`, `rope_scaling`, `partial_rotary_factor` and
-            what single models call them. Of a config whose `text_config` alone says anything about
+        config: a config object or its dict, such as a parsed config.json, with the
+            `rope_parameters` of transformers 5 or the older `rope_theta`, `rope_scaling` and
+            `partial_rotary_factor`. If only the `text_config` of a config says anything about
             rotary embeddings, that part is read.
-        seq_len: how many tokens the longest sequence has. "dynamic" and "longrope" depend on it:
-            None, as where transformers makes the model, stands for no more than the original
-            length.
-        layer_type: whose frequencies, where the config has several, such as "full_attention" and
-            "sliding_attention" (Gemma 3); None where it has one for all.
+        seq_len: the number of tokens of the longest sequence, on which "dynamic" and "longrope"
+            depend. None, as when transformers makes a model, means up to the original length.
+        layer_type: the type of layers whose frequencies are wanted, such as "full_attention" or
+            "sliding_attention" (Gemma 3), or None where all layers have the same.
 
     Returns:
         inv_freq: float64, of shape (rotary_dim / 2,), in radians per position.
-        attention_scaling: what cos and sin are multiplied by, 1.0 for most types.
+        attention_scaling: the factor of cos and sin, 1.0 for most types.
 
     The types are "default" and "mrope", "linear", "dynamic" (`ntk` where the config has an
     `alpha`), "yarn", "longrope" and "su", "llama3", and "proportional". transformers computes the
     same in float32. The `attn_factor` of a YaRN config multiplies the attention scaling, as in
     vLLM; transformers does not read it.
 
-    Models that rotate by several axes ("axial", DINOv3, Ernie 4.5 VL) have no frequencies of
-    this form: `axial_from_config` reads them. Those of Mistral Large 4 are trained, so no config
-    holds them.
+    Models that rotate by several axes ("axial", DINOv3, Ernie 4.5 VL) have other frequencies, which
+    `axial_from_config` reads. The frequencies of Mistral Large 4 are trained and in no config.
 
-    Raises TypeError or ValueError when the config describes no rotary embedding, or one of these
-    others; when its type is another one, when it lacks a number or holds one that its rule
-    refuses, when `seq_len` is not None or an int of 0 or more, and when `layer_type` is none of
-    the config's.
+    Raises TypeError or ValueError if the config describes no rotary embedding, or one of several
+    axes; if its type is unknown; if it lacks a number or has one that its rule refuses; if
+    `seq_len` is neither None nor an int of 0 or more; and if the config has no such `layer_type`.
 
     >>> scaling = {"rope_type": "linear", "factor": 2.0}
     >>> from_config({"head_dim": 4, "rope_theta": 100.0, "rope_scaling": scaling})
@@ -148,7 +145,7 @@ def from_config(
 def rotary_parameters(config: Any, *, layer_type: str | None = None) -> RotaryParameters:
     """Return what a Hugging Face config, or its dict, says about its rotary embedding.
 
-    Arguments and errors are those of `from_config`; the numbers have not been checked.
+    Arguments and errors are as for `from_config`, except that numbers are not checked.
 
     >>> config = {"hidden_size": 64, "num_attention_heads": 8, "max_position_embeddings": 2048}
     >>> rotary_parameters(config)
@@ -197,9 +194,9 @@ def rotary_parameters(config: Any, *, layer_type: str | None = None) -> RotaryPa
 
 
 def layer_types(config: Any) -> tuple[str | None, ...]:
-    """Return the layer types of which a config, or its dict, gives rotary embeddings of their own.
+    """Return the layer types that have their own rotary embedding in a config, or in its dict.
 
-    (None,) where it has one for all layers. Errors are those of `from_config`.
+    The result is (None,) where all layers have the same. Errors are as for `from_config`.
 
     >>> layer_types({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}})
     ('full_attention',)
@@ -209,9 +206,9 @@ def layer_types(config: Any) -> tuple[str | None, ...]:
 
 
 def pairs_neighbours(config: Any) -> bool | None:
-    """Return whether the model pairs neighbouring elements, or None where that is not known.
+    """Return whether the model pairs neighbouring elements, or None if this is not known.
 
-    False is for the halves of a head: the argument `interleaved` of the functions that rotate.
+    The result is the argument `interleaved` of the functions that rotate: False pairs halves.
 
     >>> pairs_neighbours({"model_type": "glm4"}), pairs_neighbours({"model_type": "llama"})
     (True, False)
@@ -227,9 +224,9 @@ def pairs_neighbours(config: Any) -> bool | None:
 
 
 def layers_that_rotate(config: Any) -> list[bool]:
-    """Return of each layer whether it rotates, [] where all do or only their interval is known."""
+    """Return whether each layer rotates, or [] if all do or only their interval is known."""
     given = _int_up_to(MOST_ELEMENTS, read(config, "num_hidden_layers"))
-    said = read(config, "no_rope_layers", "layer_rope_theta")  # 0 stands for a layer without
+    said = read(config, "no_rope_layers", "layer_rope_theta")  # 0 means no rotation
     if isinstance(said, list | tuple) and said:
         return [each != 0 for each in said[:given]]
     rule = UNROTATED.get(model_type_of(config))
@@ -237,7 +234,7 @@ def layers_that_rotate(config: Any) -> list[bool]:
         types, pattern = read(config, "layer_types"), read(config, rule.interval_name)
         if isinstance(types, list | tuple) and types:
             return [name == "sliding_attention" for name in types[:given]]
-        # Letters of local and global layers, repeated; the last layer of all is a global one.
+        # The letters L and G, for local and global layers, repeat. The last layer is global.
         if isinstance(pattern, str) and pattern and set(pattern) <= {"L", "G"}:
             local = [pattern[layer % len(pattern)] == "L" for layer in range(given or 0)]
             return [*local[:-1], False] if local else []
@@ -248,7 +245,7 @@ def layers_that_rotate(config: Any) -> list[bool]:
 
 
 def unrotated_interval(config: Any) -> int | None:
-    """Return of how many layers the last does not rotate, None where no such thing is said."""
+    """Return n where every n-th layer does not rotate, or None if the config does not say so."""
     rule = UNROTATED.get(model_type_of(config))
     if rule is None:
         interval = read(config, "no_rope_layer_interval", "nope_layer_interval")
@@ -260,7 +257,7 @@ def unrotated_interval(config: Any) -> int | None:
 
 
 def _int_up_to(most: int, value: object) -> int | None:
-    """Return a positive int of a config that is no mistake, None for all else."""
+    """Return a plausible positive int of a config, or None for all else."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
         return value
     return None
@@ -285,9 +282,9 @@ def part_that_rotates(config: Any) -> Any:
 
 
 def rope_parameters(config: Any) -> dict[str | None, Mapping[str, Any] | None]:
-    """Return the rope parameters of each layer type, by None those of all layers.
+    """Return the rope parameters of each layer type, under the key None for all layers.
 
-    None stands for the parameters of layers without a rotation.
+    A value of None means that layers of this type do not rotate.
     """
     given: Any = next((found for name in PARAMETERS if (found := read(config, name))), {})
     if not isinstance(given, Mapping):
@@ -345,7 +342,7 @@ def _as_layers_see_it(config: Any, layer_type: str | None) -> Any:
 def _rope_type(given: Mapping[str, Any]) -> str:
     name = read(given, "rope_type", "type", otherwise="default")
     rope_type = ALIASES.get(name, name) if isinstance(name, str) else ""
-    if rope_type == "yarn" and "long_factor" in given:  # what early files of Phi-3 call it
+    if rope_type == "yarn" and "long_factor" in given:  # early files of Phi-3 have this name
         rope_type = "longrope"
     if rope_type == "dynamic" and given.get("alpha"):
         rope_type = "ntk"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-# Models whose files may say nothing of their rotary embedding: it is that of Llama.
+# Models whose files may say nothing about their rotary embedding, which is Llama's.
 PLAIN = """
     arcee aria_text blt_patcher chameleon cohere2 dbrx deepseek_ocr2_encoder deepseek_ocr2_text
     diffllama doge dots1 esmc eurobert exaone4 exaone_moe falcon falcon_h1 glm4v_text
@@ -18,7 +18,7 @@ PLAIN = """
     roformer starcoder2 unlimited_ocr_text voxtral_realtime_text
 """
 
-# What files of these models may leave out, because the classes that read them give it.
+# Fields that files of these models may leave out, because the model's class has them.
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     **{model_type: {} for model_type in PLAIN.split()},
     "afmoe": {"head_dim": 128},
@@ -258,12 +258,12 @@ POSITION_TYPE_DECIDES = frozenset(
 class Unrotated(NamedTuple):
     """Which layers of a model do not rotate."""
 
-    interval_name: str  # the field that says of how many layers the last does not
-    interval: int | None = 4  # where the file does not say
-    by_type: bool = False  # whether layer_types says it: only sliding layers rotate
+    interval_name: str  # the field with the number n: every n-th layer does not rotate
+    interval: int | None = 4  # n where the file does not say
+    by_type: bool = False  # whether layer_types decides: only sliding layers rotate
 
 
-# Models some layers of which do not rotate, though their file may not say so.
+# Models in which some layers do not rotate, though their file may not say so.
 UNROTATED = {
     "afmoe": Unrotated("global_attn_every_n_layers", by_type=True),
     **dict.fromkeys(
@@ -275,7 +275,7 @@ UNROTATED = {
     "smollm3": Unrotated("no_rope_layer_interval"),
 }
 
-# Models with a rotation of which no config says enough, or of another kind; and what it is.
+# Models whose config does not say enough, or whose rotation is of another kind; and why.
 OTHER_ROTATIONS = {
     "chatglm": "whose rope_ratio multiplies the base in some versions and divides positions in "
     "others: where it is the base (ChatGLM3, GLM-4), write model_type 'glm', a rope_theta of "
@@ -328,12 +328,12 @@ class Axes(NamedTuple):
 
     names: tuple[str, ...] = ("height", "width")
     order: tuple[int, ...] = (0, 1)  # of the axes, in a head
-    alternating: bool = False  # pair by pair, not one axis after another
-    of_whole_head: bool = False  # whether each axis takes its frequencies from the whole head's
+    alternating: bool = False  # whether axes alternate pair by pair
+    of_whole_head: bool = False  # whether axes share the frequencies of a whole head
     interleaved: bool = False
-    num_slices: int = 1  # of a head, each rotated by itself
+    num_slices: int = 1  # of a head, each rotated by a call of its own
     base: float = 10000.0
-    first: float | None = 0.0  # position on every axis; None: they are centres from -1 to 1
+    first: float | None = 0.0  # the first position on every axis; None: centres from -1 to 1
     turns: bool = False  # whether the frequencies are in turns, not in radians
 
 
@@ -341,7 +341,7 @@ _HALVES = Axes()
 _NEIGHBOURS = Axes(interleaved=True)
 _CENTRES = Axes(base=100.0, first=None, turns=True)
 
-# Models that rotate by several axes, by the model_type of the part that does.
+# Models that rotate by several axes, by the model_type of the part that rotates.
 SEVERAL_AXES = {
     **dict.fromkeys(
         """

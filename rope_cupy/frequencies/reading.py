@@ -1,4 +1,4 @@
-"""What a config of Hugging Face says, of what model it is, and refusals of other rotations."""
+"""Reading fields of a Hugging Face config, and refusing configs of other rotations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .models import (
 )
 from .rules import partial_rotary_dim
 
-MOST_ELEMENTS = 2**16  # of a head, in a config: more is a mistake that would take all memory
+MOST_ELEMENTS = 2**16  # of a head; a larger number in a config is a mistake
 BASES = "rope_theta", "rotary_emb_base", "global_rope_theta", "rotary_embedding_base"
 SHARES = "partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_emb_fraction"
 PARAMETERS = "rope_scaling", "rope_parameters"
@@ -27,13 +27,13 @@ EVIDENCE = (
     *(*PARAMETERS, *SHARES, "rope_theta", "rotary_emb_base", "global_rope_theta"),
     *("rope_local_base_freq", "local_rope_theta", "rotary_dim"),
 )
-NAMES = "model_type", "architectures", "_class_name"  # of what model a config is
+NAMES = "model_type", "architectures", "_class_name"  # fields that name the model
 ROTARY_POSITION_TYPES = "rotary", "rope"
 POSITION_TYPES = "position_embedding_type", "position_embeddings_type"
 
 
 def read(config: Any, *names: str, otherwise: Any = None) -> Any:
-    """Return the first of these fields that is there and not null."""
+    """Return the first of these fields that is present and not null."""
     if isinstance(config, Mapping):
         sources: tuple[Any, ...] = config, MODEL_DEFAULTS.get(model_type_of(config), {})
         values = (source.get(name) for source in sources for name in names)
@@ -43,14 +43,14 @@ def read(config: Any, *names: str, otherwise: Any = None) -> Any:
 
 
 def model_type_of(config: Any) -> str:
-    """Return the model_type of a config, "" where it has none."""
+    """Return the model_type of a config, or "" if it has none."""
     known = isinstance(config, Mapping)
     found = config.get("model_type") if known else getattr(config, "model_type", None)
     return found if isinstance(found, str) else ""
 
 
 def head_dim_of(config: Any) -> int:
-    """Return how many elements a head has."""
+    """Return the number of elements of a head."""
     head_dim = read(config, "head_dim", "kv_channels", "attention_head_dim")
     if head_dim is None:
         hidden_size = read(config, "hidden_size", "n_embd", "d_model")
@@ -65,7 +65,7 @@ def head_dim_of(config: Any) -> int:
 
 
 def few_elements(name: str, value: object) -> int:
-    """Return a number of elements of a head, or refuse one that no head has."""
+    """Return a number of elements of a head, or refuse a number that is too large."""
     number = index(name, value)
     if number > MOST_ELEMENTS:
         raise ValueError(f"{name} must be at most {MOST_ELEMENTS} in a config, got {number}")
@@ -73,14 +73,14 @@ def few_elements(name: str, value: object) -> int:
 
 
 def _has(config: Any, name: str) -> bool:
-    """Return whether a config itself has a field that says anything."""
+    """Return whether a config itself has this field, neither null nor empty."""
     if isinstance(config, Mapping):
         return config.get(name) not in (None, {}) or (name == "rotary_dim" and name in config)
     return getattr(config, name, None) not in (None, {})
 
 
 def is_null(config: Any, name: str) -> bool:
-    """Return whether a config says null of a field, which is more than to leave it out."""
+    """Return whether a config has null for a field, and does not just leave it out."""
     if isinstance(config, Mapping):
         return name in config and config[name] is None
     return getattr(config, name, "") is None
@@ -91,7 +91,7 @@ def says_anything(config: Any) -> bool:
 
 
 def instead_of_rotation(config: Any) -> str:
-    """Return what a config has in place of a rotary embedding, "" where it describes one."""
+    """Return what a config has instead of a rotary embedding, or "" if it describes one."""
     position_type = read(config, *POSITION_TYPES)
     named = next((name for name in POSITION_TYPES if _has(config, name)), POSITION_TYPES[0])
     said = f"{named}={_shown(position_type)}"
@@ -121,7 +121,7 @@ def instead_of_rotation(config: Any) -> str:
 
 
 def refuse_another_rotation(config: Any) -> None:
-    """Refuse a config of a model that does not rotate by one position and these frequencies."""
+    """Refuse a config of a model whose rotation is not by one position and fixed frequencies."""
     if _is_of_diffusers(config):
         class_name = config.get("_class_name")
         builder = DIFFUSERS_BUILDERS.get(class_name) if isinstance(class_name, str) else None
@@ -184,7 +184,7 @@ def parts_that_rotate(config: Any) -> str:
 
 
 def _has_heads(part: Any) -> bool:
-    """Return whether a part of a config says how many elements of a head rotate."""
+    """Return whether a part of a config says how many elements of a head are rotated."""
     if model_type_of(part) in SEVERAL_AXES:
         return True
     try:

@@ -1,4 +1,4 @@
-"""Rules of papers: the inverse frequencies of each, by a function of its own. NumPy, float64."""
+"""The published rules of inverse frequencies, a function each. NumPy, float64."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:  # numpy.typing takes longer to import than any module here
     Frequencies = NDArray[np.float64]
 
 
-MOST_TOKENS = 2**63  # of a sequence: that of the greatest positions
+MOST_TOKENS = 2**63  # positions are 64-bit integers
 
 
 def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> Frequencies:
-    """Return base ** (-2 i / rotary_dim) of each pair i, in radians per position.
+    """Return base ** (-2 i / rotary_dim) for each pair i, in radians per position.
 
     The result is float64, of shape (rotary_dim / 2,).
 
@@ -39,13 +39,13 @@ def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> Frequencies:
 
 
 def partial_rotary_dim(head_dim: int, partial_rotary_factor: float) -> int:
-    """Return how many elements of a head are rotated when only a part of it does, rounded down.
+    """Return how many elements of a head are rotated where only a part is, rounded down.
 
     Source: Black et al., "GPT-NeoX-20B: An Open-Source Autoregressive Language Model" (2022),
     section 2.1.1, which rotates the first quarter of each head.
 
     Raises TypeError or ValueError when `head_dim` is not a positive int, `partial_rotary_factor`
-    not a number in (0, 1], or what is rotated would be no even number of elements.
+    not a number in (0, 1], or the number of rotated elements is odd or 0.
 
     >>> partial_rotary_dim(96, 0.25)
     24
@@ -63,7 +63,7 @@ def partial_rotary_dim(head_dim: int, partial_rotary_factor: float) -> int:
 
 
 def linear(rotary_dim: int, base: float = 10000.0, *, factor: float) -> Frequencies:
-    """Return inverse frequencies divided by `factor`: positions `factor` times denser.
+    """Return inverse frequencies divided by `factor`, which makes positions `factor` times denser.
 
     The result is float64, of shape (rotary_dim / 2,), in radians per position.
 
@@ -81,10 +81,10 @@ def linear(rotary_dim: int, base: float = 10000.0, *, factor: float) -> Frequenc
 
 
 def ntk(rotary_dim: int, base: float = 10000.0, *, alpha: float) -> Frequencies:
-    """Return inverse frequencies of the base times alpha ** (rotary_dim / (rotary_dim - 2)).
+    """Return the inverse frequencies of the base times alpha ** (rotary_dim / (rotary_dim - 2)).
 
-    The first pair is rotated as before, the last 1 / alpha as fast. The result is float64, of shape
-    (rotary_dim / 2,), in radians per position.
+    The first frequency does not change, and the last is divided by `alpha`. The result is float64,
+    of shape (rotary_dim / 2,), in radians per position.
 
     Source: "NTK-aware" interpolation, in Peng et al., "YaRN: Efficient Context Window Extension of
     Large Language Models" (2023), section 3.1.
@@ -154,17 +154,17 @@ def yarn(
 ) -> tuple[Frequencies, float]:
     """Return (inv_freq, attention_scaling) of YaRN.
 
-    A pair that turns more than `beta_fast` times within `original_max_position` tokens keeps its
-    frequency, one that turns less than `beta_slow` times has it divided by `factor`, and those
-    between go linearly, by their index, from one to the other. ``truncate=True`` first moves both
-    ends to whole pairs, down and up; GPT-OSS does not.
+    A pair that makes more than `beta_fast` full turns within `original_max_position` tokens keeps
+    its frequency. A pair that makes less than `beta_slow` turns has its frequency divided by
+    `factor`. The pairs between are interpolated linearly by their index. ``truncate=True`` first
+    rounds the first index of this range down and the last one up; GPT-OSS does not.
 
-    attention_scaling is `attention_factor` where given, else 0.1 ln(factor) + 1 (1 for a factor up
-    to 1). DeepSeek gives both `mscale` and `mscale_all_dim`: then it is 0.1 mscale ln(factor) + 1
-    over 0.1 mscale_all_dim ln(factor) + 1. One alone, or 0, counts as none. DeepSeek also
-    multiplies its softmax scale by the square of that divisor, which is not in this result.
-    `attn_factor` multiplies the attention_scaling that the others give, as in vLLM; it is another
-    thing than `attention_factor`, and only one of the two may be given.
+    attention_scaling is `attention_factor` if given, else 0.1 ln(factor) + 1 (1 for a factor up to
+    1). With both `mscale` and `mscale_all_dim`, as in DeepSeek, it is the quotient of
+    0.1 mscale ln(factor) + 1 and 0.1 mscale_all_dim ln(factor) + 1. One of them alone, or 0, has no
+    effect. DeepSeek also multiplies its softmax scale by the square of the divisor, which is not
+    part of this result. `attn_factor` multiplies the attention_scaling, as in vLLM. It is not
+    `attention_factor`, and only one of the two may be given.
 
     inv_freq is float64, of shape (rotary_dim / 2,), in radians per position.
 
@@ -172,9 +172,9 @@ def yarn(
     sections 3.2 and 3.4. The paper's ramp is linear in the number of turns; this one, linear in the
     index of the pair, is that of the authors' code, with which every model was trained.
 
-    Raises TypeError or ValueError as `inverse_frequencies`, when `base` is not more than 1, another
-    number not positive, `beta_fast` less than `beta_slow`, `truncate` no bool, or both
-    `attention_factor` and `attn_factor` are given.
+    Raises TypeError or ValueError as `inverse_frequencies`, and if `base` is not more than 1,
+    another number is not positive, `beta_fast` is less than `beta_slow`, `truncate` is not a bool,
+    or both `attention_factor` and `attn_factor` are given.
 
     >>> inv_freq, attention_scaling = yarn(8, factor=4.0, original_max_position=4096)
     >>> inv_freq
@@ -222,20 +222,20 @@ def longrope(
 ) -> tuple[Frequencies, float]:
     """Return (inv_freq, attention_scaling) of LongRoPE, for a sequence of `seq_len` tokens.
 
-    The frequency of each pair is divided by its own number: of `short_factor` up to
-    `original_max_position` tokens, or with ``seq_len=None``, and of `long_factor` beyond it.
-    attention_scaling is `short_mscale` or `long_mscale` where given (Phi-3.5-MoE), else
-    `attention_factor` where given, else sqrt(1 + ln(factor) / ln(original_max_position)), or 1 for
-    a `factor` (of the longest context over the original one) up to 1.
+    The frequency of each pair is divided by a number for that pair: from `short_factor` for up to
+    `original_max_position` tokens and for ``seq_len=None``, from `long_factor` for more. `factor`
+    is the longest context divided by the original one. attention_scaling is `short_mscale` or
+    `long_mscale` if given (Phi-3.5-MoE), else `attention_factor` if given, else
+    sqrt(1 + ln(factor) / ln(original_max_position)), or 1 for a `factor` up to 1.
 
     inv_freq is float64, of shape (rotary_dim / 2,), in radians per position.
 
     Source: Ding et al., "LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens" (2024),
     section 3; attention_scaling is not in the paper but in the code published with Phi-3 (2024).
 
-    Raises TypeError or ValueError as `inverse_frequencies`, when `short_factor` or `long_factor` is
-    not rotary_dim / 2 positive numbers, another number not positive, `original_max_position` not
-    more than 1, or `seq_len` not None or an int of 0 or more.
+    Raises TypeError or ValueError as `inverse_frequencies`, and if `short_factor` or `long_factor`
+    is not rotary_dim / 2 positive numbers, another number is not positive, `original_max_position`
+    is not more than 1, or `seq_len` is neither None nor an int of 0 or more.
 
     >>> longrope(4, 100.0, short_factor=[1, 1], long_factor=[1, 4], original_max_position=4096,
     ...          factor=4096.0, seq_len=8192)
@@ -267,18 +267,18 @@ def llama3(
 ) -> Frequencies:
     """Return the inverse frequencies of Llama 3.1 and later.
 
-    A pair that turns more than `high_freq_factor` times within `original_max_position` tokens keeps
-    its frequency, one that turns less than `low_freq_factor` times has it divided by `factor`, and
-    those between go linearly, by how often they turn, from one to the other. Where both are one
-    number, as in Llama 4, there is nothing between. The result is float64, of shape
+    A pair that makes more than `high_freq_factor` full turns within `original_max_position` tokens
+    keeps its frequency. A pair that makes less than `low_freq_factor` turns has its frequency
+    divided by `factor`. The pairs between are interpolated linearly by their number of turns. Where
+    both factors are equal, as in Llama 4, there are none between. The result is float64, of shape
     (rotary_dim / 2,), in radians per position.
 
     Source: the code published with Llama 3.1 (Meta, 2024); it is the "NTK-by-parts" interpolation
     of Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models" (2023),
     section 3.2.
 
-    Raises TypeError or ValueError as `inverse_frequencies`, when another number is not positive or
-    `high_freq_factor` less than `low_freq_factor`.
+    Raises TypeError or ValueError as `inverse_frequencies`, and if another number is not positive
+    or `high_freq_factor` is less than `low_freq_factor`.
 
     >>> llama3(4, 1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     ...        original_max_position=256)
@@ -295,7 +295,7 @@ def llama3(
     slower = linear(rotary_dim, base, factor=factor)
     original = positive("original_max_position", original_max_position)
     turns = finite("original_max_position", original, lambda: inv_freq * original) / (2 * math.pi)
-    with np.errstate(over="ignore"):  # where low and high are all but one number
+    with np.errstate(over="ignore"):  # where low and high are almost equal
         kept = np.clip((turns - low) / (high - low), 0, 1) if high > low else turns >= low
     return slower * (1 - kept) + inv_freq * kept
 
@@ -309,16 +309,16 @@ def proportional(
 ) -> Frequencies:
     """Return inverse frequencies of a whole head, the lowest of which are 0 (Gemma 4).
 
-    Unlike a partial rotary embedding, the pairs that are rotated are the first
-    `partial_rotary_factor` of those of the whole head, at their frequencies there over `factor`;
-    the others stand still. The result is float64, of shape (head_dim / 2,), in radians per
-    position.
+    The first pairs, a share of `partial_rotary_factor`, have the frequencies of a whole head
+    divided by `factor`. All other pairs have the frequency 0. A partial rotary embedding would
+    spread all frequencies over the first pairs instead. The result is float64, of shape
+    (head_dim / 2,), in radians per position.
 
     Source: p-RoPE, in Barbero et al., "Round and Round We Go! What makes Rotary Positional
     Encodings useful?" (2024), section 6.
 
-    Raises TypeError or ValueError when `head_dim` is not a positive even int, `base` or `factor`
-    not a positive number, or `partial_rotary_factor` not in (0, 1].
+    Raises TypeError or ValueError if `head_dim` is not a positive even int, `base` or `factor` is
+    not a positive number, or `partial_rotary_factor` is not in (0, 1].
 
     >>> proportional(8, partial_rotary_factor=0.5)
     array([1. , 0.1, 0. , 0. ])
@@ -334,15 +334,15 @@ def proportional(
 def xpos_scale(
     rotary_dim: int, positions: Any, *, scale_base: float = 512.0, gamma: float = 0.4
 ) -> Frequencies:
-    """Return xPos's scale of each position and pair: multiply q by it, divide k by it.
+    """Return xPos's scale of each position and pair: multiply q by it and divide k by it.
 
     The scale of position n and pair i is ((2 i / rotary_dim + gamma) / (1 + gamma)) ** (n /
-    scale_base), so that the product of q and k decays with their distance, and a distance that
-    grows does not overflow if positions count from the middle of the sequence. `positions` are
-    real numbers of shape (s,); the result is float64, of shape (s, rotary_dim / 2).
+    scale_base). With it the product of q and k decays with their distance. Positions that count
+    from the middle of the sequence keep long sequences from overflowing. `positions` are real
+    numbers of shape (s,); the result is float64, of shape (s, rotary_dim / 2).
 
-    Source: Sun et al., "A Length-Extrapolatable Transformer" (2022), algorithm 1; the scale_base is
-    that of the authors' code.
+    Source: Sun et al., "A Length-Extrapolatable Transformer" (2022), algorithm 1; the default of
+    scale_base is from the authors' code.
 
     Raises TypeError or ValueError when `rotary_dim` is not a positive even int, `positions` not
     real numbers of one axis, or `scale_base` or `gamma` not a positive number.
@@ -398,7 +398,7 @@ def _yarn_scaling(
 
 
 def finite(name: str, value: object, compute: Callable[[], Frequencies]) -> Frequencies:
-    """Return what is computed of an argument, or refuse the argument where that overflows."""
+    """Return the result of `compute`, or refuse the argument `name` if the result overflows."""
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         result = compute()
     if not np.isfinite(result).all():
@@ -414,7 +414,7 @@ def even(name: str, value: object) -> int:
 
 
 def _optional(name: str, value: Any) -> float | None:
-    """Return a positive number, or None for None and for 0, which configs write for it."""
+    """Return a positive number, or None for None and for 0, which configs write for None."""
     return None if value is None or value == 0 else positive(name, value)
 
 
