@@ -5,20 +5,19 @@
     print(diffusers.enable(pipeline))  # or a transformer
     diffusers.disable(pipeline)
 
-Every attention whose processor is known gets a stand-in for it. q and k are then normalised,
-rotated and joined by one launch for each stream of tokens, between the model's own projections and
-diffusers' own attention. Results are those of the model but for one rounding; the rotation's
-gradients are recorded. A model may be compiled, copied, adapted by LoRA or quantized before or
-after, for weights are read when a call is made.
+`enable` replaces every attention processor that it knows by a stand-in. The stand-in normalises,
+rotates and joins q and k, between the model's own projections and diffusers' own attention.
+Results equal the model's except for one rounding, and gradients are recorded. You may compile a
+model, copy it, add LoRA or quantize it before or after, because weights are read at each call.
 
-`KNOWN` names the processors. They are those of Flux (and Chroma, Bria, LongCat, Ovis), Flux 2 and
-3, Qwen-Image (Edit, Layered), Wan (I2V, VACE, Animate, ChronoEdit), SkyReels, HunyuanVideo 1.0 and
+`KNOWN` lists the processors. They belong to Flux (and Chroma, Bria, LongCat, Ovis), Flux 2 and 3,
+Qwen-Image (Edit, Layered), Wan (I2V, VACE, Animate, ChronoEdit), SkyReels, HunyuanVideo 1.0 and
 1.5, HunyuanImage, Motif, Z-Image, LTX, LTX-2, CogVideoX, ConsisID, CogView 4, GLM-Image, Lumina 2,
 Cosmos, HiDream, Kandinsky 5, Mochi, Sana-Video, OmniGen and ERNIE-Image.
 
-A stand-in hands a call that it does not know to the processor that it stands for: one without a
-table, on another device, under autocast, in context parallelism, with norms that have hooks or
-weights of another dtype. What it hands on goes by the logger "rope_cupy" at the level DEBUG.
+A stand-in passes a call that it cannot make to the original processor: a call without a table, on
+another device, under autocast, in context parallelism, or with norms that have hooks or weights of
+another dtype. The logger "rope_cupy" reports each of these at the level DEBUG.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ __all__ = ["KNOWN", "Attention", "Report", "disable", "enable"]
 PROCESSOR = "processor"  # the attribute of an attention
 TRANSFORMERS = "diffusers.models.transformers.transformer_"
 
-# By the module below diffusers.models.transformers and the class of a processor.
+# Stand-ins by the module and the class of the processor that they replace.
 KNOWN: dict[str, type[StandIn]] = {
     TRANSFORMERS + "flux.FluxAttnProcessor": Flux,
     TRANSFORMERS + "flux2.Flux2AttnProcessor": Flux2,
@@ -112,7 +111,7 @@ KNOWN: dict[str, type[StandIn]] = {
 
 
 class Attention(NamedTuple):
-    """An attention of a model: where it is, its processor, and why that was left, if it was."""
+    """An attention: its path in the model, its processor, and why that was left, if it was."""
 
     path: str
     processor: str
@@ -120,7 +119,7 @@ class Attention(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `enable` replaced and what it left; its text counts them by processor."""
+    """The attention that `enable` replaced and left. The text counts it by processor."""
 
     replaced: tuple[Attention, ...]
     left: tuple[Attention, ...]
@@ -142,13 +141,13 @@ def enable(model: Any) -> Report:
             modules as `components` or as attributes.
 
     Returns:
-        a Report: `replaced` and `left` are tuples of Attention, each a path in the model, the name
-        of a processor and, where it was left, the reason. Attention that has a stand-in already
+        a Report: `replaced` and `left` are tuples of Attention, each with a path in the model, the
+        name of a processor, and the reason if it was left. Attention that already has a stand-in
         counts as replaced.
 
     Raises:
-        TypeError: `model` is neither a module nor has any.
-        ValueError: no attention has a processor that is known. Nothing is changed then.
+        TypeError: `model` is not a module and has none.
+        ValueError: no attention has a known processor. Nothing was changed.
     """
     replaced: list[Attention] = []
     left: list[Attention] = []
@@ -179,9 +178,9 @@ def enable(model: Any) -> Report:
 
 
 def disable(model: Any) -> None:
-    """Give all attention of a model, or of a pipeline, its own processor back.
+    """Restore the original attention processors of a model, or of all models of a pipeline.
 
-    Raises TypeError as `enable` does; a model that has no stand-ins stays as it is.
+    A model without stand-ins does not change. Raises TypeError as `enable` does.
     """
     for _, part in _models(model):
         for module in part.modules():

@@ -1,29 +1,29 @@
-"""Models of transformers, switched to rope_cupy and back: `enable(model)` and `disable(model)`.
+"""Switch the models of transformers to rope_cupy, and back.
 
     from rope_cupy.integrations import transformers as rope
 
     print(rope.enable(model))
     rope.disable(model)
 
-No model is known by name. The rotary functions that the methods of a model call are run on a few
-numbers, and each is replaced by the form of rope_cupy's calls that gives the same results, in any
-layout and for a part of a head too. Where norms of q and k stand before it, as modules of the
-attention, the method hands over what they would be given, and norm and rotation are one call.
+No model is known by name. `enable` runs the rotary functions that a model's methods call on a few
+numbers. It replaces each by the call of rope_cupy that gives the same results, in any layout, also
+where only a part of a head is rotated. Where modules of the attention normalise q and k before the
+rotation, the norm and the rotation become one call.
 
-How one model is switched, and no other of its class: a method calls its rotary function by a global
-name of its module, which all models share. So a module that is switched gets a subclass of its
-class (as torch.nn.utils.parametrize and FSDP give it one), of the same name, in which these methods
-are compiled again from their source, with the rotary function as a free variable. Nothing global is
-changed. Methods of a class are what torch.compile traces and what copies and replicas keep. Pickle
-keeps the original class and the options; where it is loaded, the functions are probed anew. Weights
-are read when a call is made. `disable` gives every module its class back.
+Only the given model is switched. All models of a class call their rotary function by the same
+global name of a module, so that name must not change. Instead a switched module gets a subclass of
+its class, with the same name, as torch.nn.utils.parametrize and FSDP do. In this subclass the
+methods are compiled again from their source, with the rotary function as a free variable.
+torch.compile traces these methods, and copies and replicas keep them. A pickle has the original
+class and the options; a program that loads it probes the functions again. Weights are read at each
+call. `disable` gives every module its class back.
 
-What is not recognised calls the original: a function that the probe does not find, which the report
-names, and when a call is made all arguments that the probe has not covered, such as those of other
-layouts or dtypes, tensor subclasses, and tensors within torch.func.vmap: the logger "rope_cupy"
-names them at the level DEBUG. So does, in a graph that is compiled, a step of one token: there the
-compiler makes norms and rotation a part of kernels that it launches anyway. A norm that is not
-followed by the rotation, has hooks or has been replaced is called as the model calls it.
+The model's own function is still called in some cases. The report names functions that the probe
+does not recognise. The logger "rope_cupy" reports, at the level DEBUG, calls with arguments that
+the probe has not covered, such as other layouts or dtypes, tensor subclasses, and tensors within
+torch.func.vmap. A step of one token in a compiled graph is left to the compiler, which makes norms
+and rotation a part of kernels that it launches anyway. A norm that has hooks, has been replaced or
+is not followed by the rotation is called as the model calls it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ __all__ = ["Report", "disable", "enable"]
 
 
 class Report(NamedTuple):
-    """What `enable` has switched, and what it has left to the model, and why."""
+    """What `enable` has switched, what it has left to the model, and why."""
 
-    functions: dict[str, str]  # rotary functions that are replaced, and their form
-    modules: dict[str, int]  # methods that call these, and of how many modules
-    norms: dict[str, int]  # norms that are one call with the rotation, and of how many modules
-    left: dict[str, str]  # functions, methods and norms that are the model's own, and why
+    functions: dict[str, str]  # the rotary functions that are replaced, and their forms
+    modules: dict[str, int]  # the methods that call them, and in how many modules
+    norms: dict[str, int]  # the norms that are one call with the rotation, and in how many modules
+    left: dict[str, str]  # the functions, methods and norms left to the model, and why
 
     def __str__(self) -> str:
         lines = [f"{name}: {form}" for name, form in self.functions.items()]
@@ -62,27 +62,28 @@ def enable(
     """Switch the rotary embeddings of a model to rope_cupy, in place, and report what was switched.
 
     Gradients of inputs and weights, gradient checkpointing, autocast, generate() with its caches,
-    torch.compile with fullgraph=True, copy.deepcopy, pickle and torch.save go on as before, and a
-    copy of an enabled model is enabled. Within autocast, where cosines are float32, q and k come
-    back in autocast's dtype, in which attention takes them.
+    torch.compile with fullgraph=True, copy.deepcopy, pickle and torch.save work as before. A copy
+    of an enabled model is enabled. Within autocast, where cosines are float32, q and k are returned
+    in autocast's dtype, in which attention takes them.
 
     Args:
         model: a model of transformers, a part of one, or any torch.nn.Module that calls rotary
-            functions as they do. A model that is enabled is switched anew, by these options.
-        norm: whether RMSNorms of q and k that stand before the rotation are one call with it.
-        rounding: "once", at the end of a call, or "eager", where the operations of the model round:
-            with ``norm=False`` the results have the model's bits, and with norms all but those of
-            elements that the order of a float32 sum decides. A function whose bits "eager" does not
-            give is left to the model.
-        strict: whether to raise where no rotary function of the model can be replaced, instead of
-            returning a report that says so. What is left to the model beside functions that are
-            replaced is no error in either case: the report names it, and it computes what it did.
+            functions in the same way. An enabled model is switched again, with these options.
+        norm: whether RMSNorms of q and k before the rotation become one call with it.
+        rounding: "once" rounds at the end of a call. "eager" rounds where the operations of the
+            model do. With ``norm=False`` its results have the model's bits; with norms they do too,
+            except for elements that depend on the order of a float32 sum. A function whose bits
+            "eager" does not give is left to the model.
+        strict: whether to raise if no rotary function of the model can be replaced, instead of
+            returning a report that says so. If some functions are replaced, others that are left
+            to the model are no error. The report names them.
 
     Returns:
         a `Report`, which prints as a few lines.
 
     Raises:
-        TypeError, ValueError: say what was wanted and what came; the model is as it was then.
+        TypeError, ValueError: the message says what was wanted and what came. The model has not
+            changed.
     """
     _check(model)
     if not isinstance(norm, bool) or not isinstance(strict, bool):
@@ -108,11 +109,11 @@ def enable(
 
 
 def disable(model: torch.nn.Module) -> None:
-    """Give a model its own rotary embeddings and norms back; others than enabled ones keep theirs.
+    """Restore the rotary embeddings and norms of a model. Modules that are not enabled are kept.
 
     Raises:
-        TypeError: `model` is no torch.nn.Module.
-        ValueError: something has changed the class of an enabled module since. Nothing is changed.
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: something has since changed the class of an enabled module. Nothing was changed.
     """
     _check(model)
     enabled = [module for module in model.modules() if isinstance(module, Switched)]
@@ -137,7 +138,7 @@ def _original(module: Any) -> type[torch.nn.Module]:
 
 
 def _switch(module: Any, norm: bool, rounding: str, report: Report) -> dict[str, NormKind] | None:
-    """Return the norms that a module's methods are to defer, None where nothing is switched."""
+    """Return the norms that a module's methods will defer, or None if nothing is switched."""
     cls, kinds = _original(module), dict[str, NormKind]()
     plan = plan_of(cls, rounding)
     report.left.update(plan.left)
@@ -164,14 +165,14 @@ def _count(counts: dict[str, int], name: str) -> None:
 
 
 def _calls_its_class(module: Any, name: str) -> bool:
-    """Whether a module has no method in place of its class's, or a hook that calls that one."""
+    """Return whether a module calls this method of its class, also by a hook that wraps it."""
     method = getattr(type(module), name)
     bound = [each.__func__ for each in vars(module).values() if isinstance(each, MethodType)]
     return name not in vars(module) or method in bound
 
 
 def _set_class(module: Any, cls: type) -> None:
-    """Change the class of a module, and that of its methods which hooks have kept in it."""
+    """Change the class of a module, and of the bound methods that hooks have stored in it."""
     before = type(module)
     module.__class__ = cls
     for name, each in list(vars(module).items()):
