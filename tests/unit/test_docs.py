@@ -246,11 +246,11 @@ CLAIMS = {
     ],
     "diffusion-models.md": [
         (
-            "took {} ms on an H100 where it took {} ms, and compiled {} ms where it took {} ms.",
+            "Qwen-Image took {} ms instead of {} ms, and compiled {} ms instead of {} ms.",
             QWEN_TIMES,
         ),
         (
-            "took {} ms where it took {} ms (",
+            "took {} ms instead of {} ms (",
             [block_of(WAN, call, "{:.1f}") for call in ("rope_cupy", "diffusers")],
         ),
     ],
