@@ -23,6 +23,7 @@ from rope_cupy import (
     join_qkv,
 )
 from rope_cupy.choices import Layout, RoundNorm
+from rope_cupy.compat import sglang, transformer_engine
 from rope_cupy.integrations import transformers
 from rope_cupy.positions import context_parallel
 from rope_cupy.torch import RotaryEmbedding
@@ -71,6 +72,8 @@ def of_options(q: torch.Tensor, table: RotaryTable) -> None:
     diffusion.wan((2, 4, 6), like=q, compute_dtype="float32")
     context_parallel(8, 1, 2, scheme="zigzag")
     transformers.enable(torch.nn.Linear(1, 1), rounding="eager")
+    transformer_engine.apply_rotary_pos_emb(q, q, "bshd")
+    sglang.apply_rotary_embedding(mode="positions", query=q, key=q)
 
 
 def of_wrong_options(q: torch.Tensor, table: RotaryTable) -> None:
@@ -94,3 +97,5 @@ def of_wrong_options(q: torch.Tensor, table: RotaryTable) -> None:
     diffusion.mochi((2, 4, 6), q, like=q, compute_dtype="bfloat16")  # type: ignore[arg-type]
     context_parallel(8, 1, 2, scheme="striped")  # type: ignore[arg-type]
     transformers.enable(torch.nn.Linear(1, 1), rounding="torch")  # type: ignore[arg-type]
+    transformer_engine.apply_rotary_pos_emb(q, q, "bhsd")  # type: ignore[arg-type]
+    sglang.apply_rotary_embedding(mode="cache", query=q, key=q)  # type: ignore[arg-type]

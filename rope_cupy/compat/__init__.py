@@ -1,9 +1,8 @@
-"""The functions of other libraries, by their names, signatures and semantics, on rope_cupy's own.
+"""The functions of other libraries, with their names, signatures and semantics, by rope_cupy.
 
-A program changes one import and nothing else. No module here imports the library that it stands
-for.
+A program changes one import and nothing else. No module here imports the library that it replaces.
 
-| import from | what had been imported from |
+| import from | instead of |
 | --- | --- |
 | `rope_cupy.compat.flash_attn` | `flash_attn.layers.rotary`, `flash_attn.ops.triton.rotary` |
 | `rope_cupy.compat.quack` | `quack.rotary` |
@@ -17,6 +16,6 @@ for.
 | `rope_cupy.compat.torchtitan` | `torchtitan.models.common.rope` |
 | `rope_cupy.compat.timm` | `timm.layers` |
 
-The docstring of each module says what differs. All take PyTorch tensors on the CPU and on a GPU,
-and where nothing is said of modules or gradients, CuPy arrays too.
+The docstring of each module says what differs. All functions take PyTorch tensors, on the CPU and
+on a GPU. Functions without modules or gradients of PyTorch take CuPy arrays too.
 """

@@ -1,4 +1,4 @@
-"""Rotations with the gradients that the peers' functions have: of a rotation, the conjugate one."""
+"""Rotations with the gradients of the peers' functions: the gradient is the conjugate rotation."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 
 class Rotate(Protocol):
-    """Write x, rotated, to out, which may be x: what the functions here are given."""
+    """A function that writes x rotated to out, which may be x."""
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, *, conjugate: bool) -> None: ...
 
 
 def in_place(x: torch.Tensor, rotate: Rotate, *, reuse_gradient: bool = False) -> torch.Tensor:
-    """Rotate x where it lies, a leaf too, and return it, with a gradient where one is recorded.
+    """Rotate x in place, even if it is a leaf, and return it, with a gradient if one is recorded.
 
-    With `reuse_gradient` the backward pass writes over the gradient that comes in.
+    With `reuse_gradient` the backward pass overwrites the incoming gradient.
     """
     if getattr(x, "requires_grad", False) and torch.is_grad_enabled():
         y: torch.Tensor = _InPlace.apply(x, rotate, reuse_gradient)  # type: ignore[no-untyped-call]
@@ -26,7 +26,7 @@ def in_place(x: torch.Tensor, rotate: Rotate, *, reuse_gradient: bool = False) -
 
 
 def contiguous(x: torch.Tensor, rotate: Rotate, conjugate: bool = False) -> torch.Tensor:
-    """Return x rotated, in a new contiguous tensor, with a gradient where one is recorded."""
+    """Return x rotated, in a new contiguous tensor, with a gradient if one is recorded."""
     if x.requires_grad and torch.is_grad_enabled():
         y: torch.Tensor = _Contiguous.apply(x, rotate, conjugate)  # type: ignore[no-untyped-call]
         return y
@@ -40,7 +40,7 @@ class _InPlace(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, rotate: Rotate, reuse_gradient: bool) -> torch.Tensor:
         rotate(x, x, conjugate=False)
         whole = x if x._base is None else x._base
-        if not whole.is_leaf:  # autograd refuses to mark a leaf, which the peers write all the same
+        if not whole.is_leaf:  # autograd refuses to mark a leaf, but the peers write leaves
             ctx.mark_dirty(x)
         ctx.rotate, ctx.reuse_gradient = rotate, reuse_gradient
         return x

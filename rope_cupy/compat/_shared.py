@@ -1,4 +1,4 @@
-"""What several peers' modules need: calls without a gradient, and tables that broadcast."""
+"""Shared by the peers' modules: calls without a gradient, and tables that broadcast."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ R = TypeVar("R")
 
 
 def inference_only(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function that records no gradient, as the peer's kernel records none.
+    """Return a function that records no gradient, like the peer's kernel.
 
-    So weights that are an `nn.Parameter` and leaves that are written in place are no error,
-    whatever PyTorch's grad mode is.
+    So weights may be an `nn.Parameter`, and leaves may be written in place, in any grad mode of
+    PyTorch.
     """
 
     @wraps(function)
@@ -35,15 +35,15 @@ def inference_only(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def with_leading_axes(x: Any, ndim: int) -> Any:
-    """Return x with axes of size 1 in front, so that it has `ndim` of them."""
+    """Return x with axes of size 1 added in front, up to `ndim` axes."""
     return x.reshape((1,) * (ndim - x.ndim) + tuple(x.shape)) if x.ndim < ndim else x
 
 
 def broadcast_axes(shape: tuple[int, ...], *parts: Any) -> tuple[str, tuple[Any, ...]]:
     """Return the layout of x (a, b, c, d), and a table's parts with batch, tokens and heads first.
 
-    The parts broadcast against the axes a, b and c: their first three are 1 or as large. Tokens are
-    the axis b where the parts have one row for all of c, else c.
+    The parts broadcast against the axes a, b and c, so each of their first three sizes is 1 or the
+    same. The tokens are axis b if the parts have one row for all of c, and else axis c.
     """
     rows = tuple(parts[0].shape)
     if any(size not in (1, whole) for size, whole in zip(rows[:3], shape, strict=False)):
@@ -65,7 +65,7 @@ def _repeated(part: Any, tokens: int) -> Any:
 
 
 def half_width(cos: Any, sin: Any) -> rope_cupy.RotaryTable:
-    """Return the table of full-width cosines and sines, of which a last odd column is left out."""
+    """Return the table of full-width cosines and sines, without the last column of an odd width."""
     width = cos.shape[-1]
     if width % 2:
         cos, sin = cos[..., : width - 1], sin[..., : width - 1]
@@ -73,14 +73,14 @@ def half_width(cos: Any, sin: Any) -> rope_cupy.RotaryTable:
 
 
 def itself_or_new(x: Any) -> Any:
-    """Return x, to be written where it lies, or where it is not contiguous a new array like it."""
+    """Return x, to be written in place, or a new array like it if x is not contiguous."""
     if hasattr(x, "is_contiguous"):
         return x if x.is_contiguous() else x.new_empty(x.shape)
     return x if x.flags.c_contiguous else np.empty_like(x, order="C")
 
 
 def by_token_of_three_axes(cos: Any, sin: Any) -> tuple[tuple[Any, Any], Any]:
-    """Return tables (3, tokens..., r) as rows of one, and each axis's and token's row of it."""
+    """Return tables (3, tokens..., r) as rows of one table, and the row of each axis and token."""
     axes = tuple(cos.shape[:-1])
     count, torch = math.prod(axes), sys.modules.get("torch")
     if torch is not None and isinstance(cos, torch.Tensor):

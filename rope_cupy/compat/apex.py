@@ -1,11 +1,11 @@
 """apex: write `from rope_cupy.compat import apex as fused_rotary_positional_embedding` for
 `import fused_rotary_positional_embedding`, the extension that apex builds.
 
-What differs: of the angles `freqs`, cosines and sines are computed by two more launches; sequences
-may be shorter than the tables.
+What differs: two more launches compute the cosines and sines of the angles `freqs`; sequences may
+be shorter than the tables.
 
-As there, cosines and sines are rounded to the dtype of the input and every product and sum is,
-pairs are of halves, each element is rotated by the angle at its own place, and functions record no
+As in apex, cosines and sines and every product and sum are rounded to the dtype of the input, pairs
+are halves, each element is rotated by the angle in its own column, and functions record no
 gradient: `backward` is the gradient of `forward`.
 """
 
@@ -35,8 +35,7 @@ __all__ = [
 def forward(input: Tensor, freqs: Tensor, transpose_output: bool, /) -> Tensor:
     """Return input (s, b, h, d) rotated by angles (s, 1, 1, d2), float32.
 
-    The memory of the result is contiguous, or with transpose_output that of its transpose (b, s,
-    h, d) is.
+    The result is contiguous, or with transpose_output its transpose (b, s, h, d) is.
     """
     return _sbhd(input, freqs.cos(), freqs.sin(), transpose_output, False)
 
@@ -47,7 +46,7 @@ def backward(output_grads: Tensor, freqs: Tensor, transpose_output: bool, /) -> 
 
 
 def forward_cached(input: Tensor, cos: Tensor, sin: Tensor, transpose_output: bool, /) -> Tensor:
-    """Do what `forward` does, by cosines and sines (s, 1, 1, d2)."""
+    """Rotate as `forward`, by cosines and sines (s, 1, 1, d2)."""
     return _sbhd(input, cos, sin, transpose_output, False)
 
 
@@ -73,10 +72,10 @@ def backward_thd(output_grads: Tensor, cu_seqlens: Tensor, freqs: Tensor, /) -> 
 def forward_2d(
     input: Tensor, cos_h: Tensor, sin_h: Tensor, cos_w: Tensor, sin_w: Tensor, /
 ) -> Tensor:
-    """Return images (b, height, width, h, d), as (b, height * width, h, d), whose heads' first
-    halves are rotated by their row, and second halves by their column.
+    """Return images (b, height, width, h, d) rotated, as (b, height * width, h, d).
 
-    cos_h and sin_h are (1, height or more, 1, d / 2), cos_w and sin_w (1, width or more, 1, d / 2).
+    The row of a patch rotates the first half of each head, and its column the second half. cos_h
+    and sin_h are (1, height or more, 1, d / 2), cos_w and sin_w (1, width or more, 1, d / 2).
     """
     return _image(input, (cos_h, sin_h), (cos_w, sin_w), False)
 
@@ -84,7 +83,7 @@ def forward_2d(
 def backward_2d(
     output_grads: Tensor, cos_h: Tensor, sin_h: Tensor, cos_w: Tensor, sin_w: Tensor, /
 ) -> Tensor:
-    """Return the gradient of `forward_2d`'s input, from one of the shape of its input."""
+    """Return the gradient of `forward_2d`'s input; output_grads has the shape of that input."""
     return _image(output_grads, (cos_h, sin_h), (cos_w, sin_w), True)
 
 
@@ -134,7 +133,7 @@ def _thd(x: Any, cu_seqlens: Any, freqs: Any, conjugate: bool) -> Tensor:
 
 @inference_only
 def _image(x: Any, of_row: tuple[Any, Any], of_column: tuple[Any, Any], conjugate: bool) -> Tensor:
-    """Rotate the rows' halves with the columns as heads, then the columns' with rows as batches."""
+    """Rotate the first halves with columns as heads, then the second with rows as batches."""
     batch, height, width, heads, head_dim = x.shape
     how: dict[str, Any] = {"interleaved": False, "conjugate": conjugate, "rounding": "eager"}
     out: Tensor = x.new_empty((batch, height, width, heads, head_dim))

@@ -1,13 +1,13 @@
 """comfy-kitchen: write `rope_cupy.compat.comfy_kitchen` for `comfy_kitchen`, as ComfyUI imports it.
 
-What differs: any even head size is taken, q and k of any strides in one launch; functions that
-return new tensors have gradients; the fused norms compute in float32 where x has more bits than the
-table.
+What differs: heads may have any even size; q and k may have any strides and take one launch;
+functions that return new tensors have gradients; the fused norms compute in float32 if x has more
+bits than the table.
 
-As there, what is computed has the table's dtype: x is rounded to it where it has fewer bits, and
-with a table of 16 bits every operation is rounded. A table with more rows than x has tokens, on its
-third axis, is cut. Functions that write in place refuse an x that requires a gradient, by a
-RuntimeError; scales may require one.
+As in comfy-kitchen, the arithmetic has the dtype of the table: x is rounded to it if the table has
+fewer bits, and with a table of 16 bits every operation is rounded. A table with more rows on its
+third axis than x has tokens is cut. Functions that write in place raise a RuntimeError for an x
+that requires a gradient; scales may require one.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ __all__ = [
 
 
 def apply_rope1(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Return x with pairs of neighbours multiplied by the 2 x 2 matrices (..., dim / 2, 2, 2) of
-    freqs_cis, which broadcasts to it, such as (1, 1, tokens) or (1, tokens, 1) to four axes of x.
+    """Return x with every pair of neighbours multiplied by a 2 x 2 matrix of freqs_cis.
+
+    freqs_cis is (..., dim / 2, 2, 2), and its first axes broadcast to those of x: such as (1, 1,
+    tokens) or (1, tokens, 1) for four axes of x.
     """
     return _one(x, freqs_cis, True)
 
@@ -66,12 +68,12 @@ def apply_rope_(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tens
 
 
 def apply_rope_split_half1(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Return x rotated as by `apply_rope1`, where pairs are of halves."""
+    """Return x rotated as by `apply_rope1`, with pairs of halves."""
     return _one(x, freqs_cis, False)
 
 
 def apply_rope_split_half(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return xq and xk rotated as by `apply_rope`, where pairs are of halves."""
+    """Return xq and xk rotated as by `apply_rope`, with pairs of halves."""
     return _two((xq, xk), freqs_cis, False)
 
 
@@ -88,7 +90,7 @@ def apply_rope_split_half_(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[T
 
 
 def rms_rope1(x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Return `apply_rope1` of x's heads normalised and weighed by scale (dim,)."""
+    """Normalise the heads of x, multiply them by scale (dim,), and return them rotated."""
     return _one(x, freqs_cis, True, ((scale,), epsilon))
 
 
@@ -100,13 +102,13 @@ def rms_rope(
     k_scale: Tensor | None = None,
     epsilon: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Return `rms_rope1` of q and of k, by q_scale too where k has no own."""
+    """Return `rms_rope1` of q and of k; without a k_scale, k takes q_scale."""
     return _two((q, k), freqs_cis, True, _norm(q_scale, k_scale, epsilon))
 
 
 @inference_only
 def rms_rope1_(x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Do what `rms_rope1` does, in place, and return x."""
+    """Normalise and rotate x as `rms_rope1`, in place, and return it."""
     return _one(x, freqs_cis, True, ((scale,), epsilon), in_place=True)
 
 
@@ -119,14 +121,14 @@ def rms_rope_(
     k_scale: Tensor | None = None,
     epsilon: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `rms_rope` does, in place, and return q and k."""
+    """Normalise and rotate q and k as `rms_rope`, in place, and return them."""
     return _two((q, k), freqs_cis, True, _norm(q_scale, k_scale, epsilon), in_place=True)
 
 
 def rms_rope_split_half1(
     x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6
 ) -> Tensor:
-    """Return `apply_rope_split_half1` of x's heads normalised and weighed by scale (dim,)."""
+    """Return x normalised and rotated as by `rms_rope1`, with pairs of halves."""
     return _one(x, freqs_cis, False, ((scale,), epsilon))
 
 
@@ -139,7 +141,7 @@ def rms_rope_split_half(
     epsilon: float = 1e-6,
     rot_dim: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Return `rms_rope_split_half1` of q and of k, of whose heads rot_dim elements rotate."""
+    """Return `rms_rope_split_half1` of q and of k, which rotates rot_dim elements of each head."""
     _check_rot_dim(freqs_cis, rot_dim)
     return _two((q, k), freqs_cis, False, _norm(q_scale, k_scale, epsilon))
 
@@ -148,7 +150,7 @@ def rms_rope_split_half(
 def rms_rope_split_half1_(
     x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6
 ) -> Tensor:
-    """Do what `rms_rope_split_half1` does, in place, and return x."""
+    """Normalise and rotate x as `rms_rope_split_half1`, in place, and return it."""
     return _one(x, freqs_cis, False, ((scale,), epsilon), in_place=True)
 
 
@@ -162,7 +164,7 @@ def rms_rope_split_half_(
     epsilon: float = 1e-6,
     rot_dim: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `rms_rope_split_half` does, in place, and return q and k."""
+    """Normalise and rotate q and k as `rms_rope_split_half`, in place, and return them."""
     _check_rot_dim(freqs_cis, rot_dim)
     return _two((q, k), freqs_cis, False, _norm(q_scale, k_scale, epsilon), in_place=True)
 

@@ -1,12 +1,12 @@
 """flash-attention: write `rope_cupy.compat.flash_attn` for `flash_attn.layers.rotary`, and for
-`flash_attn.ops.triton.rotary`, from which `apply_rotary` is.
+`flash_attn.ops.triton.rotary`, which has `apply_rotary`.
 
-What differs: heads may have more than 256 elements, cosines and sines another dtype than x; an int
-`seqlen_offsets` that the table is too short for is a ValueError, not an AssertionError; the
-backward pass of a function that writes in place returns a new gradient, where flash-attention
-writes over the one that it is given.
+What differs: heads may have more than 256 elements; cosines and sines may have another dtype than
+x; an int `seqlen_offsets` beyond the table is a ValueError, not an AssertionError; the backward
+pass of a function that writes in place returns a new gradient, where flash-attention overwrites the
+incoming one.
 
-As there, positions that the table does not hold leave their tokens unrotated, and a leaf that
+As in flash-attention, a token whose position is not in the table stays unrotated, and a leaf that
 requires a gradient may be rotated in place.
 """
 
@@ -46,7 +46,7 @@ def apply_rotary(
     inplace: bool = False,
     conjugate: bool = False,
 ) -> Tensor:
-    """Rotate x as `apply_rotary_emb`, or the other way, without a gradient."""
+    """Rotate x as `apply_rotary_emb`, or with `conjugate` the other way, without a gradient."""
     options = keywords(seqlen_offsets, cu_seqlens, interleaved)
     options |= {"out": x if inplace else None, "conjugate": conjugate}
     y: Tensor = rope_cupy.apply_rotary(x, (cos, sin), **options)
@@ -88,8 +88,10 @@ def apply_rotary_emb_qkv_(
     seqlen_offsets: int | Tensor = 0,
     num_heads_q: int | None = None,
 ) -> Tensor:
-    """Rotate q and k of qkv in place: (batch, seqlen, 3, nheads, headdim), or (batch, seqlen,
-    num_heads_q + 2 num_heads_k, headdim); k by tables of its own where they are given.
+    """Rotate q and k of qkv in place, and return qkv.
+
+    qkv is (batch, seqlen, 3, nheads, headdim), or (batch, seqlen, num_heads_q + 2 num_heads_k,
+    headdim). If cos_k and sin_k are given, they rotate k.
     """
     options = keywords(seqlen_offsets, None, interleaved)
     table = cos, sin
@@ -132,7 +134,7 @@ def apply_rotary_emb_kv_(
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """Rotate qkv, or q and kv, in place by tables of its own in their dtype, as flash-attention.
+    """Rotate qkv, or q and kv, in place, by tables that the module owns in their dtype.
 
     With `scale_base` the scores decay with distance: xPos, Sun et al., "A Length-Extrapolatable
     Transformer" (2022), section 3.
@@ -204,7 +206,7 @@ class RotaryEmbedding(torch.nn.Module):
         return (pairs + 0.4 * self.dim) / (1.4 * self.dim)
 
     def _update_cos_sin_cache(self, seqlen: int, device: Any = None, dtype: Any = None) -> None:
-        """Compute the tables anew where they are too short, or of another device or dtype."""
+        """Compute the tables again if they are too short, or have another device or dtype."""
         cos = self._cos_cached
         if (
             cos is not None
@@ -235,7 +237,7 @@ class RotaryEmbedding(torch.nn.Module):
 def keywords(
     seqlen_offsets: int | Tensor | None, cu_seqlens: Tensor | None, interleaved: bool
 ) -> dict[str, Any]:
-    """Return the options of a call: those that say nothing are left out."""
+    """Return the options of a call, without those that have no effect."""
     options: dict[str, Any] = {"interleaved": interleaved, "out_of_range": "keep"}
     if cu_seqlens is not None:
         options["cu_seqlens"] = cu_seqlens

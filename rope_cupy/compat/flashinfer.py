@@ -1,14 +1,16 @@
 """FlashInfer: write `rope_cupy.compat.flashinfer` for `flashinfer` or `flashinfer.rope`.
 
-What differs: any head size and rotary size and float32 and float64 are taken; angles computed from
-`rope_theta` are right at any position, where FlashInfer's drift away at large ones; a position that
-`cos_sin_cache` does not hold gives NaN, where FlashInfer reads past it.
+What differs: any head size and rotary size, float32 and float64 are taken; angles computed from
+`rope_theta` are right at any position, where FlashInfer's have errors at large positions; a
+position that is not in `cos_sin_cache` gives NaN, where FlashInfer reads past the cache.
 
 Not covered: the functions that quantise to 8 bits (`rope_quantize_fp8`, `mla_rope_quantize_fp8`,
-`rope_quantize_fp8_append_paged_kv_cache`), for rope_cupy writes results in the dtype of the inputs.
+`rope_quantize_fp8_append_paged_kv_cache`), because rope_cupy writes results in the dtype of the
+inputs.
 
-The frequencies of a set of parameters are copied to a GPU once: make one call before a CUDA graph
-is captured or a function that calls one is compiled. No gradient is recorded, as there.
+The frequencies of each set of parameters are copied to a GPU once. So make one call before you
+capture a CUDA graph, or compile a function that calls one. As in FlashInfer, no gradient is
+recorded.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ __all__ = [
     "apply_rope_with_cos_sin_cache",
     "apply_rope_with_cos_sin_cache_inplace",
 ]
-MAX_TABLES = 64  # kept, of a few numbers each
+MAX_TABLES = 64  # that are kept; each has a few numbers
 
 _tables: dict[Any, rope_cupy.RotaryTable] = {}
 
@@ -54,8 +56,9 @@ def apply_rope(
     rope_scale: float = 1,
     rope_theta: float = 1e4,
 ) -> tuple[Tensor, Tensor]:
-    """Rotate packed q and k (nnz, heads, head_dim): sequence i is rows indptr[i] to indptr[i + 1],
-    whose positions begin at offsets[i].
+    """Rotate packed q and k (nnz, heads, head_dim).
+
+    Sequence i has the rows indptr[i] to indptr[i + 1] - 1, whose positions begin at offsets[i].
     """
     table = _table(q, rotary_dim, rope_scale, rope_theta)
     return rope_cupy.apply_rotary_qk(
@@ -200,8 +203,9 @@ def apply_rope_with_cos_sin_cache(
     cos_sin_cache: Tensor,
     is_neox: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Rotate query and key (nnz, heads * head_size) by rows of a float32 cache (max_seq_len,
-    rotary_dim) of cosines, then sines.
+    """Rotate query and key (nnz, heads * head_size) by rows of a cache.
+
+    The cache is float32, (max_seq_len, rotary_dim). Each row has cosines, then sines.
     """
     options = _of_cache(query, head_size, cos_sin_cache, is_neox)
     return rope_cupy.apply_rotary_qk(query, key, positions=positions, **options)
@@ -222,7 +226,7 @@ def apply_rope_with_cos_sin_cache_inplace(
 
 
 def _of_cache(query: Any, head_size: int, cos_sin_cache: Any, is_neox: bool) -> dict[str, Any]:
-    """Return the table and the options of a call by a cache, which FlashInfer wants in float32."""
+    """Return the table and the options of a call with a cache, which must be float32."""
     if not str(cos_sin_cache.dtype).endswith("float32"):
         raise ValueError(f"cos_sin_cache should be float32, got {cos_sin_cache.dtype}")
     return {
@@ -239,7 +243,7 @@ def _table(
     rope_theta: float,
     scaling: tuple[float, float, int] | None = None,
 ) -> rope_cupy.RotaryTable:
-    """Return frequencies, from which each call computes its cosines and sines, beside q."""
+    """Return frequencies on the device of q, from which each call computes cosines and sines."""
     rotary_dim = q.shape[-1] if rotary_dim is None else rotary_dim
     device = getattr(q.device, "id", q.device)  # CuPy's own devices have no hash
     about = rotary_dim, rope_scale, rope_theta, scaling, type(q), device

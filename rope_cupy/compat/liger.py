@@ -1,12 +1,12 @@
 """Liger: write `rope_cupy.compat.liger` for `liger_kernel.transformers.rope`, and for
 `liger_kernel.transformers.qwen2vl_mrope` and `liger_kernel.transformers.llama4_rope`.
 
-What differs: results are new tensors, where Liger may write q and k in place, which it does where
-their memory happens to be in an order; they have the order of the inputs; `freqs_cis` of several
-batches rotates each by its own rows, where Liger takes the first batch's for all.
+What differs: results are new tensors with the memory order of the inputs, where Liger writes q and
+k in place for some orders of memory; with `freqs_cis` of several batches each batch is rotated by
+its own rows, where Liger takes the rows of the first batch for all.
 
-As there, of an odd number of elements in a head the last one stays as it is, and `position_ids` and
-`unsqueeze_dim` of tables without a head axis mean nothing.
+As in Liger, the last element of a head with an odd number of elements is not rotated, and
+`position_ids` and `unsqueeze_dim` have no effect for tables without an axis of heads.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def liger_rotary_pos_emb(
 ) -> tuple[Tensor, Tensor]:
     """Return q and k (batch, heads, seq_len, head_dim) rotated in halves.
 
-    cos and sin are (seq_len, width), (1 or batch, seq_len, width), or those with an axis of heads
-    of size 1. The width is that of what is rotated, every angle twice, or with `rotary_dim` at
-    least half of it.
+    cos and sin are (seq_len, width) or (1 or batch, seq_len, width), which may have an axis of
+    heads of size 1 too. The width is the number of rotated elements, with every angle twice, or
+    with `rotary_dim` at least half of it.
     """
     if cos.ndim == 4:
         axis = unsqueeze_dim if cos.shape[unsqueeze_dim] == 1 else 1
@@ -78,8 +78,9 @@ def liger_rotary_pos_emb_gpt_oss(
 def liger_rotary_pos_emb_vision(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return q and k (seq_length, heads, head_dim) rotated in halves by cos and sin (seq_length,
-    head_dim), every angle twice.
+    """Return q and k (seq_length, heads, head_dim) rotated in halves.
+
+    cos and sin are (seq_length, head_dim), with every angle twice.
     """
     return rope_cupy.apply_rotary_qk(q, k, half_width(cos, sin), interleaved=False)
 
@@ -92,13 +93,15 @@ def liger_multimodal_rotary_pos_emb(
     mrope_section: list[int],
     unsqueeze_dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Return q and k (batch, heads, seq_len, head_dim) rotated by cos and sin (3, batch, seq_len,
-    head_dim) of three axes, in sections of pairs, with a rounding after every operation.
+    """Return q and k (batch, heads, seq_len, head_dim) rotated by positions on three axes.
+
+    cos and sin are (3, batch, seq_len, head_dim), and mrope_section says how many pairs each axis
+    rotates. Every operation is rounded.
     """
     (cos, sin), positions = by_token_of_three_axes(cos, sin)
     pairs = cos.shape[-1] // 2
     first = min(mrope_section[0], pairs)
-    second = min(mrope_section[1], pairs - first)  # what is left is the third's, as there
+    second = min(mrope_section[1], pairs - first)  # the third has the others, as in Liger
     return rope_cupy.apply_rotary_qk(
         q,
         k,
@@ -114,9 +117,10 @@ def liger_multimodal_rotary_pos_emb(
 def liger_llama4_text_rotary_pos_emb(
     xq: Tensor, xk: Tensor, freqs_cis: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return xq and xk (batch, seq_len, heads, head_dim) with neighbours rotated by freqs_cis,
-    (seq_len or more, head_dim / 2) or (batch or 1, seq_len or more, head_dim / 2): complex, or real
-    with an axis of size 2 behind.
+    """Return xq and xk (batch, seq_len, heads, head_dim) with pairs of neighbours rotated.
+
+    freqs_cis is (seq_len or more, head_dim / 2) or (batch or 1, seq_len or more, head_dim / 2):
+    complex, or real with a last axis of size 2.
     """
     return _by_complex(xq, xk, freqs_cis)
 
@@ -124,10 +128,10 @@ def liger_llama4_text_rotary_pos_emb(
 def liger_llama4_vision_rotary_pos_emb(
     query: Tensor, key: Tensor, freqs_ci: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rotate query and key (batch, seq_len, heads, head_dim) as the text's function, by a complex
-    table of (seq_len, head_dim / 2), also with axes of size 1.
+    """Return query and key (batch, seq_len, heads, head_dim) with pairs of neighbours rotated.
 
-    A real table, which a complex one becomes when its model is cast, multiplies as its real part.
+    The table is complex, (seq_len, head_dim / 2), and may have axes of size 1. A complex table
+    becomes real when its model is cast; such a table multiplies by its real part.
     """
     freqs = freqs_ci.reshape(-1, freqs_ci.shape[-1])
     if _is_complex(freqs):
@@ -138,7 +142,7 @@ def liger_llama4_vision_rotary_pos_emb(
 
 def _by_complex(q: Tensor, k: Tensor, freqs: Any) -> tuple[Tensor, Tensor]:
     seq_len = q.shape[1]
-    if not _is_complex(freqs):  # the real and the imaginary part of each number side by side
+    if not _is_complex(freqs):  # the last axis has real and imaginary parts
         cos, sin = freqs[..., 0], freqs[..., 1]
         table = rope_cupy.RotaryTable(cos[..., :seq_len, :], sin[..., :seq_len, :])
     else:

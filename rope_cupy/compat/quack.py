@@ -1,10 +1,10 @@
 """quack: write `rope_cupy.compat.quack` for `quack.rotary`.
 
-What differs: any head size and rotary size is taken, also where 8 does not divide them; a position
-that the table does not hold leaves its token unrotated, where quack reads past the table.
+What differs: heads and rotary sizes need not be multiples of 8; a token whose position is not in
+the table stays unrotated, where quack reads past the table.
 
-As there, a leaf that requires a gradient may be rotated in place, and the backward pass of a
-function that writes in place writes over the gradient that it is given, if that is contiguous.
+As in quack, a leaf that requires a gradient may be rotated in place, and the backward pass of a
+function that writes in place overwrites the incoming gradient if that is contiguous.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def apply_rotary(
     inplace: bool = False,
     conjugate: bool = False,
 ) -> Tensor:
-    """Rotate x as `apply_rotary_emb`, or the other way, without a gradient."""
+    """Rotate x as `apply_rotary_emb`, or with `conjugate` the other way, without a gradient."""
     start = 0 if seqlen_offsets is None else seqlen_offsets
     of_sequences = start, cu_seqlens, max_seqlen
     return flash_attn_rotary(x, cos, sin, *of_sequences, interleaved, inplace, conjugate)
@@ -85,9 +85,9 @@ def apply_rotary_emb_qkv_(
 ) -> Tensor:
     """Rotate q and k of qkv in place, and return it.
 
-    Its shape is (batch, seqlen, 3, nheads, headdim), or ends in heads, num_heads_q of q and then
-    those of k and of v, after (batch, seqlen) or, with cu_seqlens, (total,); with `headdim` heads
-    and their elements are one axis.
+    qkv is (batch, seqlen, 3, nheads, headdim) or (batch, seqlen, heads, headdim), with num_heads_q
+    heads of q, then the heads of k, then those of v. With cu_seqlens, (total,) replaces (batch,
+    seqlen). With `headdim` the last axis holds all heads.
     """
     options = keywords(seqlen_offsets, cu_seqlens, interleaved)
 

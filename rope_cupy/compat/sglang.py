@@ -1,25 +1,25 @@
 """SGLang: write `rope_cupy.compat.sglang` for `sgl_kernel` (the functions of its pull request
 14302), and for `sglang.kernels.ops` or `sglang.jit_kernel` (all others);
-`apply_rotary_embedding_triton` is the `apply_rotary_embedding` of SGLang's Triton file, whose name
-another function here has.
+`apply_rotary_embedding_triton` is the `apply_rotary_embedding` of SGLang's Triton file, since
+another function here has that name.
 
-What differs: any head size and rotary size, strides, dtypes of tables and positions are taken; a
-position that a cache does not hold gives NaN, where SGLang reads past it.
+What differs: any head size, rotary size, strides, and dtypes of tables and positions are taken; a
+position that is not in a cache gives NaN, where SGLang reads past the cache.
 
-As there, the flag of pull request 14302, `interleaved` or `is_neox`, which are one, means pairs of
-neighbours where cosines and sines are given, and pairs of halves where positions are. Its default
-is True.
+As in SGLang, pull request 14302 has one flag with two names, `interleaved` and `is_neox`. True, the
+default, means pairs of neighbours if cosines and sines are given, and pairs of halves if positions
+are.
 
-Not covered: `fused_qknorm_rope_pack_kv`, which also copies k and v behind a prefix: rope_cupy
-writes each array as a whole.
+Not covered: `fused_qknorm_rope_pack_kv`, which also copies k and v after a prefix, because
+rope_cupy writes whole arrays.
 
-No gradient is recorded, as there.
+As in SGLang, no gradient is recorded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import rope_cupy
 
@@ -42,9 +42,11 @@ __all__ = [
     "rotary_embedding_cos_sin",
 ]
 
+Mode: TypeAlias = Literal["cos_sin", "positions"]
+
 
 def can_use_rotary_embedding_cos_sin(rot_dim: int) -> bool:
-    """Say whether `rotary_embedding_cos_sin` takes this rotary size: every even one."""
+    """Return whether `rotary_embedding_cos_sin` takes this rotary size: it takes every even one."""
     return rot_dim > 0 and rot_dim % 2 == 0
 
 
@@ -60,13 +62,13 @@ def rotary_embedding_cos_sin(
     *,
     is_neox: bool | None = None,
 ) -> None:
-    """Rotate query, and key where there is one, in place, by a row of cos and sin for each token.
+    """Rotate query, and key if there is one, in place, by a row of cos and sin for each token.
 
     query and key are (tokens, heads * head_size), (tokens, heads, head_size) or (batch, seq_len,
-    heads, head_size). Neighbours are pairs where the flag is True, by cos and sin (tokens, rot /
-    2), or (tokens, head_size), of which cos's even and sin's odd columns are read. Else halves are,
-    by cos and sin (tokens, rot), of which each half is read by its own. With `positions` (tokens,)
-    a token's row is the one of its position.
+    heads, head_size). If the flag is True, pairs are neighbours, and cos and sin are (tokens, rot /
+    2), or (tokens, head_size), of which the even columns of cos and the odd ones of sin are read.
+    Else pairs are halves, and cos and sin are (tokens, rot), in which each half of a head has its
+    own columns. With `positions` (tokens,), the row of a token is that of its position.
     """
     head_size, of_neighbours = _head_size(query, head_size), _flag(interleaved, is_neox)
     make: Any = rope_cupy.RotaryTable if of_neighbours else rope_cupy.RotaryTable.from_elementwise
@@ -91,9 +93,9 @@ def rotary_embedding(
     is_neox: bool | None = None,
     cos_sin_cache: Tensor,
 ) -> None:
-    """Rotate query, and key where there is one, in place, by rows of a cache (max_position, rot).
+    """Rotate query, and key if there is one, in place, by rows of a cache (max_position, rot).
 
-    Halves are pairs where the flag is True.
+    If the flag is True, pairs are halves.
     """
     options = {"positions": positions, "interleaved": not _flag(interleaved, is_neox)}
     if query.ndim == 4:
@@ -104,7 +106,7 @@ def rotary_embedding(
 
 def apply_rotary_embedding(
     *,
-    mode: str = "cos_sin",
+    mode: Mode = "cos_sin",
     query: Tensor,
     key: Tensor | None = None,
     head_size: int = 0,
@@ -163,7 +165,7 @@ def apply_rope_inplace_with_kvcache(
 ) -> None:
     """Rotate q and k in place, and write k and v to rows out_loc of caches (size, heads * dim).
 
-    These are two launches: the caches and q, then k itself.
+    This takes two launches: one for the caches and q, then one for k.
     """
     _check_rope_dim(cos_sin_cache, rope_dim)
     table = rope_cupy.RotaryTable.from_cache(cos_sin_cache)
@@ -222,7 +224,7 @@ def fused_inplace_qknorm_rope(
 ) -> None:
     """Normalise the heads of q and k (tokens, heads, head_dim), then rotate them, in place.
 
-    There is one rounding; with `round_norm_before_rope` there are those of separate operations.
+    Results are rounded once, or with `round_norm_before_rope` as by separate operations.
     """
     options = _of_norm(is_neox, round_norm_before_rope)
     table = _cache_table(cos_sin_cache, cache_has_full_width, rope_dim)
@@ -250,7 +252,7 @@ def fused_qknorm_rope_out_of_place(
     round_norm_before_rope: bool = False,
     cache_has_full_width: bool = False,
 ) -> None:
-    """Do what `fused_inplace_qknorm_rope` does, from q and k to q_out and k_out."""
+    """Normalise and rotate as `fused_inplace_qknorm_rope`, from q and k to q_out and k_out."""
     options = _of_norm(is_neox, round_norm_before_rope)
     table = _cache_table(cos_sin_cache, cache_has_full_width, rope_dim)
     weights, out = (q_weight, k_weight), (q_out, k_out)
@@ -263,11 +265,11 @@ def fused_qknorm_rope_out_of_place(
 def apply_rotary_embedding_triton(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
 ) -> Tensor:
-    """Return x, (tokens, heads, head_size) or (batch, tokens, heads, head_size), with each pair of
-    neighbours rotated, whatever the flag says.
+    """Return x with each pair of neighbours rotated, whatever the flag is.
 
-    cos and sin are (tokens, head_size / 2); with the flag they may be (tokens, head_size), of which
-    the even columns are read.
+    x is (tokens, heads, head_size) or (batch, tokens, heads, head_size). cos and sin are (tokens,
+    head_size / 2); with the flag they may be (tokens, head_size), of which the even columns are
+    read.
     """
     if interleaved and cos.shape[-1] == x.shape[-1]:
         cos, sin = cos[..., ::2], sin[..., ::2]
@@ -308,7 +310,7 @@ def _check_rope_dim(cache: Any, rope_dim: int, full_width: bool = False) -> None
 
 
 def _cache_table(cache: Any, full_width: bool, rope_dim: int) -> rope_cupy.RotaryTable:
-    """Return the table of a cache, of full width where every element has an angle of its own."""
+    """Return the table of a cache, which has full width if every element has its own angle."""
     _check_rope_dim(cache, rope_dim, full_width)
     if not full_width:
         return rope_cupy.RotaryTable.from_cache(cache)
@@ -317,7 +319,7 @@ def _cache_table(cache: Any, full_width: bool, rope_dim: int) -> rope_cupy.Rotar
 
 
 def _of_norm(is_neox: bool, rounded: bool) -> dict[str, Any]:
-    """Return the options that say what is paired, and where is rounded."""
+    """Return the options for pairing and rounding."""
     return {
         "interleaved": not is_neox,
         "round_norm": rounded,

@@ -1,9 +1,9 @@
 """timm: write `rope_cupy.compat.timm` for `timm.layers` or `timm.layers.pos_embed_sincos`.
 
-What differs: nothing for x of up to four axes; x of more is refused.
+What differs: nothing for x of up to four axes; x of more axes is refused.
 
-As there, sines come before cosines, products are rounded as PyTorch's operations round them one by
-one, and each element of a pair is rotated by the angle at its own place.
+As in timm, sines come before cosines, every operation is rounded as PyTorch rounds it, and each
+element of a pair is rotated by the angle in its own column.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = ["apply_rot_embed", "apply_rot_embed_cat", "apply_rot_embed_list"]
 def apply_rot_embed(x: Tensor, sin_emb: Tensor, cos_emb: Tensor, half: bool = False) -> Tensor:
     """Return x (..., tokens, dim) rotated by sines and cosines that broadcast to it.
 
-    Neighbours are pairs, or with `half` the two halves.
+    Pairs are neighbours, or with `half` halves.
     """
     if x.ndim > 4:
         raise ValueError(f"x must have at most 4 axes, got shape {tuple(x.shape)}")
     whole, cos, sin = with_leading_axes(x, 4), cos_emb, sin_emb
     layout: Any = "bhsd"
-    if cos.ndim != 2 or cos.shape[0] != whole.shape[2]:  # else a row for each token
+    if cos.ndim != 2 or cos.shape[0] != whole.shape[2]:  # if not, there is a row for each token
         cos, sin = with_leading_axes(cos, 4), with_leading_axes(sin, 4)
         layout, (cos, sin) = broadcast_axes(whole.shape, cos, sin)
     table = rope_cupy.RotaryTable.from_elementwise(cos, sin)
@@ -48,6 +48,6 @@ def apply_rot_embed_list(
 
 
 def apply_rot_embed_cat(x: Tensor, emb: Tensor, half: bool = False) -> Tensor:
-    """Rotate as `apply_rot_embed`, by sines and then cosines in one tensor."""
+    """Rotate as `apply_rot_embed`, by one tensor that has sines, then cosines."""
     width = emb.shape[-1] // 2
     return apply_rot_embed(x, emb[..., :width], emb[..., width:], half)

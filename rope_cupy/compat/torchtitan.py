@@ -1,9 +1,9 @@
 """torchtitan: write `rope_cupy.compat.torchtitan` for `torchtitan.models.common.rope`;
-`ComplexRoPE` and `CosSinRoPE` here have its `apply_rotary_emb` alone, for
+`ComplexRoPE` and `CosSinRoPE` here only have `apply_rotary_emb`, to assign
 `ComplexRoPE.apply_rotary_emb = ...`.
 
-What differs: nothing; `apply_rotary_emb` is both in one function, and also takes a whole cache of
-rows by position, as older torchtitan's functions do.
+What differs: nothing. The function `apply_rotary_emb` is both in one, and also takes a whole cache
+with rows by position, as functions of older torchtitan do.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ __all__ = ["ComplexRoPE", "CosSinRoPE", "apply_rotary_emb"]
 
 
 class ComplexRoPE:
-    """Neighbours are rotated by complex numbers."""
+    """Rotate pairs of neighbours by complex numbers."""
 
     @staticmethod
     def apply_rotary_emb(query: Tensor, key: Tensor, rope_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Return query and key (batch, seq_len, heads, head_dim) rotated by a complex cache (1 or
-        batch, seq_len, 1, head_dim / 2).
+        """Return query and key (batch, seq_len, heads, head_dim) rotated by a complex cache.
+
+        The cache is (1 or batch, seq_len, 1, head_dim / 2).
         """
         table = rope_cupy.RotaryTable.from_complex(_rows(query, rope_cache))
         return rope_cupy.apply_rotary_qk(query, key, table, interleaved=True)
 
 
 class CosSinRoPE:
-    """Halves are rotated by cosines and sines of full width."""
+    """Rotate pairs of halves by cosines and sines of full width."""
 
     @staticmethod
     def apply_rotary_emb(query: Tensor, key: Tensor, rope_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Return query and key (batch, seq_len, heads, head_dim) rotated by a cache (1 or batch,
-        seq_len, 1, 2 head_dim) of cosines, then sines.
+        """Return query and key (batch, seq_len, heads, head_dim) rotated by a real cache.
+
+        The cache is (1 or batch, seq_len, 1, 2 head_dim). Each row has cosines, then sines.
         """
         head_dim, rows = query.shape[-1], _rows(query, rope_cache)
         cos, sin = rows[..., :head_dim], rows[..., head_dim:]
@@ -52,5 +54,5 @@ def apply_rotary_emb(query: Tensor, key: Tensor, rope_cache: Tensor) -> tuple[Te
 
 
 def _rows(query: Tensor, cache: Tensor) -> Tensor:
-    """Return the rows of the first tokens of a cache by position, or a prepared one as it is."""
+    """Return the first rows of a cache by position, or a prepared cache unchanged."""
     return cache[: query.shape[1]] if cache.ndim == 2 else cache

@@ -1,20 +1,20 @@
 """TransformerEngine: write `rope_cupy.compat.transformer_engine` for
 `transformer_engine.pytorch.attention.rope` or `transformer_engine.pytorch.attention`.
 
-What differs: cosines and sines of the angles are computed by two more launches; start_positions has
-gradients, and goes with cp_size > 1 where not all versions of TransformerEngine take it; a position
-that `freqs` does not hold gives NaN, but in "thd", where its token stays as it is; where a tensor
-is too long for `freqs` a ValueError says so, not an AssertionError.
+What differs: two more launches compute the cosines and sines of the angles; calls with
+start_positions have gradients, and may have cp_size > 1, which not all versions of
+TransformerEngine allow; a position that is not in `freqs` gives NaN, or in "thd" an unrotated
+token; a tensor that is too long for `freqs` is a ValueError, not an AssertionError.
 
-As there, results are contiguous whatever the inputs are, with fused=True all is computed in float32
-and rounded once, else cosines, sines and every operation are rounded to t's dtype, each element is
-rotated by the angle at its own place, and context parallelism is zigzag.
+As in TransformerEngine, results are contiguous; fused=True computes in float32 and rounds once;
+without it cosines, sines and every operation are rounded to t's dtype; each element is rotated by
+the angle in its own column; context parallelism is zigzag.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 
@@ -31,9 +31,12 @@ __all__ = [
     "apply_rotary_pos_emb",
 ]
 
+TensorFormat: TypeAlias = Literal["sbhd", "bshd", "thd"]
+TENSOR_FORMATS: tuple[str, ...] = get_args(TensorFormat)
+
 
 class RotaryPositionEmbedding(torch.nn.Module):
-    """The angles of a table, (max_seq_len, 1, 1, dim) in float32, every angle twice."""
+    """Compute the angles of positions, (max_seq_len, 1, 1, dim) in float32, every angle twice."""
 
     inv_freq: Tensor
 
@@ -72,7 +75,7 @@ class RotaryPositionEmbedding(torch.nn.Module):
 def apply_rotary_pos_emb(
     t: Tensor,
     freqs: Tensor,
-    tensor_format: str = "sbhd",
+    tensor_format: TensorFormat = "sbhd",
     start_positions: Tensor | None = None,
     interleaved: bool = False,
     fused: bool = False,
@@ -82,12 +85,12 @@ def apply_rotary_pos_emb(
 ) -> Tensor:
     """Return t, (s, b, h, d), (b, s, h, d) or packed (t, h, d), rotated by angles (s2, 1, 1, d2).
 
-    start_positions is what is added to the positions of each batch, or packed sequence. With
-    cp_size t has the tokens of cp_rank, and cu_seqlens are those of whole sequences.
+    start_positions is added to the positions of each batch, or of each packed sequence. With
+    cp_size, t has the tokens of cp_rank, and cu_seqlens are for whole sequences.
     """
     layout = _layout(tensor_format, cu_seqlens)
     of_first = cu_seqlens is None and start_positions is None and cp_size == 1
-    length = t.shape[layout.index("s")] if of_first else None  # else an array says which rows
+    length = t.shape[layout.index("s")] if of_first else None  # if not, an array has the rows
     table = _table(freqs[:length], None if fused else t.dtype)
     options: dict[str, Any] = {"interleaved": interleaved, "layout": layout}
     options["rounding"] = "once" if fused else "eager"
@@ -117,17 +120,17 @@ def apply_fused_qkv_rotary_pos_emb(
     q_freqs: Tensor,
     k_freqs: Tensor,
     qkv_split_arg_list: list[int],
-    tensor_format: str = "sbhd",
+    tensor_format: TensorFormat = "sbhd",
     start_positions: Tensor | None = None,
     interleaved: bool = False,
     cu_seqlens: Tensor | None = None,
     cp_size: int = 1,
     cp_rank: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k and v of qkv (s, b, h, d) or (b, s, h, d), contiguous, q and k rotated.
+    """Return q, k and v of qkv (s, b, h, d) or (b, s, h, d), contiguous, with q and k rotated.
 
-    qkv_split_arg_list says how many of the d elements are of q, k and v: of q as many heads of k's
-    size as fit, so that q is (s, b, h * heads, k's size).
+    qkv_split_arg_list has the numbers of the d elements that belong to q, k and v. q may have
+    several heads of k's size there, and is then (s, b, h * heads, k's size).
     """
     layout = _layout(tensor_format, None)
     if cu_seqlens is not None:
@@ -202,7 +205,7 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
 def _positions(
     qkv: Tensor, layout: str, start_positions: Tensor | None, cp_size: int, cp_rank: int
 ) -> Tensor | None:
-    """Return the position of each token of all batches; None where that is its index."""
+    """Return the position of each token of all batches, or None if it is the token's index."""
     axis = layout.index("s")
     length, batch = qkv.shape[axis], qkv.shape[1 - axis]
     if start_positions is None and cp_size == 1 and batch == 1:
@@ -221,7 +224,7 @@ def _positions(
 def _sequences(
     cu_seqlens: Any, start_positions: Tensor | None, cp_size: int, cp_rank: int
 ) -> dict[str, Any]:
-    """Return where packed sequences begin and at which positions; zigzag, each is two."""
+    """Return where packed sequences begin and at which positions; zigzag cuts each into two."""
     if cp_size == 1:
         how = {"cu_seqlens": cu_seqlens}
         return how if start_positions is None else how | {"seqlen_offsets": start_positions}
@@ -236,7 +239,7 @@ def _sequences(
 
 
 def _layout(tensor_format: str, cu_seqlens: Any) -> str:
-    if tensor_format not in ("sbhd", "bshd", "thd"):
+    if tensor_format not in TENSOR_FORMATS:
         raise ValueError(f"tensor_format must be 'sbhd', 'bshd' or 'thd', got {tensor_format!r}")
     if tensor_format == "thd" and cu_seqlens is None:
         raise ValueError("cu_seqlens must be given with tensor_format='thd', got None")

@@ -1,13 +1,12 @@
 """vLLM: write `rope_cupy.compat.vllm` for `vllm._custom_ops` (`rotary_embedding`,
-`fused_qk_norm_rope`) and for the modules that `triton_mrope` and `fused_qk_rmsnorm_rope_gate` are
-in.
+`fused_qk_norm_rope`) and for the modules that have `triton_mrope` and `fused_qk_rmsnorm_rope_gate`.
 
-What differs: any head size, any strides, float32 and float64 and int32 positions are taken; a
-position that the cache does not hold gives NaN, where vLLM reads past it; `triton_mrope` computes
-in float32 where q and the tables have two dtypes, vLLM in that of the tables.
+What differs: any head size, any strides, float32, float64 and int32 positions are taken; a position
+that is not in the cache gives NaN, where vLLM reads past the cache; if q and the tables differ in
+dtype, `triton_mrope` computes in float32, and vLLM in the dtype of the tables.
 
-`RotaryEmbeddingOverride` is for vLLM's registry of operations out of tree. vLLM is not imported
-here, so the class is made where it is:
+`RotaryEmbeddingOverride` is for vLLM's registry of out-of-tree operations. vLLM is not imported
+here, so make the class in your program:
 
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
     from rope_cupy.compat.vllm import RotaryEmbeddingOverride
@@ -16,7 +15,7 @@ here, so the class is made where it is:
     class CupyRotaryEmbedding(RotaryEmbeddingOverride, RotaryEmbedding):
         pass
 
-No gradient is recorded, as there.
+As in vLLM, no gradient is recorded.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def rotary_embedding(
     rope_dim_offset: int = 0,
     inverse: bool = False,
 ) -> None:
-    """Rotate query, and key where there is one, in place.
+    """Rotate query, and key if there is one, in place.
 
     positions are (num_tokens,) or (batch, seq_len), query and key (positions..., heads * head_size)
     or (positions..., heads, head_size), cos_sin_cache (max_position, rotary_dim).
@@ -87,8 +86,9 @@ def fused_qk_norm_rope(
     position_ids: Tensor,
     forced_token_heads_per_warp: int = -1,
 ) -> None:
-    """Normalise the heads of q and k in qkv (num_tokens, heads * head_dim), then rotate them, in
-    place and with one rounding.
+    """Normalise the heads of q and k in qkv (num_tokens, heads * head_dim), then rotate them.
+
+    qkv is written in place, and results are rounded once.
     """
     end_q, end_k = num_heads_q * head_dim, (num_heads_q + num_heads_k) * head_dim
     if qkv.shape[-1] != end_k + num_heads_v * head_dim:
@@ -124,10 +124,10 @@ def triton_mrope(
     mrope_interleaved: bool,
     is_neox_style: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Rotate q and k (num_tokens, heads * head_size) by cosines and sines (3, num_tokens,
-    rotary_dim / 2) of three axes, with a rounding after every operation.
+    """Rotate q and k (num_tokens, heads * head_size) by positions on three axes.
 
-    A contiguous tensor is written in place and returned, of another a rotated copy.
+    cos and sin are (3, num_tokens, rotary_dim / 2). Every operation is rounded. A contiguous tensor
+    is written in place and returned; for any other a rotated copy is returned.
     """
     half = rotary_dim // 2
     (cos, sin), positions = by_token_of_three_axes(cos[..., :half], sin[..., :half])
@@ -161,7 +161,7 @@ def fused_qk_rmsnorm_rope_gate(
     mrope_section: list[int] | tuple[int, int, int] | None = None,
     norm_beta: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Take q and the gate of every head apart, normalise q and k, and rotate rotary_dim elements.
+    """Split q from the gate of every head, normalise q and k, and rotate rotary_dim elements.
 
     q_gate is (num_tokens, num_q_heads * 2 * head_dim), k (num_tokens, num_kv_heads * head_dim),
     positions (num_tokens,) or, with mrope_section, (3, num_tokens). Returns q, k and the gate, each
@@ -197,7 +197,7 @@ def fused_qk_rmsnorm_rope_gate(
 
 
 class RotaryEmbeddingOverride:
-    """The methods that vLLM's RotaryEmbedding calls, to put before it among a class's bases."""
+    """The methods that vLLM's RotaryEmbedding calls, as a base class to put before it."""
 
     def forward_oot(
         self: Any, positions: Tensor, query: Tensor, key: Tensor | None = None
@@ -213,7 +213,7 @@ class RotaryEmbeddingOverride:
 
 
 def _sections(sections: Sequence[int], pairs: int, interleaved: bool) -> tuple[int, int, int]:
-    """Return how many pairs each axis has: vLLM ignores what sections say beyond the pairs."""
+    """Return how many pairs each axis has; like vLLM, ignore sections beyond the last pair."""
     first, second, third = sections
     if interleaved:
         second, third = min(second, (pairs + 1) // 3), min(third, pairs // 3)
