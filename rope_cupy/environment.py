@@ -44,11 +44,17 @@ class Nvrtc(NamedTuple):
 
 
 class Installed(NamedTuple):
-    """Which rope_cupy runs: the files of a checkout, or those of an installed wheel."""
+    """Which rope_cupy runs: the files of a checkout, or those of an installed wheel.
 
-    kind: str  # "checkout" or "installed wheel"
-    folder: Path  # that holds the package
-    unused: Path | None  # where a wheel is installed that Python has not taken
+    Attributes:
+        kind: "checkout" or "installed wheel".
+        folder: the folder that contains the package.
+        unused: the folder of an installed wheel that Python does not use, or None.
+    """
+
+    kind: str
+    folder: Path
+    unused: Path | None
 
     def __str__(self) -> str:
         return f"{self.kind} in {self.folder}"

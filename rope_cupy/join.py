@@ -18,9 +18,10 @@ NORM_ARRAYS = 5  # where a Stream's weights and biases begin
 class Stream(NamedTuple):
     """The q, k and v of some tokens, and the arrays that normalise and rotate them.
 
-    q, k, v: arrays as for `apply_rotary_qk`, of the same tokens.
-    table: a `RotaryTable`, a tuple (cos, sin), or None for a stream that is not rotated.
-    positions, q_weight, k_weight, q_bias, k_bias: as for `apply_qk_norm_rotary`.
+    Attributes:
+        q, k, v: arrays as for `apply_rotary_qk`, of the same tokens.
+        table: a `RotaryTable`, a tuple (cos, sin), or None for a stream that is not rotated.
+        positions, q_weight, k_weight, q_bias, k_bias: as for `apply_qk_norm_rotary`.
     """
 
     q: Any

@@ -56,7 +56,7 @@ class RotaryTable:
 
     `axes` names the axes before the last, "p" for positions, "b" for batches, "s" for tokens and
     "h" for heads: "p", "s", "bs", "sh" or "bsh". Without it the number of axes decides, as listed
-    above. So ``axes="sh"`` takes (s, h, rotary_dim / 2), which would else mean (b, s, ...).
+    above. So ``axes="sh"`` takes (s, h, rotary_dim / 2), which would otherwise mean (b, s, ...).
 
     Raises TypeError or ValueError if the arrays do not fit together.
 

@@ -6,7 +6,7 @@ be shorter than the tables.
 
 As in apex, cosines and sines and every product and sum are rounded to the dtype of the input, pairs
 are halves, each element is rotated by the angle in its own column, and functions record no
-gradient: `backward` is the gradient of `forward`.
+gradient: `backward` is the gradient of `forward`. Arguments are passed by position.
 """
 
 from __future__ import annotations

@@ -76,17 +76,22 @@ def axial(positions: Any, dims: Sequence[int], base: Any = 10000.0) -> Frequenci
 class AxialRotation(NamedTuple):
     """How a model rotates each pair of a head by one of the positions of a token.
 
-    `interleaved` is the argument of that name of the functions that rotate. Where `num_slices` is
-    not 1, cut a head into that many equal slices. Each slice has its own part of `inv_freq` and is
-    rotated by a call of its own, whose `rotary_offset` says where the slice begins.
+    Attributes:
+        names: the names of the axes, in the order of a token's positions.
+        inv_freq: (pairs,), in radians for a step on the axis of the pair.
+        axes: (pairs,), the axis of each pair.
+        interleaved: the argument of that name of the functions that rotate.
+        num_slices: 1, or into how many equal slices a head is cut. Each slice has its own part of
+            `inv_freq` and is rotated by its own call, whose `rotary_offset` is where it begins.
+        first: the first position of a grid on every axis, or None if positions are from -1 to 1.
     """
 
-    names: tuple[str, ...]  # of the axes, in the order of a token's positions
-    inv_freq: Frequencies  # (pairs,), in radians for a step on the axis of the pair
-    axes: NDArray[np.intp]  # (pairs,), the axis of each pair
+    names: tuple[str, ...]
+    inv_freq: Frequencies
+    axes: NDArray[np.intp]
     interleaved: bool
     num_slices: int
-    first: float | None  # the first position of a grid on every axis; None: from -1 to 1
+    first: float | None
 
     @property
     def dims(self) -> tuple[int, ...]:

@@ -44,22 +44,37 @@ if TYPE_CHECKING:
 
 
 class RotaryParameters(NamedTuple):
-    """What a config says about the rotary embedding of its layers."""
+    """What a config says about the rotary embedding of its layers.
 
-    rope_type: str  # a key of RULES
-    rotary_dim: int  # the number of elements of a head that are rotated
+    Attributes:
+        rope_type: a key of `RULES`.
+        rotary_dim: the number of elements of a head that are rotated.
+        base: the base of the frequencies.
+        options: the keyword arguments of the rule, without seq_len.
+        max_position: the number of positions that the model is made for, or None.
+    """
+
+    rope_type: str
+    rotary_dim: int
     base: float
-    options: dict[str, Any]  # the keyword arguments of the rule, without seq_len
-    max_position: int | None  # the number of positions that the model is made for
+    options: dict[str, Any]
+    max_position: int | None
 
 
 class Rule(NamedTuple):
-    """How to compute the frequencies of a type that a config names."""
+    """How to compute the frequencies of a type that a config names.
+
+    Attributes:
+        function: the function of this package.
+        required: its keyword arguments that the config must have.
+        optional: its keyword arguments that the config may have.
+        by_length: whether it takes seq_len.
+    """
 
     function: Callable[..., Any]
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    by_length: bool = False  # whether the function takes seq_len
+    by_length: bool = False
 
 
 RULES = {

@@ -111,7 +111,13 @@ KNOWN: dict[str, type[StandIn]] = {
 
 
 class Attention(NamedTuple):
-    """An attention: its path in the model, its processor, and why that was left, if it was."""
+    """An attention of a model.
+
+    Attributes:
+        path: where it is in the model or the pipeline.
+        processor: the name of the class of its processor.
+        reason: why `enable` left the processor, or "" if it was replaced.
+    """
 
     path: str
     processor: str
@@ -119,7 +125,12 @@ class Attention(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The attention that `enable` replaced and left. The text counts it by processor."""
+    """What `enable` has replaced and left; as text, counted by processor.
+
+    Attributes:
+        replaced: every `Attention` that has a stand-in now.
+        left: every `Attention` that keeps its processor.
+    """
 
     replaced: tuple[Attention, ...]
     left: tuple[Attention, ...]

@@ -41,12 +41,19 @@ __all__ = ["Report", "disable", "enable"]
 
 
 class Report(NamedTuple):
-    """What `enable` has switched, what it has left to the model, and why."""
+    """What `enable` has switched, what it has left to the model, and why.
 
-    functions: dict[str, str]  # the rotary functions that are replaced, and their forms
-    modules: dict[str, int]  # the methods that call them, and in how many modules
-    norms: dict[str, int]  # the norms that are one call with the rotation, and in how many modules
-    left: dict[str, str]  # the functions, methods and norms left to the model, and why
+    Attributes:
+        functions: the rotary functions that are replaced, and the form of each.
+        modules: the methods that call them, and in how many modules.
+        norms: the norms that are one call with the rotation, and in how many modules.
+        left: the functions, methods and norms that are left to the model, and why.
+    """
+
+    functions: dict[str, str]
+    modules: dict[str, int]
+    norms: dict[str, int]
+    left: dict[str, str]
 
     def __str__(self) -> str:
         lines = [f"{name}: {form}" for name, form in self.functions.items()]
