@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .. import private_torch
 from ..arrays import asked_of
 from ..arrays.torch import refuse_transform
 from ..call import (
@@ -268,30 +269,67 @@ def _rotated(xs: tuple[torch.Tensor, ...], arguments: tuple[Any, ...]) -> tuple[
 
 
 def _rotate_into(*arguments: Any) -> None:
-    """Write by an operator, to no view whose place in memory may change.
+    """Write by an operator.
 
-    For PyTorch (2.11 and 2.13) hands such a view to an operator at the place of its base. It is
-    written from a new tensor instead; and of a cache, which is too large for one, the place is made
-    a constant of the graph.
+    A view whose place in memory may change is told by its base and its place there, for PyTorch
+    (2.11 and 2.13) hands such a view to an operator at the place of its base. Where that cannot be
+    told, it is written from a new tensor instead; and of a cache, which is too large for one, the
+    place is made a constant of the graph.
     """
     xs, outs = present(arguments[:3]), present(arguments[3:6])
     call = traced_call(xs, outs, arguments[6:])
-    num_outs = 1 if call.options.cache else len(outs)
     for x in xs:
         asked_of(x).check_transform("an input", x)
     if hasattr(xs[0], "fake_mode"):
         check_traced(call)
+    own = arguments_of(call)
+    if not any(map(_moves, outs)):
+        torch.ops.rope_cupy.write_into(*arguments[:6], *own)
+        return
+    bases = _bases(call)
+    if bases:
+        places = [number for y, base in zip(outs, bases, strict=True) for number in _place(y, base)]
+        torch.ops.rope_cupy.write_into_places(*arguments[:3], *three(bases), *own, places)
+        return
+    num_outs = 1 if call.options.cache else len(outs)
     written = []
     for i, y in enumerate(outs):
-        offset = y.storage_offset()
-        moves = isinstance(offset, torch.SymInt) and (base_of(y) is not None or y.is_inference())
-        if moves and i >= num_outs:
-            int(offset)
-        written.append(torch.empty_like(y) if moves and i < num_outs else y)
-    torch.ops.rope_cupy.write_into(*arguments[:3], *three(tuple(written)), *arguments_of(call))
+        if _moves(y) and i >= num_outs:
+            int(y.storage_offset())
+        written.append(torch.empty_like(y) if _moves(y) and i < num_outs else y)
+    torch.ops.rope_cupy.write_into(*arguments[:3], *three(tuple(written)), *own)
     for y, result in zip(outs, written, strict=True):
         if result is not y:
             y.copy_(result)
+
+
+def _moves(y: torch.Tensor) -> bool:
+    """Return whether a tensor is a view whose place may change from run to run."""
+    is_symbolic = isinstance(y.storage_offset(), torch.SymInt)
+    return is_symbolic and (base_of(y) is not None or y.is_inference())
+
+
+def _bases(call: Call) -> tuple[torch.Tensor, ...]:
+    """Return the tensors that the outputs are views of, of which no two are one; none else.
+
+    A copy of a base that is contiguous has its elements where the base has them.
+    """
+    outs = call.out or ()
+    bases = tuple([y if base_of(y) is None else base_of(y) for y in outs])
+    read = (*call.xs, *call.table.arrays, *call.extra_arrays)
+    storages = [private_torch.storage_number(each) for each in (*bases, *read)]
+    written = storages[: len(bases)]
+    if any([base.is_inference() or not base.is_contiguous() for base in bases]):
+        return ()
+    return bases if all([storages.count(each) == 1 for each in written]) else ()
+
+
+def _place(y: torch.Tensor, base: torch.Tensor) -> tuple[Any, ...]:
+    """Return where a view lies in its base: its number of axes, sizes and strides, and its begin.
+
+    `operators.placed` makes views of it again.
+    """
+    return y.ndim, *y.shape, *y.stride(), y.storage_offset() - base.storage_offset()
 
 
 def refuse_vmap(*_: Any) -> None:

@@ -179,6 +179,30 @@ def _fake_write(*arguments: Any) -> None:
     check_traced(call_of(present(arguments[:3]), present(arguments[3:6]), arguments[6:]))
 
 
+def placed(bases: tuple[torch.Tensor, ...], places: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    """Return the views of bases that places tell: see `graphs`."""
+    views, end = [], 0
+    for base in bases:
+        begin, end = end + 1, end + 2 * places[end] + 2
+        middle = (begin + end - 1) // 2
+        sizes, strides, offset = places[begin:middle], places[middle : end - 1], places[end - 1]
+        views.append(base.as_strided(sizes, strides, base.storage_offset() + offset))
+    return tuple(views)
+
+
+def _written_places(arguments: tuple[Any, ...]) -> Call:
+    outs = placed(present(arguments[3:6]), arguments[-1])
+    return call_of(present(arguments[:3]), outs, arguments[6:-1])
+
+
+def _run_places(*arguments: Any) -> None:
+    eager.rotate(_written_places(arguments))
+
+
+def _fake_places(*arguments: Any) -> None:
+    check_traced(_written_places(arguments))
+
+
 def schemas(behind: str) -> tuple[str, str, str]:
     """Return the schemas of what makes one tensor, or two, and of what writes up to three."""
     outs = "Tensor(a!) out, Tensor(b!)? k_out, Tensor(c!)? v_out"
@@ -199,6 +223,7 @@ _ARRAYS = (
     "Tensor? k_scale, Tensor? v_scale"
 )
 _NEW, _NEW_QK, _WRITES = schemas(f"{_TABLE}, {_ARRAYS}, str kind")
+_PLACES = schemas(f"{_TABLE}, {_ARRAYS}, str kind, SymInt[] places")[-1]
 # What these operators take. PyTorch keeps graphs on the disk by the operators of `graphs`, which
 # have this for an argument: those that were stored by another version are not run.
 VERSION = f"{crc32(repr((_WRITES, *[kind._fields for kind in KINDS])).encode()):08x}"
@@ -239,3 +264,4 @@ def _by_name(module: str, function: str) -> Callable[..., Any]:
 define(__name__, "rotate_new", _NEW, {RUN: "_run_new", FAKE: "_fake_new"})
 define(__name__, "rotate_qk_new", _NEW_QK, {RUN: "_run_qk_new", FAKE: "_fake_qk_new"})
 define(__name__, "write_into", _WRITES, {RUN: "_run_write", FAKE: "_fake_write"})
+define(__name__, "write_into_places", _PLACES, {RUN: "_run_places", FAKE: "_fake_places"})

@@ -8,6 +8,7 @@ from functorch.compile import make_boxed_func
 from reference import to_bits
 from test_compile import in_a_process
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
 from torch.nn import Parameter
 
 import rope_cupy
@@ -181,9 +182,33 @@ def caches_that_are_given(buffer, table, caches):
     return caches
 
 
+def slices_of_new_tensors(buffer, table, _):
+    q, k, v = buffer.unbind(1)
+    tokens = q.shape[1]
+    joint = tuple([q.new_empty(3, 2 * tokens, *q.shape[2:]) for _ in range(2)])
+    apply_rotary_qk(q, k, table, out=(joint[0][:, :tokens], joint[1][:, :tokens]))
+    apply_rotary_qk(k, v, table, out=(joint[0][:, tokens:], joint[1][:, tokens:]))
+    return joint
+
+
+def a_slice_that_is_given(buffer, table, last):
+    rows = last.shape[1] - buffer.shape[2]
+    x, table = buffer[0, :2, :rows], tuple(part[:rows] for part in table)
+    apply_rotary(x, table, out=last[:, -rows:])
+    return last
+
+
+def slices_of_one_tensor(buffer, table, last):
+    rows = last.shape[1] - buffer.shape[2]
+    x, table = buffer[0, :1, :rows], tuple(part[:rows] for part in table)
+    apply_rotary_qk(x, x, table, out=(last[:1, -rows:], last[1:, -rows:]))
+    return last
+
+
 VIEWS = [
     *(one_of_three, a_layer, all_of_one_unbind, of_a_new_buffer, of_another),
     *(caches_of_one_buffer, caches_that_are_given),
+    *(slices_of_new_tensors, a_slice_that_is_given, slices_of_one_tensor),
 ]
 
 
@@ -211,11 +236,30 @@ def test_a_view_whose_offset_changes_with_a_length_is_written_where_it_lies(func
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_inductor_gives_the_bits_of_plain_calls_and_writes_views_where_they_lie(device):
-    functions = "own.one_of_three, own.all_of_one_unbind, own.caches_of_one_buffer"
+    functions = "one_of_three", "all_of_one_unbind", "caches_of_one_buffer", "slices_of_one_tensor"
+    names = ", ".join([f"own.{name}" for name in functions])
     calls = ["import test_compile_calls as own"]
     calls += ["own.compare(own.calls(3, 7), 'inductor')"] if device == "cpu" else []
-    calls += [f"own.compare_views('inductor', {device!r}, {functions})"]
+    calls += [f"own.compare_views('inductor', {device!r}, {names})"]
+    calls += [f"own.check_slices({device!r})"]
     in_a_process("; ".join(calls))
+
+
+def check_slices(device):
+    """Slices whose places change are written by inductor's code without a tensor between."""
+    for function, num_new in ((slices_of_new_tensors, 2), (a_slice_that_is_given, 0)):
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, dynamic=True)
+        for tokens in (40, 43):
+            buffer = torch.randn(3, 3, tokens, 4, 16, device=device)
+            table = table_of(tokens, device)
+            last = [torch.zeros(2, tokens + 9, 4, 16, device=device) for _ in range(2)]
+            result, codes = run_and_get_code(compiled, buffer, table, last[0])
+            torch.testing.assert_close(result, function(buffer, table, last[1]), rtol=0, atol=0)
+            for code in codes:  # none of the second call
+                called = code[code.index("def call(") : code.index("def get_args(")]
+                assert "write_into_places" in called
+                assert called.count("empty_strided") == num_new and "fused" not in called, called
 
 
 def the_whole(buffer, table, _):
