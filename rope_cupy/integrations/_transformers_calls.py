@@ -64,8 +64,7 @@ def stand_in(probed: Probed, rounding: str) -> Callable[..., Any]:
 
     def rotate(*args: Any, **kwargs: Any) -> Any:
         form, rounding = known()
-        given = dict(zip(form.parameters.names, args, strict=False))
-        given.update(kwargs)
+        given = dict(zip(form.parameters.names, args, strict=False), **kwargs)
         named, tensors, shapes = _described(form, given)
         options: dict[str, Any] | None = None
         if not is_compiling():
