@@ -30,13 +30,14 @@ def rows(name: str, **wanted: str) -> list[dict[str, str]]:
 def block() -> list[tuple[str, float, str]]:
     """The times of a block of Qwen-Image: (who, length of the bar, what stands behind it)."""
     names = {
-        "diffusers": "diffusers",
-        "rope_cupy": "with rope_cupy",
-        "diffusers, compiled": "torch.compile",
-        "rope_cupy, compiled": "torch.compile with rope_cupy",
+        "eager": "diffusers",
+        "eager, enabled": "with rope_cupy",
+        "compiled": "torch.compile",
+        "compiled, enabled": "torch.compile with rope_cupy",
     }
-    measured = rows("2026-11-26-h100-blocks.csv", block="qwen-image")
-    times = {names[row["call"]]: float(row["milliseconds"]) for row in measured}
+    measured = rows("2026-11-28-h100-models.csv", model="qwen-image")
+    found = {row["call"]: float(row["milliseconds"]) for row in measured}
+    times = {name: found[call] for call, name in names.items()}
     longest = max(times.values())
     return [(name, time / longest, f"{time:.2f} ms") for name, time in times.items()]
 

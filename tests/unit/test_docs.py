@@ -191,8 +191,9 @@ class Cell(NamedTuple):
         return self.form.format(float(row[self.column]))
 
 
-def block_of(model, call, form):
-    return Cell("2026-11-26-h100-blocks.csv", "milliseconds", {"block": model, "call": call}, form)
+def time_of(model, call, column="milliseconds", form="{:.2f}"):
+    where = {"model": model, "call": call, "status": "ok"}
+    return Cell("2026-11-28-h100-models.csv", column, where, form)
 
 
 def host_of(provider, call, form):
@@ -211,20 +212,22 @@ def share_of(file, **where):
 
 def model_row(name, model):
     """A row of the README: eager calls by the clock, compiled ones by the GPU's time."""
-    cells = []
-    for way, column in (("eager", "milliseconds"), ("compiled", "gpu_milliseconds")):
-        for call in (way, f"{way}, enabled"):
-            where = {"model": model, "call": call, "status": "ok"}
-            cells.append(Cell("2026-11-28-h100-models.csv", column, where, "{:.2f}"))
+    calls = ("eager", "milliseconds"), ("compiled", "gpu_milliseconds")
+    cells = [
+        time_of(model, way + which, column) for way, column in calls for which in ("", ENABLED)
+    ]
     return f"| {name} | {{}} | {{}} | {{}} | {{}} |", cells
 
 
-QWEN, WAN, PLACED = "qwen-image", "wan-2.1-14b-480p", "in place, positions"
+def whole_row(name, model):
+    """A row of a page: each way by the clock, as it is and enabled."""
+    ways = "eager", "compiled", "reduce-overhead"
+    cells = [time_of(model, way + which) for way in ways for which in ("", ENABLED)]
+    return f"| {name} | {' | '.join(['{}'] * 6)} |", cells
+
+
+ENABLED, PLACED = ", enabled", "in place, positions"
 ROTATION = {"variant": "in place", "table": "half", "measure": "rotation"}
-QWEN_TIMES = [
-    block_of(QWEN, call, "{:.2f}")
-    for call in ("rope_cupy", "diffusers", "rope_cupy, compiled", "diffusers, compiled")
-]
 # Sentences and rows with figures, and the numbers of committed files that these are.
 CLAIMS = {
     "README.md": [
@@ -234,25 +237,35 @@ CLAIMS = {
         model_row("Z-Image", "z-image"),
         model_row("LTX", "ltx"),
         model_row("HunyuanVideo", "hunyuan-video"),
+        model_row("Wan 2.1 14B", "wan-2.1-14b"),
+        model_row("Qwen3 8B, 8,192 tokens", "qwen3-8b-prefill"),
         (
             "A block of Qwen-Image takes {} ms with rope_cupy and {} ms without; the rotation "
             "reaches {} of the memory's limit, the norm with the rotation {}",
             [
-                *QWEN_TIMES[:2],
+                *[time_of("qwen-image", call) for call in ("eager, enabled", "eager")],
                 share_of("2026-11-26-h100-rotary.csv", **ROTATION),
                 share_of("2026-11-26-h100-fused.csv", op="norm head"),
             ],
         ),
     ],
     "diffusion-models.md": [
-        (
-            "Qwen-Image took {} ms instead of {} ms, and compiled {} ms instead of {} ms.",
-            QWEN_TIMES,
-        ),
-        (
-            "took {} ms instead of {} ms (",
-            [block_of(WAN, call, "{:.1f}") for call in ("rope_cupy", "diffusers")],
-        ),
+        whole_row("Flux", "flux"),
+        whole_row("Flux, single stream", "flux-single"),
+        whole_row("Qwen-Image", "qwen-image"),
+        whole_row("Z-Image", "z-image"),
+        whole_row("LTX", "ltx"),
+        whole_row("HunyuanVideo", "hunyuan-video"),
+        whole_row("HunyuanVideo, single stream", "hunyuan-video-single"),
+        whole_row("Wan 2.1 14B", "wan-2.1-14b"),
+    ],
+    "language-models.md": [
+        whole_row("Llama 3 8B, 8,192 tokens", "llama-3-8b-prefill"),
+        whole_row("Llama 3 8B, a step of 1 sequence", "llama-3-8b-decode-1"),
+        whole_row("Llama 3 8B, a step of 32 sequences", "llama-3-8b-decode-32"),
+        whole_row("Qwen3 8B, 8,192 tokens", "qwen3-8b-prefill"),
+        whole_row("Qwen3 8B, a step of 1 sequence", "qwen3-8b-decode-1"),
+        whole_row("Qwen3 8B, a step of 32 sequences", "qwen3-8b-decode-32"),
     ],
     "performance.md": [
         (
@@ -300,11 +313,12 @@ def test_a_figure_in_a_sentence_is_one_of_the_committed_results(name):
     assert re.findall(FIGURE, text) == []
 
 
-def test_a_row_with_figures_in_the_readme_is_one_of_the_committed_results():
+@pytest.mark.parametrize("name", ["README.md", "diffusion-models.md", "language-models.md"])
+def test_a_row_with_figures_is_one_of_the_committed_results(name):
     """Each is a claim of its own: ("| Flux | {} | {} |", [Cell(...), Cell(...)])."""
-    text = re.sub(r"<!--.*?-->", "", TEXTS["README.md"], flags=re.S)
-    claimed = [template.format(*cells) for template, cells in CLAIMS["README.md"]]
-    assert [row for row in re.findall(r"^\|.*\d\.\d.*$", text, re.M) if row not in claimed] == []
+    text = re.sub(r"<!--.*?-->", "", TEXTS[name], flags=re.S)
+    claimed = [template.format(*cells) for template, cells in CLAIMS[name]]
+    assert [row for row in re.findall(r"^\|.*\| \d+\.\d+ \|.*$", text, re.M) if row not in claimed] == []
 
 
 def test_a_measurement_shown_as_it_was_printed_stands_in_the_committed_results():
