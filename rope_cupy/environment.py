@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FOLDER = "/a/folder/that/can/be/written"
+MIN_CUPY = (
+    "14.2"  # before it, kernels with several template arguments are compiled in every process
+)
 
 
 class Fault(NamedTuple):
@@ -91,9 +94,10 @@ def import_cupy() -> Any:
         version = cupy.__version__  # an empty folder, which pip may leave behind, has none
     except Exception as error:  # anything, once the files of two CuPys lie in between
         raise ImportError(_import_fault(error)) from error
-    # Before 14.2, kernels with several template arguments are compiled anew in every process.
-    if [int(number) for number in version.split(".")[:2]] < [14, 2]:
-        raise ImportError(Fault(f"rope_cupy needs CuPy 14.2 or newer, got {version}", _install()))
+    least, own = ([int(number) for number in each.split(".")[:2]] for each in (MIN_CUPY, version))
+    if own < least:
+        wrong = f"rope_cupy needs CuPy {MIN_CUPY} or newer, got {version}"
+        raise ImportError(Fault(wrong, _install()))
     return cupy
 
 
@@ -332,5 +336,5 @@ def _install(cuda: int = 0) -> str:
     """Return the command that installs CuPy for the driver, in place of what is there."""
     names = packages()
     remove = f"pip uninstall -y {' '.join(names)} && " if names else ""
-    extra = f"cuda{cuda or (13 if driver() >= 13000 else 12)}"
-    return f"{remove}pip install 'rope-cupy[{extra}]'"
+    cuda = cuda or (13 if driver() >= 13000 else 12)
+    return f"{remove}pip install 'cupy-cuda{cuda}x>={MIN_CUPY}' {_nvrtc_package(cuda)}"

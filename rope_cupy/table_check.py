@@ -66,8 +66,8 @@ def _of_full_width(form: str, cos: Values, sin: Values) -> str:
         if by_element:
             return _rotation(cos, sin).replace("one angle a pair", "two angles a pair")
         return (
-            "two angles a pair: use RotaryTable.from_elementwise, or RotaryTable(cos, sin) where "
-            "there is a column for each pair"
+            "two angles a pair: use RotaryTable(cos, sin) where there is a column for each pair, "
+            "else RotaryTable.from_elementwise"
         )
     rotation = _rotation(cos, sin)
     if ":" in rotation:

@@ -187,6 +187,8 @@ class RotaryTable:
         if not isinstance(precompute, bool):
             raise TypeError(f"precompute must be True or False, got {described(precompute)}")
         if precompute:
+            if num_positions is None:
+                raise TypeError("num_positions must be an int, or precompute False, got None")
             num_positions = count("num_positions", num_positions)
         elif num_positions is not None:
             raise ValueError(

@@ -1,9 +1,9 @@
 """Switch the attention of diffusers' transformers to rope_cupy, and back.
 
-    from rope_cupy.integrations import diffusers
+    from rope_cupy.integrations.diffusers import disable, enable
 
-    print(diffusers.enable(pipeline))  # or a transformer
-    diffusers.disable(pipeline)
+    print(enable(pipeline))  # or a transformer
+    disable(pipeline)
 
 `enable` replaces every attention processor that it knows by a stand-in. The stand-in normalises,
 rotates and joins q and k, between the model's own projections and diffusers' own attention.
@@ -141,7 +141,7 @@ class Report(NamedTuple):
             for verb, attentions in (("replaced", self.replaced), ("left", self.left))
             for (processor, reason), number in Counter([each[1:] for each in attentions]).items()
         ]
-        return "\n".join(lines) or "no attention"
+        return "\n".join(lines) or "no attention with a processor"
 
 
 def enable(model: Any) -> Report:
@@ -182,10 +182,20 @@ def enable(model: Any) -> Report:
             (left if reason else replaced).append(Attention(where, kind.__name__, reason))
     report = Report(tuple(replaced), tuple(left))
     if not replaced:
-        raise ValueError(f"model must have attention of a processor that is known, got: {report}")
+        raise ValueError(
+            "model must have attention of a processor that is known, got: "
+            f"{report}{_elsewhere(model)}"
+        )
     for module, stand_in in stand_ins:
         setattr(module, PROCESSOR, stand_in)
     return report
+
+
+def _elsewhere(model: Any) -> str:
+    """Return what to call for a model of the other library."""
+    if type(model).__module__.partition(".")[0] != "transformers":
+        return ""
+    return ": for a model of transformers call rope_cupy.integrations.transformers.enable"
 
 
 def disable(model: Any) -> None:

@@ -1,6 +1,6 @@
 """Switch the models of transformers to rope_cupy, and back.
 
-    from rope_cupy.integrations import transformers as rope
+    from rope_cupy.integrations.transformers import disable, enable
 
     print(rope.enable(model))
     rope.disable(model)

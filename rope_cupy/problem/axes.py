@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..memory import FLOATS, ArraySpec
-from ..options import DEFAULT_LAYOUTS, Options, Packed
+from ..options import DEFAULT_LAYOUTS, Options, Packed, names_of_axes
 from .arrays import check_device, check_dtype, check_out, output_names
 from .cache import cache_view
 from .records import MAX_HEAD_DIM, MAX_ROWS, BSHDView, RotaryTensor, View
@@ -60,9 +60,10 @@ def input_views(
     shared = [(*view.shape[:2], view.shape[3]) for view in views]
     for name, shape in zip(names, shared, strict=True):
         if shape != shared[0]:
+            remedy = _remedy(xs[0], xs[names.index(name)], options)
             raise ValueError(
                 f"{name} must have {names[0]}'s shape on every axis but heads, (batch, tokens, "
-                f"head_dim) = {shared[0]}, got {shape}{_of_heads_first(name, names, xs, options)}"
+                f"head_dim) = {shared[0]}, got {shape}{remedy}"
             )
     if shared[0][2] > MAX_HEAD_DIM:
         raise ValueError(
@@ -76,14 +77,21 @@ def input_views(
     return views
 
 
-def _of_heads_first(
-    name: str, names: tuple[str, ...], xs: tuple[ArraySpec, ...], options: Options
-) -> str:
-    """Return what to do where heads may have been taken for tokens."""
-    first, x = xs[0].shape, xs[names.index(name)].shape
-    if options.layout is None and len(x) == len("bhsd") and first[2:] == x[2:]:
-        return ": if axis 1 is heads, as in (b, h, s, d), pass layout='bhsd'"
-    return ""
+def _remedy(first: ArraySpec, x: ArraySpec, options: Options) -> str:
+    """Return what to do where the axis that differs may hold heads, and was taken for another."""
+    layout, rank = options.layout, len(x.shape)
+    axes = names_of_axes(rank, layout, options.head_dim is not None)
+    differing = [i for i in range(rank) if first.shape[i] != x.shape[i]]
+    taken_for = "".join([axes[i] for i in differing])
+    if taken_for == "d" and rank == len("bsd"):
+        return ": if the last axis holds all heads, pass head_dim"
+    if taken_for != "s":
+        return ""
+    where = f": if axis {differing[0]} is heads"
+    if layout is not None or options.head_dim is not None:
+        return f"{where}, layout must say so, got layout={layout!r}"
+    wanted = "bhsd"[-rank:]
+    return f"{where}, as in ({', '.join(wanted)}), pass layout={wanted!r}"
 
 
 def _check_split(names: tuple[str, ...], xs: tuple[ArraySpec, ...], head_dim: int | None) -> None:

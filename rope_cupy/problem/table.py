@@ -16,7 +16,8 @@ def check_rotary_dim(table: TableSpec, head_dim: int, offset: int) -> int:
     if not 0 < rotary_dim <= head_dim:
         raise ValueError(
             f"table must have a rotary_dim in (0, head_dim={head_dim}], got {rotary_dim}: if it "
-            "holds every angle twice, take RotaryTable.from_full_width"
+            "holds every angle twice, take RotaryTable.from_full_width, else one made for this "
+            "head_dim"
         )
     if not 0 <= offset <= head_dim - rotary_dim:
         raise ValueError(
@@ -94,8 +95,13 @@ def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) 
     if by_token and size == 1 and not first:  # which stands for all tokens
         return 0
     if num_tokens and first + num_tokens > size:
+        wanted = f"the positions {first} to {first + num_tokens - 1} of the {num_tokens} tokens"
+        if num_tokens == 1:
+            wanted = f"the position {first} of the token"
+        if by_token:
+            raise ValueError(f"table must hold {wanted}, got {size} tokens")
         raise ValueError(
-            f"table must hold the positions {first} to {first + num_tokens - 1} of the "
-            f"{num_tokens} tokens, got {size} {'tokens' if by_token else 'positions'}"
+            f"table must hold {wanted}, got {size} positions: make a longer one, or one with "
+            "precompute=False"
         )
     return first

@@ -205,7 +205,11 @@ def test_it_is_compiled_into_one_graph(backend):
     ("error", "message", "arguments"),
     [
         (TypeError, "precompute must be True or False, got 1", {"precompute": 1}),
-        (TypeError, "num_positions must be an int, got NoneType", {"precompute": True}),
+        (
+            TypeError,
+            "num_positions must be an int, or precompute False, got None",
+            {"precompute": True},
+        ),
         (ValueError, "num_positions must be None with precompute=False, got 9", {"num": 9}),
         (ValueError, "inv_freq must be finite in float64, got inf", {"inv_freq": [1.0, np.inf]}),
         (ValueError, "inv_freq must be finite in float64, got nan", {"inv_freq": [np.nan]}),

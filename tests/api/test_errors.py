@@ -168,6 +168,34 @@ def test_a_k_or_an_out_that_does_not_suit_q_is_refused(case, make):
     assert_refused(*expected, apply_rotary_qk, **of_rotary_qk(make) | changed)
 
 
+REMEDIES = {  # by the shapes of q and k, and the options of a call
+    "if axis 1 is heads, as in (b, h, s, d), pass layout='bhsd'": ((2, 4, 5, 8), (2, 1, 5, 8), {}),
+    "if axis 0 is heads, as in (h, s, d), pass layout='hsd'": ((4, 5, 8), (1, 5, 8), {}),
+    "if axis 2 is heads, layout must say so, got layout='bhsd'": (
+        *((2, 5, 4, 8), (2, 5, 1, 8)),
+        {"layout": "bhsd"},
+    ),
+    "if axis 1 is heads, layout must say so, got layout=None": (
+        *((2, 5, 16), (2, 1, 16)),
+        {"head_dim": 8},
+    ),
+    "if the last axis holds all heads, pass head_dim": ((2, 5, 32), (2, 5, 8), {}),
+    "": ((2, 5, 4, 8), (1, 5, 4, 8), {}),
+    " ": ((2, 5, 4, 8), (1, 4, 4, 8), {}),
+    "  ": ((2, 5, 4, 8), (2, 5, 4, 4), {}),
+}
+
+
+@pytest.mark.parametrize("remedy", REMEDIES)
+def test_heads_that_were_taken_for_another_axis_are_told(remedy):
+    q, k, options = REMEDIES[remedy]
+    table = np.ones((5, 4), np.float32), np.ones((5, 4), np.float32)
+    with pytest.raises(ValueError, match="axis") as refused:
+        apply_rotary_qk(np.ones(q, np.float32), np.ones(k, np.float32), table, **options)
+    *_, said = str(refused.value).rpartition("got (")[2].partition(")")
+    assert said.removeprefix(": ") == remedy.strip()
+
+
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "no weights"])
 def test_each_of_two_outs_is_an_array(weights, make):
     function = apply_qk_norm_rotary

@@ -191,8 +191,8 @@ SAID = {
     "interleaved=True": RotaryTable(*IN_TURN),
     "every angle twice, each beside its copy: right with interleaved=True; where the model pairs "
     "halves, use RotaryTable.from_elementwise (ERNIE-Image)": RotaryTable.from_full_width(*IN_TURN),
-    "two angles a pair: use RotaryTable.from_elementwise, or RotaryTable(cos, sin) where there is "
-    "a column for each pair": RotaryTable.from_full_width(np.cos(ELEMENTS), np.sin(ELEMENTS)),
+    "two angles a pair: use RotaryTable(cos, sin) where there is a column for each pair, else "
+    "RotaryTable.from_elementwise": RotaryTable.from_full_width(np.cos(ELEMENTS), np.sin(ELEMENTS)),
     "two angles a pair, of every position": (
         RotaryTable.from_elementwise(np.cos(ELEMENTS), np.sin(ELEMENTS))
     ),

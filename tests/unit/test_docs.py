@@ -14,6 +14,7 @@ from pages import PAGES, README, ROOT, blocks_of, run
 from reference import check, rotate
 
 import rope_cupy
+from rope_cupy import environment
 
 figures = pytest.importorskip("figures")
 ON_GPU = pytest.mark.gpu
@@ -191,9 +192,9 @@ class Cell(NamedTuple):
         return self.form.format(float(row[self.column]))
 
 
-def time_of(model, call, column="milliseconds", form="{:.2f}"):
+def time_of(model, call):
     where = {"model": model, "call": call, "status": "ok"}
-    return Cell("2026-11-28-h100-models.csv", column, where, form)
+    return Cell("2026-11-28-h100-models.csv", "milliseconds", where, "{:.2f}")
 
 
 def host_of(provider, call, form):
@@ -211,10 +212,9 @@ def share_of(file, **where):
 
 
 def model_row(name, model):
-    """A row of the README: eager calls by the clock, compiled ones by the GPU's time."""
-    calls = ("eager", "milliseconds"), ("compiled", "gpu_milliseconds")
+    """A row of the README: eager and compiled, each as it is and enabled."""
     cells = [
-        time_of(model, way + which, column) for way, column in calls for which in ("", ENABLED)
+        time_of(model, way + which) for way in ("eager", "compiled") for which in ("", ENABLED)
     ]
     return f"| {name} | {{}} | {{}} | {{}} | {{}} |", cells
 
@@ -232,7 +232,6 @@ ROTATION = {"variant": "in place", "table": "half", "measure": "rotation"}
 CLAIMS = {
     "README.md": [
         model_row("Flux", "flux"),
-        model_row("Flux, single stream", "flux-single"),
         model_row("Qwen-Image", "qwen-image"),
         model_row("Z-Image", "z-image"),
         model_row("LTX", "ltx"),
@@ -318,7 +317,9 @@ def test_a_row_with_figures_is_one_of_the_committed_results(name):
     """Each is a claim of its own: ("| Flux | {} | {} |", [Cell(...), Cell(...)])."""
     text = re.sub(r"<!--.*?-->", "", TEXTS[name], flags=re.S)
     claimed = [template.format(*cells) for template, cells in CLAIMS[name]]
-    assert [row for row in re.findall(r"^\|.*\| \d+\.\d+ \|.*$", text, re.M) if row not in claimed] == []
+    assert [
+        row for row in re.findall(r"^\|.*\| \d+\.\d+ \|.*$", text, re.M) if row not in claimed
+    ] == []
 
 
 def test_a_measurement_shown_as_it_was_printed_stands_in_the_committed_results():
@@ -416,6 +417,7 @@ def test_every_module_of_another_library_is_on_its_page():
 
 def test_the_words_of_faults_of_the_machine_are_those_of_the_code():
     source = (ROOT / "rope_cupy/environment.py").read_text(encoding="utf-8")
+    source = source.replace("{MIN_CUPY}", environment.MIN_CUPY)
     section = TEXTS["troubleshooting.md"].split("## The machine")[1]
     for words in re.findall(r"^\| `(.+?)` \|", section, re.M):
         assert words in source, words

@@ -5,7 +5,9 @@ and nothing else; a stand-in for CuPy has the drivers and GPUs that this machine
 """
 
 import re
+import shlex
 import sys
+from configparser import ConfigParser
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +31,14 @@ from rope_cupy import __main__ as program
 from rope_cupy import environment
 
 EXTRA = "cuda13" if environment.driver() >= 13000 else "cuda12"
-INSTALL = f"pip install 'rope-cupy[{EXTRA}]'"
+SETUP = ConfigParser()
+SETUP.read(Path(__file__).parents[2] / "setup.cfg", encoding="utf-8")
+COMMANDS = {  # the extras of setup.cfg, as pip is asked for them
+    extra: " ".join(["pip install", *map(shlex.quote, requirements.split())])
+    for extra, requirements in SETUP["options.extras_require"].items()
+    if extra.startswith("cuda")
+}
+INSTALL = COMMANDS[EXTRA]
 DRIVER = "sudo ubuntu-drivers install, or docker run --gpus all"
 SEVERAL = (
     "CuPy must be installed once, got cupy-cuda12x and cupy-cuda13x, which overwrite each other"
@@ -225,7 +234,7 @@ def test_a_gpu_is_not_missed_where_cupy_is_not_installed(stand_in, monkeypatch, 
     assert program.main() == 0
     rows = table(*capsys.readouterr())
     assert rows[0][1].startswith("GPU not used: CPU path")
-    assert says(rows, "why", not_installed(None)[0], "pip install 'rope-cupy[cuda12]'")
+    assert says(rows, "why", not_installed(None)[0], COMMANDS["cuda12"])
 
 
 def test_arrays_of_pytorch_on_the_cpu_need_no_cupy():
@@ -309,7 +318,7 @@ UNDERSTOOD = {
         TOO_OLD,
         {"driver": 12040, "cuda": 13},
         "CuPy for CUDA 13 needs a newer driver, got one for CUDA 12.4",
-        "pip uninstall -y cupy-cuda13x && pip install 'rope-cupy[cuda12]'",
+        f"pip uninstall -y cupy-cuda13x && {COMMANDS['cuda12']}",
     ),
     "a hidden GPU": (
         NO_DEVICE,
@@ -370,7 +379,7 @@ UNDERSTOOD = {
         NO_ARCHITECTURE,
         {"capability": 103, "driver": 13000},
         f"{OWNED_12} {COMPILES} 5.0 to 9.0, got a GPU of 10.3",
-        "pip uninstall -y cupy-cuda12x && pip install 'rope-cupy[cuda13]'",
+        f"pip uninstall -y cupy-cuda12x && {COMMANDS['cuda13']}",
     ),
     "a GPU too new for an NVRTC for CUDA 13 beside CuPy for CUDA 12": (
         NO_ARCHITECTURE,
@@ -382,7 +391,7 @@ UNDERSTOOD = {
         NO_ARCHITECTURE,
         BESIDE_CUDA_13 | {"capability": 70, "cuda": 13, "package": ""},
         f"NVRTC 13.0 {COMPILES} 7.5 to 12.1, got a GPU of 7.0",
-        "pip uninstall -y cupy-cuda13x && pip install 'rope-cupy[cuda12]'",
+        f"pip uninstall -y cupy-cuda13x && {COMMANDS['cuda12']}",
     ),
 }
 
@@ -446,7 +455,7 @@ def test_an_error_that_is_not_understood_passes_unchanged(
     assert says(table(*capsys.readouterr()), "why", text, "nvidia-smi")
 
 
-REPLACE_CUPY = "pip uninstall -y cupy-cuda12x && pip install 'rope-cupy[cuda13]'"
+REPLACE_CUPY = f"pip uninstall -y cupy-cuda12x && {COMMANDS['cuda13']}"
 UNFIT = {
     "an NVRTC for CUDA 13 beside CuPy for CUDA 12": (
         BESIDE_CUDA_13,
@@ -467,7 +476,7 @@ UNFIT = {
     "CuPy and NVRTC for CUDA 13 with a driver for CUDA 12": (
         BESIDE_CUDA_13 | {"driver": 12080, "cuda": 13},
         f"kernels of {OWNED_13} need a driver for CUDA 13 or newer, got one for CUDA 12.8",
-        "pip uninstall -y cupy-cuda13x && pip install 'rope-cupy[cuda12]'",
+        f"pip uninstall -y cupy-cuda13x && {COMMANDS['cuda12']}",
     ),
     "an NVRTC for CUDA 12 beside CuPy for CUDA 13": (
         {"driver": 13000, "cuda": 13},

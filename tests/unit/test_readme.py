@@ -14,6 +14,8 @@ from pages import README, ROOT, blocks_of
 from reference import check, rotate
 
 from rope_cupy import RotaryTable, apply_rotary_qk
+from rope_cupy.integrations.diffusers import disable as disable_processors
+from rope_cupy.integrations.transformers import disable as disable_functions
 
 TEXT = README.read_text(encoding="utf-8")
 ON_GPU = pytest.mark.gpu
@@ -85,7 +87,7 @@ def test_the_pipeline_shown_is_switched_and_gives_what_it_gave(monkeypatch, caps
     assert "replaced 2 FluxAttnProcessor" in capsys.readouterr().out
     assert not torch.equal(names["image"], wanted)
     torch.testing.assert_close(names["image"], wanted, rtol=1e-4, atol=1e-4)
-    names["diffusers"].disable(small)
+    disable_processors(small)
     assert torch.equal(small("").images[0], wanted)
 
 
@@ -100,7 +102,7 @@ def test_the_model_shown_is_switched_and_gives_what_it_gave(monkeypatch, capsys)
     names = run("A model of transformers", ON_CPU | {"9707, 11, 1879": "90, 11, 18"})
     assert "Qwen3Attention.q_norm: one call with the rotation" in capsys.readouterr().out
     assert torch.equal(names["tokens"], wanted) and wanted.shape[1] > 3
-    names["transformers"].disable(small)
+    disable_functions(small)
 
 
 def test_the_function_shown_of_another_library_gives_the_exact_values():
