@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from .options import (
     check_without_table,
 )
 from .problem import OF_POSITIONS, OF_WEIGHTS, output_names
-from .table_forms import OF_NEIGHBOURS, TableSource, no_table
+from .table_forms import FORMS, OF_NEIGHBOURS, TableSource, no_table
 from .tables import source_of
 
 AN_INT_OR_ARRAY = "None, an int or an int32 or int64 array"  # positions are
@@ -161,6 +162,25 @@ def kind_of(
 ) -> Kind:
     """Return the kind of a call, one for all that are equal, whose options have been checked."""
     return Kind(names, form, extra_names, options, {})
+
+
+def text_of(kind: Kind) -> str:
+    """Return a kind as a text, by which a stored graph has it in another process too."""
+    *plain, norm, packed, cache = kind.options
+    parts = [part and tuple(part) for part in (norm, packed, cache)]
+    return repr((kind.names, kind.form.__name__, kind.extra_names, *plain, *parts))
+
+
+@lru_cache(maxsize=MAX_KINDS)
+def kind_of_text(text: str) -> tuple[Kind, bool]:
+    """Return the kind that a text stands for, and whether arrays tell positions.
+
+    Options are checked again, for whoever wrote the text.
+    """
+    names, form, extra_names, *plain, norm, packed, cache = literal_eval(text)
+    options = check_options(*plain, parts=check_parts(norm, packed, cache))
+    has_positions = any([name in OF_POSITIONS for name in extra_names])
+    return kind_of(names, FORMS[form], extra_names, options), has_positions
 
 
 def _kind(

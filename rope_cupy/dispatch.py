@@ -1,6 +1,7 @@
 """Which way a call goes: the only list of ways, and the only place that asks which of them it is.
 
-a call ──┬── traced by torch.compile ──────────────┐
+a call ──┬── traced by JAX ────────────────► jax, whose program runs as `eager` later
+         ├── traced by torch.compile ──────────────┐
          │                                         ▼
          ├── DTensors: their local parts ───► graphs: an operator, which runs as `eager` later
          ├── tensors without memory ───────────────┘
@@ -92,7 +93,7 @@ def _ready(call: Call) -> eager.Ready | None:
     if asks and _wants_gradient(call):
         return None
     if prepared is None and signature is None:
-        if _is_distributed(call) or _is_traced(call):
+        if _is_distributed(call) or _is_traced(call) or _is_of_jax(call):
             return None
         _check_transforms(call)
     return eager.ready(call, *found)
@@ -101,11 +102,16 @@ def _ready(call: Call) -> eager.Ready | None:
 def _check_each(calls: Sequence[Call]) -> None:
     """Check calls that do not go together, before the first is written."""
     for call in calls:
+        if _is_of_jax(call):
+            from .ways import jax
+
+            _labelled(call.names[0], jax.check, call)
         if _wants_gradient(call) and not _is_traced(call) and not _is_distributed(call):
             from .ways import autograd
 
             autograd.check(call)
-    in_memory = [call for call in calls if not (_is_traced(call) or _is_distributed(call))]
+    elsewhere = _is_traced, _is_distributed, _is_of_jax
+    in_memory = [call for call in calls if not any([each(call) for each in elsewhere])]
     together.check([eager.ready(call, *eager.find(call)) for call in in_memory])
 
 
@@ -144,6 +150,10 @@ def join(given: Sequence[tuple[Any, ...]], out: tuple[Any, ...] | None) -> tuple
 
 def _by_way(call: Call) -> tuple[Any, ...]:
     """Rotate by the way that the arrays of a call want."""
+    if _is_of_jax(call):
+        from .ways import jax
+
+        return jax.rotate(call)
     if _is_distributed(call):
         from .ways import dtensor
 
@@ -220,6 +230,11 @@ def _check_transforms(call: Call) -> None:
 
 def _is_distributed(call: Call) -> bool:
     return any([arrays.asked_of(x).is_distributed(x) for x in call.xs])
+
+
+def _is_of_jax(call: Call) -> bool:
+    """Return whether the call is one of a program that JAX traces."""
+    return any(map(arrays.is_traced_by_jax, call.arrays))
 
 
 def _is_traced(call: Call) -> bool:

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
 
 from ..memory import cuda_index
 from .base import Array, Library, Outline, let_wait, like_dense, memory_order, refusals_of, resized
@@ -34,17 +36,27 @@ _PLAIN = {("torch", "Parameter"): ("torch", "Tensor")}
 def library_of(name: str, array: Any) -> Library:
     """Return the library that an array belongs to."""
     library = _library_of_type(type(array))  # type: ignore[arg-type]
-    if library is None and _is_tracer_of_jax(type(array)):
-        raise TypeError(
-            f"{name} must be an array in memory, as within jax.pure_callback, for no launch is "
-            f"traced: got {type(array).__name__}"
-        )
+    if library is None and is_traced_by_jax(array):
+        refuse_tracer(name, array)
     if library is None:
         raise TypeError(
             f"{name} must be an array of CuPy, PyTorch, NumPy or another DLPack producer, got "
             f"{type(array).__name__}"
         )
     return library
+
+
+def refuse_tracer(name: str, array: Any, why: str = "") -> NoReturn:
+    """Refuse what JAX traces, where no program of its own has a place for it."""
+    raise TypeError(
+        f"{name} must be an array in memory, as within jax.pure_callback, for this is not traced: "
+        f"got {type(array).__name__}{why}"
+    )
+
+
+def is_traced_by_jax(array: Any) -> bool:
+    """Return whether this stands for an array of a program that JAX traces."""
+    return _is_tracer_of_jax(type(array))  # type: ignore[arg-type]
 
 
 def asked_of(array: Any) -> Library:
@@ -111,6 +123,8 @@ def computed(
     function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
 ) -> tuple[Any, ...]:
     """Compute with NumPy arrays where `like` lies, for its library: see `Library.computed`."""
+    if is_traced_by_jax(like):  # whose program takes them as constants
+        return function(np, *arrays)
     return describe("like", like).library.computed(function, arrays, like)
 
 
@@ -190,6 +204,7 @@ def _full_name(kind: type) -> tuple[str, str]:
     return str(kind.__module__).partition(".")[0], kind.__qualname__
 
 
+@lru_cache(maxsize=MAX_TYPES)
 def _is_tracer_of_jax(kind: type) -> bool:
     return any(_full_name(base) == ("jax", "Tracer") for base in kind.__mro__)
 

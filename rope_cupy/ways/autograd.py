@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from ..options import Norm, Options, axis_names
 from ..private_torch import base_of, may_not_be_written
 from ..problem import OF_POSITIONS, OF_WEIGHTS, out_names
 from ..table_forms import TableSource, frequencies, no_table
+from . import weights_of, without_norm
 
 Run = Callable[[Call], tuple[Any, ...]]  # rotates into new tensors, and records nothing
 
@@ -170,7 +170,7 @@ class _Rotation(torch.autograd.Function):
         constant = [
             y
             for name, x, y in zip(call.names, xs, outs, strict=True)
-            if not any(part.requires_grad for part in (x, *_weights_of(name, named).values()))
+            if not any(part.requires_grad for part in (x, *weights_of(name, named).values()))
         ]
         if constant:
             ctx.mark_non_differentiable(*constant)
@@ -186,7 +186,7 @@ class _Rotation(torch.autograd.Function):
             name: grad
             for name, grad in zip(call.names, grads, strict=True)
             if grad is not None
-            and any(names_asked[each] for each in (name, *_weights_of(name, names_asked)))
+            and any(names_asked[each] for each in (name, *weights_of(name, names_asked)))
         }
         found: dict[str, Any] = {}
         if asked:
@@ -201,7 +201,7 @@ class _Rotation(torch.autograd.Function):
                 plain = call.of_kind(
                     names=tuple(f"{name}_grad" for name in xs),
                     extra_names=tuple(name for name in call.extra_names if name in OF_POSITIONS),
-                    options=_without_norm(call.options, conjugate),
+                    options=without_norm(call.options, conjugate),
                 )._replace(
                     xs=(*xs.values(),),
                     table=TableSource(call.table.form, tuple(parts[: ctx.num_parts])),
@@ -253,17 +253,6 @@ def _copied(array: Any, used: slice) -> Any:
     return torch.utils.dlpack.from_dlpack(array)[used].clone()
 
 
-def _weights_of(name: str, named: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the named that are weights or biases of a tensor."""
-    own = {
-        "x": ("weight", "bias"),
-        "q": ("q_weight", "q_bias"),
-        "k": ("k_weight", "k_bias", "weight", "bias"),
-    }
-    own_names = own.get(name, OF_WEIGHTS)
-    return {each: named[each] for each in own_names if each in named}
-
-
 def _through_norm(
     grads: dict[str, torch.Tensor],
     asked: dict[str, bool],
@@ -280,7 +269,7 @@ def _through_norm(
         inputs = {name: part.view_as(part) for name, part in given.items()}
     found: dict[str, torch.Tensor] = {}
     for name, grad in grads.items():
-        weights = _weights_of(name, inputs)
+        weights = weights_of(name, inputs)
         wanted = [each for each in (name, *weights) if asked[each]]
         with torch.enable_grad():
             y = _normalised(_wide(inputs[name]), weights, options, norm)
@@ -329,9 +318,3 @@ def _norm_of(heads: Any, weight: Any, bias: Any, at: int, norm: Norm) -> Any:
         return flat if bias is None else flat + bias.to(heads.dtype)
     flat = torch.nn.functional.rms_norm(flat, size, weight, norm.eps)
     return flat.view(by_token.shape).movedim(-2, at) if norm.kind == TOKEN_NORM else flat
-
-
-@lru_cache(maxsize=256)
-def _without_norm(options: Options, conjugate: bool) -> Options:
-    """Return the options of the rotation alone, or of the rotation back."""
-    return options._replace(conjugate=options.conjugate != conjugate, norm=None)

@@ -13,7 +13,7 @@ import torch
 
 from .. import eager, joined, joint, together
 from ..arrays import asked_of, memory_order
-from ..call import Call
+from ..call import Call, kind_of_text, text_of
 from ..options import QKV, WITHOUT_TABLE
 from ..table_forms import TableSource, no_table
 from . import autograd, graphs
@@ -24,9 +24,7 @@ from .operators import (
     VMAP,
     check_traced,
     define,
-    kind_of_text,
     new,
-    text_of,
 )
 
 

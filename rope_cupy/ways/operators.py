@@ -7,9 +7,7 @@ again when it runs: a graph may be stored, and run in another process.
 from __future__ import annotations
 
 import sys
-from ast import literal_eval
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 from zlib import crc32
 
@@ -17,11 +15,11 @@ import torch
 
 from .. import eager
 from ..arrays.torch import outline
-from ..call import MAX_KINDS, Call, Kind, kind_of
-from ..options import Cache, Norm, Options, Packed, check_options, check_parts
+from ..call import Call, kind_of_text, text_of
+from ..options import Cache, Norm, Options, Packed
 from ..private_torch import is_schema
 from ..problem import OF_POSITIONS
-from ..table_forms import FORMS, TableSource, complex_numbers, complex_pairs
+from ..table_forms import TableSource, complex_numbers, complex_pairs
 
 KINDS = Options, Norm, Packed, Cache  # of which a text holds the fields
 # What extra arrays are called, but for those that have other names where there is one input.
@@ -55,25 +53,6 @@ def extra_tensors(call: Call) -> tuple[Any, ...]:
         *(extra.get("bias", extra.get("q_bias")), extra.get("k_bias")),
         *[extra.get(name) for name in OF_OTHERS],
     )
-
-
-def text_of(kind: Kind) -> str:
-    """Return a kind as a text, by which a stored graph has it in another process too."""
-    *plain, norm, packed, cache = kind.options
-    parts = [part and tuple(part) for part in (norm, packed, cache)]
-    return repr((kind.names, kind.form.__name__, kind.extra_names, *plain, *parts))
-
-
-@lru_cache(maxsize=MAX_KINDS)
-def kind_of_text(text: str) -> tuple[Kind, bool]:
-    """Return the kind that a text stands for, and whether arrays tell positions.
-
-    Options are checked again, for whoever wrote the text.
-    """
-    names, form, extra_names, *plain, norm, packed, cache = literal_eval(text)
-    options = check_options(*plain, parts=check_parts(norm, packed, cache))
-    has_positions = any([name in OF_POSITIONS for name in extra_names])
-    return kind_of(names, FORMS[form], extra_names, options), has_positions
 
 
 def call_of(
