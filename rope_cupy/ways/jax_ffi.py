@@ -10,10 +10,12 @@ kernel loads it, which a capture forbids.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import time
 from ast import literal_eval
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p, cast
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -34,6 +36,7 @@ PLATFORMS = "cpu", "CUDA"
 MAJOR = 0  # of the version whose records these are
 METADATA = 1  # what an extension of a frame asks for
 STRING = 4  # of attributes
+QUIET_SECONDS = 0.02
 INVALID_ARGUMENT, INTERNAL = 3, 13  # codes of errors
 DTYPES = {
     1: np.dtype(np.bool_),
@@ -197,6 +200,7 @@ class _UnknownError(Exception):
     """The records are not the known ones."""
 
 
+_calls = [0]  # how many there have been
 _refused: list[str] = []  # why a platform has not taken the function
 
 
@@ -210,7 +214,22 @@ def register() -> str | None:
             jax.ffi.register_ffi_target(TARGET, capsule, platform=platform)
     except Exception as error:  # whatever JAX raises
         _refused.append(str(error).partition("\n")[0])
+    atexit.register(_let_end)  # before JAX, which was imported earlier, clears its devices
     return _refused[0] if _refused else None
+
+
+def _let_end() -> None:
+    """Let programs that still run come to their end, while they may call Python.
+
+    JAX waits for them without letting go of Python when the interpreter ends.
+    """
+    for array in jax.live_arrays():  # type: ignore[no-untyped-call]
+        with suppress(Exception):  # of a program that has failed
+            array.block_until_ready()
+    before = -1
+    while before != _calls[0]:  # others have results that no one has kept
+        before = _calls[0]
+        time.sleep(QUIET_SECONDS)
 
 
 def _handle(platform: str, pointer: Any) -> int | None:
@@ -220,6 +239,7 @@ def _handle(platform: str, pointer: Any) -> int | None:
         if frame.extension and frame.extension[0].type == METADATA:
             _tell_version(frame)
         else:
+            _calls[0] += 1
             _rotate(platform, frame)
     except BaseException as error:  # none may go through XLA, not even an interrupt
         return _error(frame, error)
@@ -350,6 +370,3 @@ def _contexts(device: int, stream: int) -> tuple[AbstractContextManager[Any], ..
     """Return what makes a device and a stream CuPy's current ones."""
     cuda = cupy().cuda
     return cuda.Device(device), cuda.ExternalStream(stream, device)
-
-
-Handler = Callable[[Any], "int | None"]
