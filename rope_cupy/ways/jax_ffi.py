@@ -253,8 +253,10 @@ _handlers = {
 
 def _tell_version(frame: _Frame) -> None:
     """Tell XLA that the function knows this version, where it does."""
-    api = frame.api[0]
     try:
+        if not frame.api:
+            raise _UnknownError("a frame without functions of XLA's FFI")
+        api = frame.api[0]
         if api.version.major != MAJOR:
             raise _UnknownError(f"version {api.version.major}.{api.version.minor} of XLA's FFI")
         _check_size(frame)
@@ -277,6 +279,8 @@ def _check_size(record: Any) -> None:
 
 
 def _error(frame: _Frame, error: BaseException) -> int | None:
+    if not frame.api:
+        return None  # of no version, which XLA refuses
     is_of_caller = isinstance(error, TypeError | ValueError)
     message = f"rope_cupy: {error}" if is_of_caller else f"rope_cupy: {error!r}"
     arguments = _ErrorArguments(
