@@ -105,7 +105,7 @@ def _check_each(calls: Sequence[Call]) -> None:
         if _is_of_jax(call):
             from .ways import jax
 
-            _labelled(call.names[0], jax.check, call)
+            joint.labelled(call.names[0], jax.check, call)
         if _wants_gradient(call) and not _is_traced(call) and not _is_distributed(call):
             from .ways import autograd
 
@@ -233,7 +233,7 @@ def _is_distributed(call: Call) -> bool:
 
 
 def _is_of_jax(call: Call) -> bool:
-    """Return whether the call is one of a program that JAX traces."""
+    """Return whether the call is part of a program that JAX traces."""
     return any(map(arrays.is_traced_by_jax, call.arrays))
 
 

@@ -298,7 +298,7 @@ class RotaryTable:
         if axes is not None:
             parts = tuple([_with_axes(part, axes, form is matrices) for part in parts])
         if arrays.is_compiling(parts[0]) or any(map(arrays.is_traced_by_jax, parts)):
-            # What is compiled checks it when it runs, and what JAX traces when it is called.
+            # A compiled call checks them when it runs, one that JAX traces when it is called.
             self._source = TableSource(form, parts)
             return
         parts = tuple([arrays.asked_of(part).lasting(part) for part in parts])

@@ -29,6 +29,9 @@ _LIBRARIES = {  # a type of arrays, in any module of its package, and what knows
     ("rope_cupy", "Bfloat16"): ("dlpack", "Bfloat16Library"),
     ("rope_cupy", "Outline"): ("base", "OutlineLibrary"),
 }
+# Why an array that JAX traces is refused.
+NO_PROGRAM = "as within jax.pure_callback, because this function cannot be traced by JAX"
+NO_CACHES = "because caches are written in place, which cannot be traced by JAX"
 # Subclasses may do anything, but for those that are known to be what their base is.
 _PLAIN = {("torch", "Parameter"): ("torch", "Tensor")}
 
@@ -46,16 +49,13 @@ def library_of(name: str, array: Any) -> Library:
     return library
 
 
-def refuse_tracer(name: str, array: Any, why: str = "") -> NoReturn:
-    """Refuse what JAX traces, where no program of its own has a place for it."""
-    raise TypeError(
-        f"{name} must be an array in memory, as within jax.pure_callback, for this is not traced: "
-        f"got {type(array).__name__}{why}"
-    )
+def refuse_tracer(name: str, array: Any, because: str = NO_PROGRAM) -> NoReturn:
+    """Refuse an array that JAX traces."""
+    raise TypeError(f"{name} must be an array in memory, {because}, got {type(array).__name__}")
 
 
 def is_traced_by_jax(array: Any) -> bool:
-    """Return whether this stands for an array of a program that JAX traces."""
+    """Return whether this is a tracer: it stands for an array of a program that JAX traces."""
     return _is_tracer_of_jax(type(array))  # type: ignore[arg-type]
 
 
@@ -103,7 +103,12 @@ def library_of_all(arrays: Sequence[Any]) -> Library | None:
 
 
 def empty_like(name: str, array: Any) -> Any:
-    """Return a new array like one of any library: see `Library.empty_like`."""
+    """Return a new array like one of any library: see `Library.empty_like`.
+
+    It is the first output of a call that writes caches.
+    """
+    if is_traced_by_jax(array):
+        refuse_tracer(name, array, NO_CACHES)
     library = library_of(name, array)
     if not (_exact_library(type(array)) or library.may_lack_memory):  # type: ignore[arg-type]
         describe(name, array)  # refuses what cannot be read
@@ -123,7 +128,7 @@ def computed(
     function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
 ) -> tuple[Any, ...]:
     """Compute with NumPy arrays where `like` lies, for its library: see `Library.computed`."""
-    if is_traced_by_jax(like):  # whose program takes them as constants
+    if is_traced_by_jax(like):  # its program takes them as constants
         return function(np, *arrays)
     return describe("like", like).library.computed(function, arrays, like)
 

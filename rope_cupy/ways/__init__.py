@@ -12,7 +12,7 @@ UNTRACED: list[Callable[..., Any]] = []
 
 
 def weights_of(name: str, named: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the named that are weights or biases of a tensor."""
+    """Return the weights and biases of a tensor, among named arrays."""
     own = {
         "x": ("weight", "bias"),
         "q": ("q_weight", "q_bias"),

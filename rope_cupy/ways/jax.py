@@ -1,7 +1,7 @@
-"""The way of a call that JAX traces: under jax.jit, jax.grad, jax.vmap and what is made of them.
+"""The way of a call that JAX traces: under jax.jit, jax.grad, jax.vmap and what is built on them.
 
-The program that JAX compiles calls `jax_ffi` when it runs. All but values is checked where it is
-traced.
+The program that JAX compiles calls `jax_ffi` when it runs. All but the values of arrays is checked
+when it is traced.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .jax_norm import normalised
 def rotate(call: Call) -> tuple[Any, ...]:
     """Rotate into new arrays of the program that JAX traces."""
     call = check(call)
-    parts = [_carried("table", part) for part in call.table.arrays]
-    extra = [_carried(*each) for each in call.extra]
+    parts = [_operand("table", part) for part in call.table.arrays]
+    extra = [_operand(*each) for each in call.extra]
     weights = {name: each for name, (each, _) in zip(call.extra_names, extra, strict=True)}
     others = {name: weights.pop(name) for name in call.extra_names if name not in OF_WEIGHTS}
     words = (*[None] * len(call.xs), *[words for _, words in (*parts, *extra)])
@@ -41,15 +41,18 @@ def rotate(call: Call) -> tuple[Any, ...]:
 
 
 def check(call: Call) -> Call:
-    """Refuse what cannot be rotated in a program of JAX; return the call with what it takes."""
+    """Check a call in a program of JAX; return it with positions that have an axis."""
+    if call.options.cache:
+        arrays.refuse_tracer(*_first_traced(call), arrays.NO_CACHES)
     reason = register()
     if reason is not None:
-        arrays.refuse_tracer(*_first_traced(call), f"; this jaxlib was not understood: {reason}")
+        because = f"as within jax.pure_callback, because this jaxlib is not known ({reason})"
+        arrays.refuse_tracer(*_first_traced(call), because)
     for name, x in zip(call.names, call.xs, strict=True):
         if not isinstance(x, jax.Array):
-            arrays.library_of(name, x)  # refuses what is no array
+            arrays.library_of(name, x)  # refuses what is not an array
             raise TypeError(
-                f"{name} must be an array of JAX where others are traced by it, got "
+                f"{name} must be an array of JAX, which traces other arguments of the call, got "
                 f"{type(x).__name__}"
             )
     call = _with_axes(call)
@@ -74,14 +77,15 @@ def check(call: Call) -> Call:
 
 
 def _first_traced(call: Call) -> tuple[str, Any]:
-    named = (*call.named, *[("table", part) for part in call.table.arrays])
+    outs = zip(call.out_names, call.out or (), strict=False)  # none where new ones are made
+    named = (*outs, *call.named, *[("table", part) for part in call.table.arrays])
     return next((name, each) for name, each in named if arrays.is_traced_by_jax(each))
 
 
 def _outline(name: str, array: Any, number: int) -> Outline:
-    """Return what is known of an array when a program is traced; it lies apart from all others.
+    """Return the outline of an array of a program, which overlaps no other and cannot be written.
 
-    JAX lets no one write its arrays. Those of other libraries are read here alone.
+    An array of another library is only read here.
     """
     if not isinstance(array, jax.Array):
         spec = arrays.describe(name, array).spec
@@ -89,16 +93,16 @@ def _outline(name: str, array: Any, number: int) -> Outline:
     else:
         shape, dtype = array.shape, array.dtype.name
     if not all([isinstance(size, int) for size in shape]):
-        raise TypeError(f"{name} must have sizes that are known, got shape {shape}")
+        raise TypeError(f"{name} must have a shape of ints, not of symbols, got {shape}")
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     pointer = number << 64
     return Outline(array_spec((*shape,), (*strides,), dtype, "cpu", pointer, False), pointer)
 
 
 def _with_axes(call: Call) -> Call:
-    """Return a call whose ints, where they are traced, are arrays with an axis.
+    """Return a call in which traced ints have become arrays of positions or offsets.
 
-    Those of a program are arrays without one.
+    JAX traces an int as an array without an axis.
     """
     numbers = {name: each for name, each in call.position_arrays if _is_traced_int(each)}
     if not numbers:
@@ -120,10 +124,11 @@ def _is_traced_int(array: Any) -> bool:
     return is_int and jnp.issubdtype(array.dtype, jnp.integer)
 
 
-def _carried(name: str, array: Any) -> tuple[Any, Words | None]:
-    """Return an array of JAX, and what its words stand for where JAX would narrow its dtype.
+def _operand(name: str, array: Any) -> tuple[Any, Words | None]:
+    """Return an array of JAX that the program reads.
 
-    An array of another library is a constant of the program, as it is now.
+    An array of another library is copied into a constant. Where JAX would narrow its dtype, the
+    constant holds words of 32 bits, and what they stand for is returned too.
     """
     if isinstance(array, jax.Array):
         return array, None
@@ -134,8 +139,7 @@ def _carried(name: str, array: Any) -> tuple[Any, Words | None]:
     host = host.reshape(described.spec.shape)
     if jax.dtypes.canonicalize_dtype(host.dtype) == host.dtype:
         return jnp.array(host), None
-    words = np.frombuffer(host.tobytes() or b"", np.uint32)
-    return jnp.array(words), Words(host.dtype.name, host.shape)
+    return jnp.array(host.reshape(-1).view(np.uint32)), Words(host.dtype.name, host.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -144,7 +148,7 @@ def _rotated(
 ) -> tuple[Any, ...]:
     """Rotate; the gradient is the conjugate rotation of the results' gradients.
 
-    `others` are the arrays of the table, and those that tell positions: they have no gradient.
+    `others` are the arrays of the table and of positions, which have no gradient.
     """
     table, of_positions = others
     extra = of_positions | weights
@@ -186,7 +190,7 @@ _rotated.defvjp(_forward, _backward)
 def _without_norm(
     program: Program, xs: tuple[Any, ...], others: Any, conjugate: bool
 ) -> tuple[Any, ...]:
-    """Rotate alone, or rotate back, where there is a table."""
+    """Rotate without the norm, or rotate back. Without a table nothing is rotated."""
     kind = program.kind
     if kind.form is no_table:
         return xs

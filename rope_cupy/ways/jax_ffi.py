@@ -1,11 +1,12 @@
-"""What XLA calls when a compiled program comes to a rotation: its FFI, reached by ctypes.
+"""The function that XLA calls when a compiled program rotates: XLA's FFI, through ctypes.
 
-The records are those of xla/ffi/api/c_api.h (`jax.ffi.include_dir()`), version 0. Each begins with
-its size, and grows at its end: a smaller one, or another version, is refused when JAX registers
-the function, and the caller is told so where the program is traced.
+The structures are those of xla/ffi/api/c_api.h (`jax.ffi.include_dir()`), version 0. Each begins
+with its size and grows at its end. A smaller structure or another version is refused when JAX
+registers the function, and a program that is traced then raises an error with the reason.
 
-The kernel is launched on XLA's stream. Nothing is claimed of command buffers: the first launch of a
-kernel loads it, which a capture forbids.
+The kernel is launched on XLA's stream, and the host does not wait for it. XLA's threads call the
+function too, so it takes Python's lock. It never says that it can be captured in a command buffer
+(a CUDA graph): the first launch of a kernel loads it, which a capture forbids.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from ast import literal_eval
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p, cast
+from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -33,12 +34,12 @@ from ..table_forms import TableSource
 TARGET = "rope_cupy_rotate"
 ATTRIBUTE = "call"  # all of a call but its arrays
 PLATFORMS = "cpu", "CUDA"
-MAJOR = 0  # of the version whose records these are
-METADATA = 1  # what an extension of a frame asks for
-STRING = 4  # of attributes
-QUIET_SECONDS = 0.02
+MAJOR = 0  # the version of the structures below
+METADATA = 1  # the type of an extension that asks for the version
+STRING = 4  # the type of an attribute
 INVALID_ARGUMENT, INTERNAL = 3, 13  # codes of errors
-DTYPES = {
+QUIET_SECONDS = 0.02
+DTYPES = {  # by XLA's numbers
     1: np.dtype(np.bool_),
     2: np.dtype(np.int8),
     3: np.dtype(np.int16),
@@ -160,36 +161,39 @@ class _StreamArguments(ctypes.Structure):
 
 
 class Words(NamedTuple):
-    """What words of 32 bits stand for, which a program has for a dtype that JAX would narrow."""
+    """The dtype and shape of a 64-bit constant, which a program holds as words of 32 bits.
+
+    JAX would narrow the constant itself.
+    """
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class Program(NamedTuple):
-    """All of a call but its arrays, of which the last are those of the table, then the extra."""
+    """All of a call but its arrays: the xs, then the arrays of the table, then the extra ones."""
 
     kind: Kind
     position_offset: int | None
-    words: tuple[Words | None, ...]  # for each array, None for one that is what it is
+    words: tuple[Words | None, ...]  # of each array, None where it has its own dtype
 
     @property
     def text(self) -> str:
-        """A text, by which a stored program has this in another process too."""
+        """The program as a text, which a compiled program keeps, also in another process."""
         words = [each and tuple(each) for each in self.words]
         return repr((text_of(self.kind), self.position_offset, words))
 
 
 @lru_cache(maxsize=MAX_KINDS)
 def _program_of(text: bytes) -> Program:
-    """Return what a text stands for. Options are checked again."""
+    """Return the program of a text. Its options are checked again."""
     kind_text, offset, words = literal_eval(text.decode())
     kind, _ = kind_of_text(kind_text)
     return Program(kind, offset, tuple([each and Words(*each) for each in words]))
 
 
 def call_ffi(program: Program, arrays: Sequence[Any]) -> tuple[Any, ...]:
-    """Put a rotation into the program that JAX traces, of arrays of its own."""
+    """Add a rotation to the program that JAX traces; return its results, like the xs."""
     xs = arrays[: len(program.kind.names)]
     results = [jax.typeof(x).update(weak_type=False) for x in xs]
     function = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
@@ -197,62 +201,63 @@ def call_ffi(program: Program, arrays: Sequence[Any]) -> tuple[Any, ...]:
 
 
 class _UnknownError(Exception):
-    """The records are not the known ones."""
+    """The version or a structure is not a known one."""
 
 
-_calls = [0]  # how many there have been
-_refused: list[str] = []  # why a platform has not taken the function
+_calls = [0]  # the number of calls so far
+_refused: list[str] = []  # reasons of platforms to refuse the function
 
 
 @lru_cache(maxsize=1)
 def register() -> str | None:
-    """Let JAX know the function on each of its platforms; return why it cannot, or None."""
-    jax.local_devices()  # platforms ask for the version now, and not when a program is compiled
+    """Register the function with JAX for each platform; return why that is impossible, or None."""
+    jax.local_devices()  # so that platforms ask for the version now, not when they compile
     try:
         for platform in PLATFORMS:
             capsule = jax.ffi.pycapsule(_handlers[platform])  # type: ignore[no-untyped-call]
             jax.ffi.register_ffi_target(TARGET, capsule, platform=platform)
     except Exception as error:  # whatever JAX raises
         _refused.append(str(error).partition("\n")[0])
-    atexit.register(_let_end)  # before JAX, which was imported earlier, clears its devices
+    atexit.register(_wait_for_programs)  # runs before JAX, imported earlier, destroys its devices
     return _refused[0] if _refused else None
 
 
-def _let_end() -> None:
-    """Let programs that still run come to their end, while they may call Python.
-
-    JAX waits for them without letting go of Python when the interpreter ends.
-    """
+def _wait_for_programs() -> None:
+    """Wait for programs that still run, because they cannot call Python after it has ended."""
     for array in jax.live_arrays():  # type: ignore[no-untyped-call]
         with suppress(Exception):  # of a program that has failed
             array.block_until_ready()
     before = -1
-    while before != _calls[0]:  # others have results that no one has kept
+    while before != _calls[0]:  # of programs whose results have not been kept
         before = _calls[0]
         time.sleep(QUIET_SECONDS)
 
 
 def _handle(platform: str, pointer: Any) -> int | None:
-    """Rotate what a frame tells; return None, or the error of XLA that says what is wrong."""
+    """Run one call; return None, or an error of XLA.
+
+    No exception may pass through XLA, not even an interrupt.
+    """
     frame: _Frame = pointer[0]
     try:
         if frame.extension and frame.extension[0].type == METADATA:
-            _tell_version(frame)
+            _report_version(frame)
         else:
             _calls[0] += 1
             _rotate(platform, frame)
-    except BaseException as error:  # none may go through XLA, not even an interrupt
+    except BaseException as error:
         return _error(frame, error)
     return None
 
 
+# XLA keeps their addresses for as long as the process lives, and so does this module.
 _handlers = {
     each: CFUNCTYPE(c_void_p, POINTER(_Frame))(partial(_handle, each)) for each in PLATFORMS
 }
 
 
-def _tell_version(frame: _Frame) -> None:
-    """Tell XLA that the function knows this version, where it does."""
+def _report_version(frame: _Frame) -> None:
+    """Report the version of the function to XLA, or refuse a version that is not known."""
     try:
         if not frame.api:
             raise _UnknownError("a frame without functions of XLA's FFI")
@@ -261,32 +266,38 @@ def _tell_version(frame: _Frame) -> None:
             raise _UnknownError(f"version {api.version.major}.{api.version.minor} of XLA's FFI")
         _check_size(frame)
         _check_size(api)
-        metadata = cast(frame.extension, POINTER(_MetadataExtension))[0].metadata[0]
+        extension = ctypes.addressof(frame.extension[0])
+        metadata = _MetadataExtension.from_address(extension).metadata[0]
         _check_size(metadata)
     except _UnknownError as error:
         _refused.append(f"{error} is not known")
         raise
     metadata.version.major, metadata.version.minor = api.version.major, api.version.minor
-    metadata.traits = 0
+    metadata.traits = 0  # no command buffer
 
 
-def _check_size(record: Any) -> None:
-    """Refuse a record that ends before the last of the fields that are read."""
-    kind = type(record)
+def _check_size(structure: Any) -> None:
+    """Refuse a structure that ends before the last of the fields that are read."""
+    kind = type(structure)
     last = getattr(kind, kind._fields_[-1][0])
-    if record.struct_size < last.offset + last.size:
-        raise _UnknownError(f"a record {kind.__name__} of {record.struct_size} bytes of XLA's FFI")
+    if structure.struct_size < last.offset + last.size:
+        size = structure.struct_size
+        raise _UnknownError(f"a structure {kind.__name__} of {size} bytes of XLA's FFI")
 
 
 def _error(frame: _Frame, error: BaseException) -> int | None:
+    """Return an error of XLA, which XLA will destroy."""
     if not frame.api:
-        return None  # of no version, which XLA refuses
+        return None  # no version has been reported, which XLA refuses
     is_of_caller = isinstance(error, TypeError | ValueError)
-    message = f"rope_cupy: {error}" if is_of_caller else f"rope_cupy: {error!r}"
+    try:
+        message = str(error) if is_of_caller else repr(error)
+    except Exception:  # of an exception that has no text
+        message = type(error).__name__
     arguments = _ErrorArguments(
         ctypes.sizeof(_ErrorArguments),
         None,
-        message.encode(),
+        f"rope_cupy: {message}".encode(errors="replace"),
         INVALID_ARGUMENT if is_of_caller else INTERNAL,
     )
     create = CFUNCTYPE(c_void_p, POINTER(_ErrorArguments))(frame.api[0].error_create)
@@ -304,10 +315,10 @@ def _rotate(platform: str, frame: _Frame) -> None:
     if platform == "cpu":
         _run(program, [*map(_on_cpu, found)], [*map(_on_cpu, results)])
         return
-    known = [pointer for pointer, _, _ in (*results, *found) if pointer]
-    if not known:  # not one element
+    written = [pointer for pointer, _, shape in results if 0 not in shape]
+    if not written:
         return
-    device = cupy().cuda.runtime.pointerGetAttributes(known[0]).device
+    device = cupy().cuda.runtime.pointerGetAttributes(written[0]).device
     with ExitStack() as stack:
         for each in _contexts(device, _stream(frame)):
             stack.enter_context(each)
@@ -316,6 +327,7 @@ def _rotate(platform: str, frame: _Frame) -> None:
 
 
 def _run(program: Program, given: list[Any], outs: list[Any]) -> None:
+    """Rotate arrays of NumPy or CuPy."""
     kind = program.kind
     num_xs, num_extra = len(kind.names), len(kind.extra_names)
     end = len(given) - num_extra
@@ -325,21 +337,22 @@ def _run(program: Program, given: list[Any], outs: list[Any]) -> None:
 
 
 def _attribute(attributes: _Attributes) -> bytes:
-    """Return the text that tells the call."""
+    """Return the text of the program."""
     for i in range(attributes.size):
-        name = cast(attributes.names[i], POINTER(_Text))[0]
-        if ctypes.string_at(name.start, name.size).decode() == ATTRIBUTE:
-            text = cast(attributes.items[i], POINTER(_Text))[0]
+        name = _Text.from_address(attributes.names[i])
+        is_text = attributes.types[i] == STRING
+        if is_text and ctypes.string_at(name.start, name.size).decode() == ATTRIBUTE:
+            text = _Text.from_address(attributes.items[i])
             return ctypes.string_at(text.start, text.size)
-    raise ValueError("the program must tell what is rotated, got no such attribute")
+    raise ValueError(f"{TARGET} must have the attribute {ATTRIBUTE!r}, a string, got none")
 
 
 Buffer = tuple[int, "np.dtype[Any]", tuple[int, ...]]  # an address, dtype and shape
 
 
 def _buffer(item: int) -> Buffer:
-    """Return what is known of a buffer, whose elements lie in the order of its axes."""
-    buffer = cast(item, POINTER(_Buffer))[0]
+    """Read a buffer of XLA. Its elements are contiguous, in the order of its axes."""
+    buffer = _Buffer.from_address(item)
     dtype = DTYPES.get(buffer.dtype)
     if dtype is None:
         raise TypeError(f"an array must have a dtype that is known, got XLA's {buffer.dtype}")
@@ -362,15 +375,15 @@ def _on_gpu(device: int, buffer: Buffer) -> Any:
 
 
 def _stream(frame: _Frame) -> int:
-    """Return the handle of the stream that XLA wants the work on."""
+    """Return the handle of XLA's stream."""
     arguments = _StreamArguments(ctypes.sizeof(_StreamArguments), None, frame.context, None)
     get = CFUNCTYPE(c_void_p, POINTER(_StreamArguments))(frame.api[0].stream_get)
     if get(ctypes.byref(arguments)):
-        raise RuntimeError("XLA must tell its stream, got an error")
+        raise RuntimeError("XLA must have a stream for a call on a GPU, got an error")
     return arguments.stream or 0
 
 
 def _contexts(device: int, stream: int) -> tuple[AbstractContextManager[Any], ...]:
-    """Return what makes a device and a stream CuPy's current ones."""
+    """Return the contexts in which CuPy's current device and stream are these."""
     cuda = cupy().cuda
     return cuda.Device(device), cuda.ExternalStream(stream, device)

@@ -1,4 +1,4 @@
-"""What a norm gives, by JAX's own functions: for gradients alone."""
+"""Norms by JAX's own functions, through which gradients are computed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..options import LAYER_NORM, TOKEN_NORM, Norm, Options, axis_names
+from ..choices import LAYER_NORM, TOKEN_NORM
+from ..options import Norm, Options, axis_names
 
 
 def normalised(x: Any, weights: dict[str, Any], options: Options, norm: Norm) -> Any:

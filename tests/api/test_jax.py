@@ -1,8 +1,15 @@
 """JAX's transforms of functions: right under jit, grad and vmap, and bit by bit what is eager."""
 
+import ctypes
+import gc
+import os
+import shutil
 import subprocess
 import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -17,6 +24,7 @@ from rope_cupy import (
     apply_rotary_kv_cache,
     apply_rotary_qk,
     apply_rotary_qkv,
+    join_qkv,
 )
 
 jax = pytest.importorskip("jax")
@@ -540,7 +548,7 @@ def test_mistakes_have_the_messages_of_eager_calls(case, rng):
 
 def test_a_numpy_array_is_not_rotated_in_a_program(rng):
     *_, cos, sin = of_norms(rng, "heads", "float32")
-    wanted = r"^x must be an array of JAX where others are traced by it, got ndarray"
+    wanted = r"^x must be an array of JAX, which traces other arguments of the call, got ndarray"
     with pytest.raises(TypeError, match=wanted):
         jax.jit(lambda rows: apply_rotary(np.ones((5, 1, 8), "f"), (cos, sin), positions=rows))(
             jnp.arange(5)
@@ -556,21 +564,49 @@ def test_caches_are_refused(rng):
         slots = jnp.arange(TOKENS)
         return apply_rotary_kv_cache(q, k, k, caches, caches, (cos, sin), slot_mapping=slots)
 
-    with pytest.raises(TypeError, match=r"^q must be an array in memory"):
+    wanted = r"^q must be an array in memory, because caches are written in place, .*Tracer"
+    with pytest.raises(TypeError, match=wanted):
         jax.jit(run)(q, k, caches)
+    with pytest.raises(TypeError, match=wanted.replace("q", "k_cache", 1)):
+        jax.jit(partial(run, np.asarray(q), np.asarray(k)))(caches)
 
 
-def test_what_fails_when_a_program_runs_is_told(rng, monkeypatch):
+def test_joined_streams_are_refused(rng):
+    q, k, *_, cos, sin = of_norms(rng, "heads", "float32")
+    wanted = r"^q must be an array in memory, as within jax\.pure_callback, because .*Tracer"
+    with pytest.raises(TypeError, match=wanted):
+        jax.jit(lambda q, k: join_qkv([rope_cupy.Stream(q, k, k, (cos, sin))]))(q, k)
+
+
+class NoTextError(Exception):
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+FAILURES = {
+    "a mistake": (ValueError("x must be better, got worse"), r"INVALID_ARGUMENT.*got worse"),
+    "a surrogate": (TypeError("\ud800 is no letter"), r"INVALID_ARGUMENT.*\? is no letter"),
+    "of the machine": (RuntimeError("no memory"), r"INTERNAL.*RuntimeError\('no memory'\)"),
+    "an interrupt": (KeyboardInterrupt(), r"INTERNAL.*KeyboardInterrupt"),
+    "an exit": (SystemExit(3), r"INTERNAL.*SystemExit"),
+    "no text": (NoTextError(), r"INTERNAL.*NoTextError"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failure_in_a_running_program_is_an_error_of_jax(case, rng, monkeypatch):
     from rope_cupy.ways import jax_ffi
 
+    failure, wanted = FAILURES[case]
+
     def fail(call):
-        raise ValueError("x must be better, got worse")
+        raise failure
 
     q, *_, cos, sin = of_norms(rng, "heads", "float32")
     run = jax.jit(lambda q: apply_rotary(q, (cos, sin), positions=3))
     with monkeypatch.context() as patched:
         patched.setattr(jax_ffi.eager, "rotate", fail)
-        with pytest.raises(Exception, match=r"INVALID_ARGUMENT.*x must be better, got worse"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=wanted):
             jax.block_until_ready(run(q))
     assert_same(run(q), apply_rotary(q, (cos, sin), positions=3))
 
@@ -580,33 +616,252 @@ def test_an_unknown_version_of_xla_is_told_with_the_way_out(rng, monkeypatch):
 
     q, *_, cos, sin = of_norms(rng, "heads", "float32")
     monkeypatch.setattr(way, "register", lambda: "version 7.1 of XLA's FFI is not known")
-    with pytest.raises(TypeError, match=r"^x must be .*jax\.pure_callback.*Tracer.*version 7\.1"):
+    with pytest.raises(TypeError, match=r"^x must be .*jax\.pure_callback.*version 7\.1.*Tracer"):
         jax.jit(lambda q: apply_rotary(q, (cos, sin)))(q)
 
 
-@pytest.mark.parametrize("change", ["version", "size"])
-def test_records_of_another_shape_are_refused_when_jax_registers(change):
-    from ctypes import pointer, sizeof
+# The structures of XLA's FFI.
 
+
+def registered(major, minor, size):
+    """What XLA gets for the frame by which it asks for the version: an error or None, the rest."""
     from rope_cupy.ways import jax_ffi
 
-    api = jax_ffi._Api(struct_size=sizeof(jax_ffi._Api))
-    api.version.major, api.version.minor = (1, 0) if change == "version" else (0, 9)
-    metadata = jax_ffi._Metadata(struct_size=sizeof(jax_ffi._Metadata))
-    base = jax_ffi._Extension(sizeof(jax_ffi._Extension), jax_ffi.METADATA, None)
-    extension = jax_ffi._MetadataExtension(base, pointer(metadata))
-    size = sizeof(jax_ffi._Frame) if change == "version" else 40
-    frame = jax_ffi._Frame(struct_size=size, api=pointer(api))
-    frame.extension = pointer(extension.base)
+    errors = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(jax_ffi._ErrorArguments))
+    def create(arguments):
+        errors.append((arguments[0].code, arguments[0].message.decode()))
+        return 64  # what stands for an error
+
+    api = jax_ffi._Api(struct_size=ctypes.sizeof(jax_ffi._Api))
+    api.error_create = ctypes.cast(create, ctypes.c_void_p)
+    api.version.major, api.version.minor = major, minor
+    metadata = jax_ffi._Metadata(struct_size=ctypes.sizeof(jax_ffi._Metadata), traits=7)
+    base = jax_ffi._Extension(ctypes.sizeof(jax_ffi._Extension), jax_ffi.METADATA, None)
+    extension = jax_ffi._MetadataExtension(base, ctypes.pointer(metadata))
+    frame = jax_ffi._Frame(struct_size=size, api=ctypes.pointer(api))
+    frame.extension = ctypes.pointer(extension.base)
+    returned = jax_ffi._handlers["CUDA"](ctypes.pointer(frame))
+    assert returned == (64 if errors else None)
+    return errors, metadata
+
+
+def test_a_known_version_is_reported_and_no_command_buffer_is_promised():
+    from rope_cupy.ways import jax_ffi
+
+    errors, metadata = registered(0, 9, ctypes.sizeof(jax_ffi._Frame) + 8)
+    assert not errors
+    assert (metadata.version.major, metadata.version.minor, metadata.traits) == (0, 9, 0)
+
+
+@pytest.mark.parametrize(
+    ("major", "size", "wanted"), [(1, 168, "version 1.9"), (0, 40, "structure _Frame of 40 bytes")]
+)
+def test_structures_of_another_shape_are_refused_when_jax_registers(major, size, wanted):
+    from rope_cupy.ways import jax_ffi
+
     known = len(jax_ffi._refused)
     try:
-        with pytest.raises(
-            jax_ffi._UnknownError, match="version 1.0" if change == "version" else "_Frame of 40"
-        ):
-            jax_ffi._tell_version(frame)
-        assert len(jax_ffi._refused) == known + 1
+        ((code, message),), metadata = registered(major, 9, size)
+        assert code == jax_ffi.INTERNAL and wanted in message and metadata.traits == 7
+        assert len(jax_ffi._refused) == known + 1 and wanted in jax_ffi._refused[known]
     finally:
         del jax_ffi._refused[known:]
+
+
+STRUCTURES = {  # by their names in XLA's header, with the fields that have other names there
+    "Extension_Base": ("_Extension", {}),
+    "Api_Version": ("_Version", {"major": "major_version", "minor": "minor_version"}),
+    "Metadata": ("_Metadata", {"version": "api_version"}),
+    "Metadata_Extension": ("_MetadataExtension", {"base": "extension_base"}),
+    "Api": (
+        "_Api",
+        {
+            "version": "api_version",
+            "internal": "internal_api",
+            "error_create": "XLA_FFI_Error_Create",
+            "error_details": "XLA_FFI_Error_GetMessage",
+            "error_destroy": "XLA_FFI_Error_Destroy",
+            "handler_register": "XLA_FFI_Handler_Register",
+            "stream_get": "XLA_FFI_Stream_Get",
+        },
+    ),
+    "Args": ("_Buffers", {"items": "args"}),
+    "Rets": ("_Buffers", {"items": "rets"}),
+    "Attrs": ("_Attributes", {"items": "attrs"}),
+    "CallFrame": (
+        "_Frame",
+        {"context": "ctx", "arguments": "args", "results": "rets", "attributes": "attrs"},
+    ),
+    "Buffer": ("_Buffer", {}),
+    "ByteSpan": ("_Text", {"start": "ptr", "size": "len"}),
+    "Error_Create_Args": ("_ErrorArguments", {"code": "errc"}),
+    "Stream_Get_Args": ("_StreamArguments", {"context": "ctx"}),
+}
+CONSTANTS = {
+    "API_MAJOR": "MAJOR",
+    "Extension_Metadata": "METADATA",
+    "AttrType_STRING": "STRING",
+    "Error_Code_INVALID_ARGUMENT": "INVALID_ARGUMENT",
+    "Error_Code_INTERNAL": "INTERNAL",
+}
+TYPES = {"b": "PRED", "i": "S", "u": "U", "f": "F", "c": "C"}  # by NumPy's kinds of dtypes
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_structures_are_laid_out_as_in_the_header_of_xla(tmp_path):
+    from rope_cupy.ways import jax_ffi
+
+    known = {}
+    for c_name, (name, renamed) in STRUCTURES.items():
+        kind = getattr(jax_ffi, name)
+        for field, _ in kind._fields_:
+            c_field = {"extension": "extension_start", **renamed}.get(field, field)
+            part = getattr(kind, field)
+            known[f"offsetof(XLA_FFI_{c_name}, {c_field})"] = part.offset
+            known[f"sizeof(XLA_FFI_{c_name}::{c_field})"] = part.size
+    for c_name, name in CONSTANTS.items():
+        known[f"XLA_FFI_{c_name}"] = getattr(jax_ffi, name)
+    for number, dtype in jax_ffi.DTYPES.items():
+        plain = TYPES.get(dtype.kind, "") + str(8 * dtype.itemsize)
+        c_name = {"bool": "PRED", "bfloat16": "BF16"}.get(dtype.name, plain)
+        known[f"XLA_FFI_DataType_{c_name}"] = number
+    lines = [f'static_assert({what} == {value}, "");' for what, value in known.items()]
+    source = tmp_path / "layout.cc"
+
+    def compiled(lines):
+        header = ["#include <cstddef>", '#include "xla/ffi/api/c_api.h"']
+        source.write_text("\n".join([*header, *lines, ""]))
+        command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{jax.ffi.include_dir()}", str(source)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = compiled(lines)
+    assert done.returncode == 0, done.stderr[-3000:]
+    at = lines.index(next(line for line in lines if "CallFrame, attrs" in line))
+    lines[at] = lines[at].replace(" == ", " == 8 + ")
+    assert "static assertion failed" in compiled(lines).stderr
+
+
+# Threads, memory and the end of a process.
+
+
+def test_threads_run_programs_at_the_same_time(rng, device):
+    q, k, *_, cos, sin = of_norms(rng, "heads", "float32")
+    run = jax.jit(lambda q, k, p: apply_rotary_qk(q, k, (cos, sin), positions=p))
+    wanted = [apply_rotary_qk(q, k, (cos, sin), positions=start) for start in range(4)]
+
+    def many(start):
+        with jax.default_device(device):
+            own = jax.jit(lambda q: apply_rotary(q, (cos, sin), positions=start))  # traced here
+            return own(q), [run(q, k, start) for _ in range(50)]
+
+    with ThreadPoolExecutor(4) as threads:
+        for exact, (one, both) in zip(wanted, threads.map(many, range(4)), strict=True):
+            assert_same(one, exact[0])
+            for results in both:
+                assert_same(results, exact)
+
+
+def test_a_program_that_runs_often_keeps_nothing(rng):
+    q, k, *_, cos, sin = of_norms(rng, "heads", "float32")
+    rows = np.arange(TOKENS)
+    run = jax.jit(lambda q, k: apply_rotary_qk(q, k, (cos, sin), positions=rows))
+
+    def times(number):
+        for _ in repeat(None, number):
+            q_out, _ = run(q, k)
+        q_out.block_until_ready()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = times(100)
+        assert times(1000) - before < 16 * 1000  # less than an object of Python for each
+    finally:
+        tracemalloc.stop()
+
+
+def test_programs_of_many_shapes_free_their_constants(rng):
+    from rope_cupy.ways import jax_ffi
+
+    angles = angles_of(rng, 200, PAIRS)
+
+    def trace(tokens):
+        table = np.cos(angles), np.sin(angles)  # constants of 64 bits, which are copied
+        x = jnp.ones((tokens, 1, D))
+        program = jax.jit(lambda x: apply_rotary(x, table, positions=np.arange(tokens)))
+        assert program(x).shape == x.shape
+
+    trace(1)
+    before = len(jax.live_arrays())
+    for tokens in range(1, 101):
+        trace(tokens)
+    jax.clear_caches()
+    gc.collect()
+    assert len(jax.live_arrays()) <= before
+    known = jax_ffi._program_of.cache_info()
+    assert known.currsize <= known.maxsize == 256
+
+
+def test_a_program_keeps_its_constants(rng):
+    angles = angles_of(rng, ROWS, PAIRS)
+    cos, sin = np.cos(angles), np.sin(angles)
+    x = jnp.asarray(rng.standard_normal((BATCH, TOKENS, HEADS, D)), "float32")
+    exact = rotate(to_float64(x), cos, sin)
+    run = jax.jit(lambda x, table=(cos, sin): apply_rotary(x, table)).lower(x).compile()
+    cos[:], sin[:] = 7, 7
+    del cos, sin, angles
+    gc.collect()
+    check(to_float64(run(x)), exact, "float32")
+
+
+def test_an_exported_program_is_run_where_the_target_is_let_pass(rng):
+    from jax import export
+
+    q, *_, cos, sin = of_norms(rng, "heads", "float32")
+    run = jax.jit(lambda q: apply_rotary(q, (cos, sin)))
+    with pytest.raises(ValueError, match="custom calls whose targets have no compatib"):
+        export.export(run)(q)
+    passes = [export.DisabledSafetyCheck.custom_call("rope_cupy_rotate")]
+    assert_same(export.export(run, disabled_checks=passes)(q).call(q), run(q))
+    (symbolic,) = export.symbolic_shape("t")
+    with pytest.raises(TypeError, match=r"^x must have a shape of ints, not of symbols, got \(t,"):
+        export.export(run, disabled_checks=passes)(
+            jax.ShapeDtypeStruct((symbolic, HEADS, D), "float32")
+        )
+
+
+AT_THE_END = """
+import jax, jax.numpy as jnp, rope_cupy
+cos = sin = jnp.ones((64, 32))
+def turns(q, num):
+    rotated = lambda _, q: rope_cupy.apply_rotary(q, (cos, sin))
+    return jax.lax.fori_loop(0, num, rotated, q)
+run, q = jax.jit(turns), jnp.ones((1, 64, 8, 64))
+run(q, 1).block_until_ready()
+square = jnp.ones((2000, 2000))
+result = run(q + (square @ square @ square).sum(), 1000)  # when the product is there
+assert not result.is_ready()
+print("ends")
+"""
+
+
+def test_a_process_may_end_while_a_program_runs():
+    done = in_a_process("JAX_PLATFORMS=cpu", AT_THE_END)
+    assert (done.stdout, done.returncode) == ("ends\n", 0), done.stderr[-2000:]
+
+
+def in_a_process(variable, script):
+    name, _, value = variable.partition("=")
+    path = [rope_cupy.__path__[0].rpartition("/")[0], *sys.path]
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), name: value},
+    )
 
 
 # Several devices, in a process of its own: their number is fixed when JAX begins.
@@ -639,13 +894,6 @@ print("right")
 def test_a_program_over_several_devices_is_right(device):
     if device.platform == "gpu":
         pytest.skip("devices of the CPU can be made, those of a GPU cannot")
-    script = "import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'\n"
-    script += "os.environ['JAX_PLATFORMS'] = 'cpu'\n" + OVER_DEVICES
-    path = [*sys.path, rope_cupy.__path__[0].rpartition("/")[0]]
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": ":".join(filter(None, path[::-1])), "PATH": "/usr/bin:/bin"},
-    )
+    script = "import os; os.environ['JAX_PLATFORMS'] = 'cpu'\n" + OVER_DEVICES
+    done = in_a_process("XLA_FLAGS=--xla_force_host_platform_device_count=2", script)
     assert done.stdout == "right\n", done.stderr[-2000:]
