@@ -10,6 +10,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -671,7 +672,7 @@ def test_structures_of_another_shape_are_refused_when_jax_registers(major, size,
 
 
 STRUCTURES = {  # by their names in XLA's header, with the fields that have other names there
-    "Extension_Base": ("_Extension", {}),
+    "InternalExtension": ("_Extension", {}),
     "Api_Version": ("_Version", {"major": "major_version", "minor": "minor_version"}),
     "Metadata": ("_Metadata", {"version": "api_version"}),
     "Metadata_Extension": ("_MetadataExtension", {"base": "extension_base"}),
@@ -681,7 +682,7 @@ STRUCTURES = {  # by their names in XLA's header, with the fields that have othe
             "version": "api_version",
             "internal": "internal_api",
             "error_create": "XLA_FFI_Error_Create",
-            "error_details": "XLA_FFI_Error_GetMessage",
+            "error_details": "XLA_FFI_Error_GetDetails",
             "error_destroy": "XLA_FFI_Error_Destroy",
             "handler_register": "XLA_FFI_Handler_Register",
             "stream_get": "XLA_FFI_Stream_Get",
@@ -706,6 +707,7 @@ CONSTANTS = {
     "Error_Code_INVALID_ARGUMENT": "INVALID_ARGUMENT",
     "Error_Code_INTERNAL": "INTERNAL",
 }
+BEFORE_0_11 = {"InternalExtension": "Extension_Base", "Error_GetDetails": "Error_GetMessage"}
 TYPES = {"b": "PRED", "i": "S", "u": "U", "f": "F", "c": "C"}  # by NumPy's kinds of dtypes
 
 
@@ -728,12 +730,15 @@ def test_structures_are_laid_out_as_in_the_header_of_xla(tmp_path):
         c_name = {"bool": "PRED", "bfloat16": "BF16"}.get(dtype.name, plain)
         known[f"XLA_FFI_DataType_{c_name}"] = number
     lines = [f'static_assert({what} == {value}, "");' for what, value in known.items()]
-    source = tmp_path / "layout.cc"
+    source, folder = tmp_path / "layout.cc", jax.ffi.include_dir()
+    header = Path(folder, "xla/ffi/api/c_api.h").read_text()
 
     def compiled(lines):
-        header = ["#include <cstddef>", '#include "xla/ffi/api/c_api.h"']
-        source.write_text("\n".join([*header, *lines, ""]))
-        command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{jax.ffi.include_dir()}", str(source)]
+        text = "\n".join(["#include <cstddef>", '#include "xla/ffi/api/c_api.h"', *lines, ""])
+        for name, older in BEFORE_0_11.items():
+            text = text if f"XLA_FFI_{name}" in header else text.replace(name, older)
+        source.write_text(text)
+        command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{folder}", str(source)]
         return subprocess.run(command, capture_output=True, text=True)
 
     done = compiled(lines)
