@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import time
 from ast import literal_eval
 from collections.abc import Sequence
@@ -362,14 +363,14 @@ def _buffer(item: int) -> Buffer:
 def _on_cpu(buffer: Buffer) -> Any:
     """View a buffer as an array of NumPy."""
     pointer, dtype, shape = buffer
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     return ndarray_at(pointer, "u1", (size,), (1,)).view(dtype).reshape(shape)
 
 
 def _on_gpu(device: int, buffer: Buffer) -> Any:
     """View a buffer as an array of CuPy."""
     pointer, dtype, shape = buffer
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     memory = cupy().cuda.UnownedMemory(pointer, size, None, device)
     return cupy().ndarray(shape, dtype, cupy().cuda.MemoryPointer(memory, 0))
 

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -619,6 +621,71 @@ def test_an_unknown_version_of_xla_is_told_with_the_way_out(rng, monkeypatch):
     monkeypatch.setattr(way, "register", lambda: "version 7.1 of XLA's FFI is not known")
     with pytest.raises(TypeError, match=r"^x must be .*jax\.pure_callback.*version 7\.1.*Tracer"):
         jax.jit(lambda q: apply_rotary(q, (cos, sin)))(q)
+
+
+class PosingCuPy:
+    """What is asked of CuPy, on a device of which the memory is the host's."""
+
+    def __init__(self):
+        self.entered = []
+        self.cuda = self.runtime = self
+
+    def pointerGetAttributes(self, pointer):  # noqa: N802
+        assert pointer
+        return SimpleNamespace(device=3)
+
+    def UnownedMemory(self, pointer, size, owner, device):  # noqa: N802
+        assert device == 3
+        return pointer, size
+
+    def MemoryPointer(self, memory, offset):  # noqa: N802
+        return memory
+
+    def ndarray(self, shape, dtype, memory):
+        from rope_cupy.ways import jax_ffi
+
+        assert memory[1] == np.zeros(shape, dtype).nbytes
+        return jax_ffi._on_cpu((memory[0], dtype, shape))
+
+    @contextmanager
+    def Device(self, number):  # noqa: N802
+        self.entered.append(("device", number))
+        yield
+        self.entered.pop()
+
+    @contextmanager
+    def ExternalStream(self, handle, device):  # noqa: N802
+        self.entered.append(("stream", handle, device))
+        yield
+        self.entered.pop()
+
+
+def test_a_call_on_a_gpu_is_launched_on_the_device_and_stream_of_xla(rng, monkeypatch, device):
+    from rope_cupy.ways import jax_ffi
+
+    if device.platform == "gpu":
+        pytest.skip("a GPU poses as none")
+    q, k, *_, cos, sin = of_norms(rng, "heads", "bfloat16")
+    own, called = PosingCuPy(), []
+    rotate_plainly, handle_plainly = jax_ffi.eager.rotate, jax_ffi._rotate
+
+    def rotate_there(call):
+        called.append([*own.entered])
+        return rotate_plainly(call)
+
+    run = jax.jit(lambda q, k: apply_rotary_qk(q, k, (cos, sin), positions=np.arange(TOKENS)))
+    empty = jax.jit(lambda q: apply_rotary(q[:0], (cos, sin)))
+    with monkeypatch.context() as patched:
+        patched.setattr(jax_ffi, "cupy", lambda: own)
+        patched.setattr(jax_ffi, "_rotate", lambda _, frame: handle_plainly("CUDA", frame))
+        patched.setattr(jax_ffi.eager, "rotate", rotate_there)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="XLA must have a stream"):
+            jax.block_until_ready(run(q, k))  # XLA has none on the CPU
+        patched.setattr(jax_ffi, "_stream", lambda frame: 77)
+        results = jax.block_until_ready(run(q, k))
+        assert jax.block_until_ready(empty(q)).shape == (0, *q.shape[1:])
+    assert called == [[("device", 3), ("stream", 77, 3)]] and not own.entered
+    assert_same(results, run(q, k))
 
 
 # The structures of XLA's FFI.
