@@ -224,12 +224,20 @@ def register() -> str | None:
 
 
 def _wait_for_programs() -> None:
-    """Wait for programs that still run, because they cannot call Python after it has ended."""
+    """Wait for programs that still run, because they cannot call Python after it has ended.
+
+    A device runs the programs of a thread in their order, so one more comes behind those of this
+    thread, whether their results have been kept or not.
+    """
+    for platform in PLATFORMS:
+        with suppress(Exception):  # of a platform that JAX does not have
+            for device in jax.local_devices(backend=platform.lower()):
+                (jax.device_put(0, device) + 1).block_until_ready()
     for array in jax.live_arrays():  # type: ignore[no-untyped-call]
         with suppress(Exception):  # of a program that has failed
             array.block_until_ready()
     before = -1
-    while before != _calls[0]:  # of programs whose results have not been kept
+    while before != _calls[0]:  # of other threads' programs whose results have not been kept
         before = _calls[0]
         time.sleep(QUIET_SECONDS)
 

@@ -908,20 +908,21 @@ def test_an_exported_program_is_run_where_the_target_is_let_pass(rng):
 AT_THE_END = """
 import jax, jax.numpy as jnp, rope_cupy
 cos = sin = jnp.ones((64, 32))
-def turns(q, num):
-    rotated = lambda _, q: rope_cupy.apply_rotary(q, (cos, sin))
-    return jax.lax.fori_loop(0, num, rotated, q)
-run, q = jax.jit(turns), jnp.ones((1, 64, 8, 64))
-run(q, 1).block_until_ready()
-square = jnp.ones((2000, 2000))
-result = run(q + (square @ square @ square).sum(), 1000)  # when the product is there
+@jax.jit
+def run(q, square):
+    q = q + (square @ square @ square).sum()  # which takes longer than QUIET_SECONDS
+    return jax.lax.fori_loop(0, 100, lambda _, q: rope_cupy.apply_rotary(q, (cos, sin)), q)
+q, square = jnp.ones((1, 64, 8, 64)), jnp.ones((2500, 2500))
+run(q, square).block_until_ready()
+result = run(q, square)
 assert not result.is_ready()
 print("ends")
 """
 
 
-def test_a_process_may_end_while_a_program_runs():
-    done = in_a_process("JAX_PLATFORMS=cpu", AT_THE_END)
+@pytest.mark.parametrize("last", ["", "del result"])
+def test_a_process_may_end_while_a_program_runs(last):
+    done = in_a_process("JAX_PLATFORMS=cpu", AT_THE_END + last)
     assert (done.stdout, done.returncode) == ("ends\n", 0), done.stderr[-2000:]
 
 
