@@ -13,6 +13,12 @@ class Rotate(Protocol):
     def __call__(self, x: torch.Tensor, out: torch.Tensor, *, conjugate: bool) -> None: ...
 
 
+class RotateToNew(Protocol):
+    """Return a new tensor, of x rotated."""
+
+    def __call__(self, x: torch.Tensor, *, conjugate: bool) -> torch.Tensor: ...
+
+
 def in_place(x: torch.Tensor, rotate: Rotate, *, reuse_gradient: bool = False) -> torch.Tensor:
     """Rotate x in place, even if it is a leaf, and return it, with a gradient if one is recorded.
 
@@ -33,6 +39,14 @@ def contiguous(x: torch.Tensor, rotate: Rotate, conjugate: bool = False) -> torc
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rotate(x, out, conjugate=conjugate)
     return out
+
+
+def with_gradient(rotate: RotateToNew, x: torch.Tensor) -> torch.Tensor:
+    """Return x rotated, of which the gradient is rotated the other way where one is recorded."""
+    if x.requires_grad and torch.is_grad_enabled():
+        y: torch.Tensor = _New.apply(x, rotate, False)  # type: ignore[no-untyped-call]
+        return y
+    return rotate(x, conjugate=False)
 
 
 class _InPlace(torch.autograd.Function):
@@ -65,3 +79,15 @@ class _Contiguous(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return contiguous(gradient, ctx.rotate, not ctx.conjugate), None, None
+
+
+class _New(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rotate: RotateToNew, conjugate: bool) -> torch.Tensor:
+        ctx.rotate, ctx.conjugate, ctx.shape = rotate, conjugate, x.shape
+        return rotate(x, conjugate=conjugate)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.rotate(gradient, conjugate=not ctx.conjugate).reshape(ctx.shape), None, None

@@ -73,10 +73,12 @@ def half_width(cos: Any, sin: Any) -> rope_cupy.RotaryTable:
 
 
 def itself_or_new(x: Any) -> Any:
-    """Return x, to be written in place, or a new array like it if x is not contiguous."""
-    if hasattr(x, "is_contiguous"):
-        return x if x.is_contiguous() else x.new_empty(x.shape)
-    return x if x.flags.c_contiguous else np.empty_like(x, order="C")
+    """Return x, to be written in place, or a new array like it if its rows are not contiguous."""
+    if hasattr(x, "stride"):
+        return x if x.stride(-1) == 1 else x.new_empty(x.shape)
+    if x.strides[-1] == x.itemsize:
+        return x
+    return sys.modules[type(x).__module__.partition(".")[0]].empty(x.shape, x.dtype)
 
 
 def by_token_of_three_axes(cos: Any, sin: Any) -> tuple[tuple[Any, Any], Any]:

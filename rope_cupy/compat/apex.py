@@ -1,16 +1,18 @@
 """apex: write `from rope_cupy.compat import apex as fused_rotary_positional_embedding` for
-`import fused_rotary_positional_embedding`, the extension that apex builds.
+`import fused_rotary_positional_embedding`, the extension that apex builds; the functions whose
+names begin with `fused_` are those that older versions had in `apex.transformer.functional`.
 
 What differs: two more launches compute the cosines and sines of the angles `freqs`; sequences may
 be shorter than the tables.
 
 As in apex, cosines and sines and every product and sum are rounded to the dtype of the input, pairs
-are halves, each element is rotated by the angle in its own column, and functions record no
-gradient: `backward` is the gradient of `forward`. Arguments are passed by position.
+are halves, and each element is rotated by the angle in its own column. The extension's functions
+record no gradient: `backward` is the gradient of `forward`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import rope_cupy
@@ -29,6 +31,10 @@ __all__ = [
     "forward_2d",
     "forward_cached",
     "forward_thd",
+    "fused_apply_rotary_pos_emb",
+    "fused_apply_rotary_pos_emb_2d",
+    "fused_apply_rotary_pos_emb_cached",
+    "fused_apply_rotary_pos_emb_thd",
 ]
 
 
@@ -87,6 +93,49 @@ def backward_2d(
     return _image(output_grads, (cos_h, sin_h), (cos_w, sin_w), True)
 
 
+def fused_apply_rotary_pos_emb(
+    t: Tensor, freqs: Tensor, transpose_output_memory: bool = False
+) -> Tensor:
+    """Do what `forward` does, with a gradient."""
+    return fused_apply_rotary_pos_emb_cached(t, freqs.cos(), freqs.sin(), transpose_output_memory)
+
+
+def fused_apply_rotary_pos_emb_cached(
+    t: Tensor, cos_: Tensor, sin_: Tensor, transpose_output_memory: bool = False
+) -> Tensor:
+    """Do what `forward_cached` does, with a gradient."""
+    return _with_gradient(partial(_sbhd, cos=cos_, sin=sin_, transpose=transpose_output_memory), t)
+
+
+def fused_apply_rotary_pos_emb_thd(t: Tensor, cu_seqlens: Tensor, freqs: Tensor) -> Tensor:
+    """Do what `forward_thd` does, with a gradient."""
+    return _with_gradient(partial(_thd, cu_seqlens=cu_seqlens, freqs=freqs), t)
+
+
+def fused_apply_rotary_pos_emb_2d(
+    t: Tensor,
+    img_h: int,
+    img_w: int,
+    cos_h: Tensor,
+    sin_h: Tensor,
+    cos_w: Tensor,
+    sin_w: Tensor,
+) -> Tensor:
+    """Do what `forward_2d` does for t (b, img_h * img_w, h, d), with a gradient."""
+
+    def rotate(x: Tensor, *, conjugate: bool) -> Tensor:
+        image = x.reshape(x.shape[0], img_h, img_w, *x.shape[2:])
+        return _image(image, (cos_h, sin_h), (cos_w, sin_w), conjugate)
+
+    return _with_gradient(rotate, t)
+
+
+def _with_gradient(rotate: Any, t: Any) -> Tensor:
+    from ._autograd import with_gradient  # PyTorch's, which the extension's functions do not need
+
+    return with_gradient(rotate, t)
+
+
 def _table(cos: Any, sin: Any, like: Any) -> rope_cupy.RotaryTable:
     """Return the table of cosines and sines (..., d2), rounded to the dtype of `like`."""
     width = cos.shape[-1]
@@ -99,10 +148,10 @@ def _cast(x: Any, dtype: Any) -> Any:
 
 
 @inference_only
-def _sbhd(x: Any, cos: Any, sin: Any, transpose_output: bool, conjugate: bool) -> Tensor:
-    shape = x.swapaxes(0, 1).shape if transpose_output else x.shape
+def _sbhd(x: Any, cos: Any, sin: Any, transpose: bool, conjugate: bool) -> Tensor:
+    shape = x.swapaxes(0, 1).shape if transpose else x.shape
     out: Tensor = x.new_empty(shape)
-    out = out.swapaxes(0, 1) if transpose_output else out
+    out = out.swapaxes(0, 1) if transpose else out
     rope_cupy.apply_rotary(
         x,
         _table(cos, sin, x),

@@ -267,7 +267,7 @@ def _check_no_gradient(*arrays: Any) -> None:
     for array in arrays:
         if getattr(array, "requires_grad", False):
             raise RuntimeError(
-                "in-place functions are for inference: x and freqs_cis must not require a gradient"
+                "in-place functions are inference-only: x and freqs_cis must not require a gradient"
             )
 
 

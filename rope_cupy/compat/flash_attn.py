@@ -31,6 +31,7 @@ __all__ = [
     "apply_rotary_emb_func",
     "apply_rotary_emb_kv_",
     "apply_rotary_emb_qkv_",
+    "apply_rotary_emb_torch",
 ]
 
 
@@ -76,6 +77,16 @@ def apply_rotary_emb(
 
 
 apply_rotary_emb_func = apply_rotary_emb
+
+
+def apply_rotary_emb_torch(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
+    """Return x (batch, seqlen, nheads, headdim) rotated by cos and sin (seqlen, rotary_dim / 2) or
+    (batch, seqlen, rotary_dim / 2), with a rounding after every operation, in x's dtype.
+    """
+    y: Tensor = rope_cupy.apply_rotary(x, (cos, sin), interleaved=interleaved, rounding="eager")
+    return y
 
 
 def apply_rotary_emb_qkv_(

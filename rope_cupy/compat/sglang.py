@@ -1,7 +1,8 @@
 """SGLang: write `rope_cupy.compat.sglang` for `sgl_kernel` (the functions of its pull request
 14302), and for `sglang.kernels.ops` or `sglang.jit_kernel` (all others);
-`apply_rotary_embedding_triton` is the `apply_rotary_embedding` of SGLang's Triton file, since
-another function here has that name.
+`apply_rotary_embedding_triton` is the `apply_rotary_embedding` of SGLang's Triton file, and
+`apply_rope_with_cos_sin_cache_inplace_by_head_size` is the `apply_rope_with_cos_sin_cache_inplace`
+of `sgl_kernel` and of SGLang up to 0.5.9, since other functions here have those names.
 
 What differs: any head size, rotary size, strides, and dtypes of tables and positions are taken; a
 position that is not in a cache gives NaN, where SGLang reads past the cache.
@@ -33,6 +34,7 @@ __all__ = [
     "apply_rope_inplace",
     "apply_rope_inplace_with_kvcache",
     "apply_rope_with_cos_sin_cache_inplace",
+    "apply_rope_with_cos_sin_cache_inplace_by_head_size",
     "apply_rotary_embedding",
     "apply_rotary_embedding_triton",
     "can_use_rotary_embedding_cos_sin",
@@ -178,12 +180,17 @@ def apply_rope_inplace_with_kvcache(
 
 @dataclass
 class FusedSetKVBufferArg:
-    """The values, the caches and the slots of `apply_rope_with_cos_sin_cache_inplace`."""
+    """The values, the caches and the slots of `apply_rope_with_cos_sin_cache_inplace`.
+
+    The scales, which older versions of SGLang have, must be None, as there.
+    """
 
     value: Tensor
     k_buffer: Tensor
     v_buffer: Tensor
     cache_loc: Tensor
+    k_scale: float | None = None
+    v_scale: float | None = None
 
 
 def apply_rope_with_cos_sin_cache_inplace(
@@ -201,9 +208,33 @@ def apply_rope_with_cos_sin_cache_inplace(
     if fused_args is None:
         apply_rope_inplace(q, k, cos_sin_cache, positions, **how)
         return
-    v, caches = fused_args.value, (fused_args.k_buffer, fused_args.v_buffer)
-    slots = fused_args.cache_loc
-    apply_rope_inplace_with_kvcache(q, k, v, *caches, cos_sin_cache, positions, slots, **how)
+    v, k_cache, v_cache, slots = _of_fused(fused_args)
+    apply_rope_inplace_with_kvcache(
+        q, k, v, k_cache, v_cache, cos_sin_cache, positions, slots, **how
+    )
+
+
+def apply_rope_with_cos_sin_cache_inplace_by_head_size(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    head_size: int,
+    cos_sin_cache: Tensor,
+    is_neox: bool = True,
+    fused_set_kv_buffer_arg: FusedSetKVBufferArg | None = None,
+    enable_pdl: bool | None = None,
+) -> None:
+    """Rotate query and key (tokens, heads * head_size) or (tokens, heads, head_size) in place, and
+    with `fused_set_kv_buffer_arg` write the rotated key and its values to the caches.
+    """
+    q, k = (_by_head(x, head_size) for x in (query, key))
+    if fused_set_kv_buffer_arg is None:
+        apply_rope_inplace(q, k, cos_sin_cache, positions, is_neox=is_neox)
+        return
+    v, k_cache, v_cache, slots = _of_fused(fused_set_kv_buffer_arg)
+    apply_rope_inplace_with_kvcache(
+        q, k, v, k_cache, v_cache, cos_sin_cache, positions, slots, is_neox=is_neox
+    )
 
 
 @inference_only
@@ -274,6 +305,26 @@ def apply_rotary_embedding_triton(
     if interleaved and cos.shape[-1] == x.shape[-1]:
         cos, sin = cos[..., ::2], sin[..., ::2]
     return rope_cupy.apply_rotary(x, (cos, sin), interleaved=True)
+
+
+def _by_head(x: Any, head_size: int) -> Any:
+    """Return x, or a view of x with an axis of heads."""
+    if x.ndim > 2:
+        return x
+    return x.unflatten(-1, (-1, head_size)) if hasattr(x, "unflatten") else _split(x, head_size)
+
+
+def _split(x: Any, head_size: int) -> Any:
+    view = x.view()
+    view.shape = (x.shape[0], x.shape[1] // head_size, head_size)  # an error where it would copy
+    return view
+
+
+def _of_fused(args: FusedSetKVBufferArg) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for name in ("k_scale", "v_scale"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"{name} must be None, got {getattr(args, name)}")
+    return args.value, args.k_buffer, args.v_buffer, args.cache_loc
 
 
 def _flag(interleaved: bool | None, is_neox: bool | None) -> bool:

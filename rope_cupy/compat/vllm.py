@@ -126,8 +126,9 @@ def triton_mrope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate q and k (num_tokens, heads * head_size) by positions on three axes.
 
-    cos and sin are (3, num_tokens, rotary_dim / 2). Every operation is rounded. A contiguous tensor
-    is written in place and returned; for any other a rotated copy is returned.
+    cos and sin are (3, num_tokens, rotary_dim / 2). Every operation is rounded. A tensor whose rows
+    are contiguous, such as a slice of a packed one, is written in place and returned; for any other
+    a rotated copy is returned.
     """
     half = rotary_dim // 2
     (cos, sin), positions = by_token_of_three_axes(cos[..., :half], sin[..., :half])

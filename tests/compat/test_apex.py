@@ -103,6 +103,54 @@ def test_images(contiguous, table_dtype, dtype, device):
         agree(y[..., half:], x[..., half:], *of_columns, dtype, of)
 
 
+@dtypes
+@outputs
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_functions_of_older_versions_have_gradients(cached, transpose_output, dtype, device):
+    x = values(S, B, H, D, dtype=dtype, device=device).requires_grad_()
+    freqs = angles(S, D // 2, device)
+    cos, sin = freqs.cos(), freqs.sin()
+    if cached:
+        y = apex.fused_apply_rotary_pos_emb_cached(x, cos, sin, transpose_output)
+    else:
+        y = apex.fused_apply_rotary_pos_emb(x, freqs, transpose_output_memory=transpose_output)
+    dy = values(S, B, H, D, dtype=dtype, device=device, seed=1)
+    y.backward(dy)
+    assert y.transpose(0, 1).is_contiguous() == transpose_output
+    agree(y, x, cos, sin, dtype)
+    agree(x.grad, dy, cos, sin, dtype, transposed)
+
+
+@dtypes
+def test_older_functions_of_packed_sequences_and_images_have_gradients(dtype, device):
+    cu_seqlens = torch.tensor([0, 4, 5, 14], dtype=torch.int32, device=device)
+    freqs = angles(12, D, device)
+    rows = torch.cat([torch.arange(n) for n in (4, 1, 9)]).to(device)
+    x = values(14, H, D, dtype=dtype, device=device).requires_grad_()
+    dy = values(14, H, D, dtype=dtype, device=device, seed=1)
+    y = apex.fused_apply_rotary_pos_emb_thd(x, cu_seqlens, freqs)
+    y.backward(dy)
+    of_token = freqs.cos()[rows][:, 0], freqs.sin()[rows][:, 0]
+    agree(y, x, *of_token, dtype)
+    agree(x.grad, dy, *of_token, dtype, transposed)
+
+    height, width, half = 4, 5, D // 2
+    image = values(B, height * width, H, D, dtype=dtype, device=device).requires_grad_()
+    tables = []
+    for count in (height + 2, width + 1):
+        freqs = angles(count, half, device).transpose(0, 1)
+        tables += [freqs.cos().to(dtype), freqs.sin().to(dtype)]
+    of_rows = [part[0, :height, 0][None, :, None, None] for part in tables[:2]]
+    of_columns = [part[0, :width, 0][None, None, :, None] for part in tables[2:]]
+    y = apex.fused_apply_rotary_pos_emb_2d(image, height, width, *tables)
+    dy = values(*y.shape, dtype=dtype, device=device, seed=1)
+    y.backward(dy)
+    for result, given, of in ((y, image, elementwise), (image.grad, dy, transposed)):
+        result, given = (part.unflatten(1, (height, width)) for part in (result, given))
+        agree(result[..., :half], given[..., :half], *of_rows, dtype, of)
+        agree(result[..., half:], given[..., half:], *of_columns, dtype, of)
+
+
 def test_no_gradient_is_recorded(device):
     x = values(S, B, H, D, dtype=torch.float32, device=device).requires_grad_()
     y = apex.forward(x, angles(S, D, device), False)

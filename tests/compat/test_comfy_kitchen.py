@@ -218,7 +218,7 @@ def test_in_place_is_for_inference(device):
         xs = arrays("bhnd", torch.float32, device)[: 1 if one else 2]
         xs[-1].requires_grad_()
         before = [x.detach().clone() for x in xs]
-        with pytest.raises(RuntimeError, match="in-place functions are for inference"):
+        with pytest.raises(RuntimeError, match="in-place functions are inference-only"):
             function("apply_rope", one, False, True)(*xs, freqs)
         assert all(map(torch.equal, xs, before))
     x = arrays("bhnd", torch.float32, device)[0]

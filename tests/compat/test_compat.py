@@ -47,6 +47,7 @@ SIGNATURES = {  # of the peers' functions, read from their releases
         "apply_rotary_emb_qkv_": "(qkv, cos, sin, cos_k=None, sin_k=None, interleaved=False, "
         "seqlen_offsets=0, num_heads_q=None)",
         "apply_rotary_emb_kv_": "(kv, cos, sin, interleaved=False, seqlen_offsets=0)",
+        "apply_rotary_emb_torch": "(x, cos, sin, interleaved=False)",
         "RotaryEmbedding": "(dim, base=10000.0, interleaved=False, scale_base=None, device=None)",
         "RotaryEmbedding.forward": "(self, qkv, kv=None, seqlen_offset=0, max_seqlen=None, "
         "num_heads_q=None)",
@@ -111,7 +112,9 @@ SIGNATURES = {  # of the peers' functions, read from their releases
         "out_loc, *, is_neox, rope_dim=0)",
         "apply_rope_with_cos_sin_cache_inplace": "(q, k, cos_sin_cache, positions, *, is_neox, "
         "rope_dim=0, fused_args=None)",
-        "FusedSetKVBufferArg": "(value, k_buffer, v_buffer, cache_loc)",
+        "apply_rope_with_cos_sin_cache_inplace_by_head_size": "(positions, query, key, head_size, "
+        "cos_sin_cache, is_neox=True, fused_set_kv_buffer_arg=None, enable_pdl=None)",
+        "FusedSetKVBufferArg": "(value, k_buffer, v_buffer, cache_loc, k_scale=None, v_scale=None)",
         "fused_inplace_qknorm_rope": f"(q, k, {OF_QKNORM})",
         "fused_qknorm_rope_out_of_place": f"(q, k, q_out, k_out, {OF_QKNORM})",
         "apply_rotary_embedding_triton": "(x, cos, sin, interleaved=False)",
@@ -135,7 +138,11 @@ SIGNATURES = {  # of the peers' functions, read from their releases
         "pretrained_max_position_embeddings=None, rotary_base=10000.0, interleaved=False)",
         "RotaryPositionEmbedding.forward": "(self, max_seq_len, offset=0)",
     },
-    "apex": {  # whose arguments have no names
+    "apex": {
+        "fused_apply_rotary_pos_emb": "(t, freqs, transpose_output_memory=False)",
+        "fused_apply_rotary_pos_emb_2d": "(t, img_h, img_w, cos_h, sin_h, cos_w, sin_w)",
+        "fused_apply_rotary_pos_emb_cached": "(t, cos_, sin_, transpose_output_memory=False)",
+        "fused_apply_rotary_pos_emb_thd": "(t, cu_seqlens, freqs)",  # whose arguments have no names
         "forward": "(input, freqs, transpose_output, /)",
         "backward": "(output_grads, freqs, transpose_output, /)",
         "forward_cached": "(input, cos, sin, transpose_output, /)",

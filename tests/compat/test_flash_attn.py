@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from compat_reference import DEVICES, DTYPES, check, double, rotate, table, values
+from compat_reference import (
+    DEVICES,
+    DTYPES,
+    both_elements,
+    check,
+    double,
+    eager,
+    rotate,
+    table,
+    values,
+)
 
 from rope_cupy.compat.flash_attn import (
     RotaryEmbedding,
@@ -11,6 +21,7 @@ from rope_cupy.compat.flash_attn import (
     apply_rotary_emb_func,
     apply_rotary_emb_kv_,
     apply_rotary_emb_qkv_,
+    apply_rotary_emb_torch,
 )
 
 B, S, H, D = 3, 11, 4, 32
@@ -308,3 +319,15 @@ def test_wrong_shapes_are_refused(device):
         apply_rotary_emb_qkv_(x, cos, sin, num_heads_q=3)
     with pytest.raises(ValueError, match="kv must have the shape"):
         apply_rotary_emb_kv_(x, cos, sin)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_the_plain_function_rounds_every_operation(by_batch, interleaved, device):
+    x = values(2, 9, 3, 32, dtype=torch.bfloat16, device=device)
+    cos, sin = table(9, 8, dtype=torch.bfloat16, device=device)
+    if by_batch:
+        cos, sin = torch.stack([cos, cos.flip(0)]), torch.stack([sin, sin.flip(0)])
+    y = apply_rotary_emb_torch(x, cos, sin, interleaved)
+    full = [both_elements(part, interleaved)[..., None, :] for part in (cos, sin)]
+    assert torch.equal(y, eager(x, *full, interleaved=interleaved))

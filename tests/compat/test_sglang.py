@@ -284,3 +284,49 @@ def test_the_triton_files_function_always_rotates_neighbours(
     y = sglang.apply_rotary_embedding_triton(x, *tables, interleaved)
     check(y, rotate(before, *(part[:, None] for part in parts), interleaved=True))
     assert torch.equal(x, before)
+
+
+@styles
+@pytest.mark.parametrize("form", ["flat", "heads"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_function_of_sgl_kernel_takes_a_head_size(fused, form, is_neox, device):
+    q, k, q_before, k_before = heads(64, torch.bfloat16, device)
+    v = values(T, K, 64, dtype=torch.bfloat16, device=device, seed=1)
+    cos, sin = table(20, 16, dtype=torch.float32, device=device)
+    positions = torch.tensor([3, 0, 19, 4, 4, 7], device=device)
+    slots = torch.tensor([9, 0, 3, 2, 7, 1], device=device)
+    caches = [torch.zeros(10, K * 64, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    args = sglang.FusedSetKVBufferArg(
+        value=v, k_buffer=caches[0], v_buffer=caches[1], k_scale=None, v_scale=None, cache_loc=slots
+    )
+    result = sglang.apply_rope_with_cos_sin_cache_inplace_by_head_size(
+        positions,
+        given(q, form),
+        given(k, form),
+        64,
+        torch.cat([cos, sin], -1),
+        is_neox,
+        args if fused else None,
+        enable_pdl=True,
+    )
+    assert result is None
+    of_token = cos[positions][:, None], sin[positions][:, None]
+    for y, x in ((q, q_before), (k, k_before)):
+        check(y, rotate(x, *of_token, interleaved=not is_neox))
+    expected = (k.flatten(1), v.flatten(1)) if fused else (caches[0] * 0, caches[1] * 0)
+    for cache, rows in zip(caches, expected, strict=True):
+        assert torch.equal(cache[slots] if fused else cache, rows)
+
+
+def test_scales_of_the_caches_are_refused(device):
+    q, k, _, _ = heads(64, torch.bfloat16, device)
+    before = q.clone()
+    cos, sin = table(20, 16, dtype=torch.float32, device=device)
+    caches = [torch.zeros(10, K * 64, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    slots = torch.arange(T, device=device)
+    args = sglang.FusedSetKVBufferArg(k.clone(), *caches, slots, k_scale=0.5)
+    with pytest.raises(ValueError, match=r"k_scale must be None, got 0\.5"):
+        sglang.apply_rope_with_cos_sin_cache_inplace(
+            q, k, torch.cat([cos, sin], -1), slots, is_neox=True, fused_args=args
+        )
+    assert torch.equal(q, before)

@@ -133,9 +133,9 @@ def axes_of(sections, pairs, interleaved):
     ("sections", "interleaved"),
     [((8, 12, 12), False), ((12, 10, 10), True), ((4, 6, 6), False), ((6, 20, 20), True)],
 )
-@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("memory", ["contiguous", "rows", "strided"])
 def test_triton_mrope_rounds_every_operation(
-    contiguous, sections, interleaved, rotary_dim, dtype, is_neox, device
+    memory, sections, interleaved, rotary_dim, dtype, is_neox, device
 ):
     pairs, tokens = rotary_dim // 2, 200
     positions = torch.randint(0, 90, (3, tokens), generator=torch.Generator().manual_seed(1))
@@ -143,8 +143,10 @@ def test_triton_mrope_rounds_every_operation(
     cos, sin = cos.to(device), sin.to(device)
     wide = values(tokens, (H + K) * D, dtype=dtype, device=device)
     q, k = wide.split([H * D, K * D], 1)
-    if contiguous:
+    if memory == "contiguous":
         q, k = q.contiguous(), k.contiguous()
+    elif memory == "strided":
+        q, k = (x.T.contiguous().T for x in (q, k))
     before = q.clone(), k.clone()
     results = vllm.triton_mrope(q, k, cos, sin, [*sections], D, rotary_dim, interleaved, is_neox)
     axes = torch.tensor(axes_of(sections, pairs, interleaved))
@@ -154,11 +156,11 @@ def test_triton_mrope_rounds_every_operation(
         heads = x.cpu().unflatten(1, (-1, D))
         expected = eager(heads, *full, interleaved=not is_neox).flatten(1)
         exact = rotate(heads, *(part[:, None] for part in chosen), interleaved=not is_neox)
-        assert y.is_contiguous()
+        assert y.is_contiguous() == (memory != "rows")
         assert share_of_equal(y.cpu(), expected) > (0.999 if dtype == torch.bfloat16 else 0.9)
         assert share_of_equal(exact.flatten(1).to(dtype), expected) < 0.99 or dtype.itemsize > 2
-        assert (y is one) == contiguous
-        assert contiguous or torch.equal(one, x)  # what is not contiguous is left as it is
+        assert (y is one) == (memory != "strided")
+        assert y is one or torch.equal(one, x)  # whose rows are not contiguous is left as it is
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
