@@ -142,8 +142,8 @@ SIGNATURES = {  # of the peers' functions, read from their releases
         "fused_apply_rotary_pos_emb": "(t, freqs, transpose_output_memory=False)",
         "fused_apply_rotary_pos_emb_2d": "(t, img_h, img_w, cos_h, sin_h, cos_w, sin_w)",
         "fused_apply_rotary_pos_emb_cached": "(t, cos_, sin_, transpose_output_memory=False)",
-        "fused_apply_rotary_pos_emb_thd": "(t, cu_seqlens, freqs)",  # whose arguments have no names
-        "forward": "(input, freqs, transpose_output, /)",
+        "fused_apply_rotary_pos_emb_thd": "(t, cu_seqlens, freqs)",
+        "forward": "(input, freqs, transpose_output, /)",  # whose arguments have no names
         "backward": "(output_grads, freqs, transpose_output, /)",
         "forward_cached": "(input, cos, sin, transpose_output, /)",
         "backward_cached": "(output_grads, cos, sin, transpose_output, /)",
