@@ -42,7 +42,7 @@ TIMED = ("version", "status", "reason", "microseconds")
 # Columns that name a row of a printed table, and those that are figures of it.
 NAMES = ("provider", "call", "step")
 FIGURES = ("microseconds", "milliseconds", "gpu_milliseconds", "host_milliseconds", "speedup")
-FIGURES += ("limit_share", "multiple", "above_one_addition", "error", "block_error")
+FIGURES += ("limit_share", "multiple", "above_one_addition", "above_plain", "error", "block_error")
 FIGURES += ("attention_error", "least", "most")
 
 Key = TypeVar("Key", bound=Hashable)
