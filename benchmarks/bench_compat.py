@@ -98,7 +98,7 @@ class Case(NamedTuple):
     def call_of(self, function: Any, device: str) -> Call:
         """Return the call of a function, in which nothing is left to be made."""
         if self.init is not None:
-            function = function(*self.init).to(device)
+            function = function(*self.init).to(device).eval()
         return partial(function, *self.arguments, **self.keywords)
 
 

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ._shared import empty_like
+
 
 class Rotate(Protocol):
     """A function that writes x rotated to out, which may be x."""
@@ -36,7 +38,7 @@ def contiguous(x: torch.Tensor, rotate: Rotate, conjugate: bool = False) -> torc
     if x.requires_grad and torch.is_grad_enabled():
         y: torch.Tensor = _Contiguous.apply(x, rotate, conjugate)  # type: ignore[no-untyped-call]
         return y
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out: torch.Tensor = empty_like(x)
     rotate(x, out, conjugate=conjugate)
     return out
 
@@ -72,7 +74,7 @@ class _Contiguous(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rotate: Rotate, conjugate: bool) -> torch.Tensor:
         ctx.rotate, ctx.conjugate = rotate, conjugate
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out: torch.Tensor = empty_like(x)
         rotate(x, out, conjugate=conjugate)
         return out
 

@@ -1,10 +1,12 @@
-"""Shared by the peers' modules: calls without a gradient, and tables that broadcast."""
+"""Shared by the peers' modules: calls without a gradient, views that are kept, and tables."""
 
 from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,6 +16,9 @@ import rope_cupy
 
 P = ParamSpec("P")
 R = TypeVar("R")
+MAX_VIEWS = 256  # that are kept
+_views: dict[Any, tuple[Any, ...]] = {}  # with the places of what they view
+_counts: dict[Any, Any] = {}  # by device and number of bits
 
 
 def inference_only(function: Callable[P, R]) -> Callable[P, R]:
@@ -32,6 +37,67 @@ def inference_only(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return call
+
+
+def view_of(make: Callable[..., R], x: Any, y: Any = None, about: tuple[Any, ...] = ()) -> R:
+    """Return make(x, y, *about), or make(x, *about): a table, which only views the arrays.
+
+    What is made of PyTorch's tensors is kept as long as they live and keep their place in memory:
+    a model passes the tables of a step to each of its layers. Views see values that change. A
+    tensor must be contiguous, since a reshape of others could copy.
+    """
+    if type(x).__module__ == "torch":
+        import torch
+
+        if not torch.compiler.is_compiling():
+            kept = _views.get((make, about, id(x), id(y)))
+            if kept and kept[1] == _place(x) and (y is None or kept[2] == _place(y)):
+                return kept[0]  # type: ignore[no-any-return]
+            return _kept_view(make, x, y, about)
+    return make(x, *about) if y is None else make(x, y, *about)
+
+
+def _place(x: Any) -> Any:
+    """Return what of a tensor may change, such as by an assignment to `.data`."""
+    return x.data_ptr(), x.shape, x.is_contiguous(), x.requires_grad
+
+
+def _kept_view(make: Callable[..., R], x: Any, y: Any, about: tuple[Any, ...]) -> R:
+    """Return the view of `view_of`, which is kept if it may be."""
+    import torch
+
+    arrays = (x,) if y is None else (x, y)
+    try:
+        places = [_place(array) for array in arrays if type(array) is torch.Tensor]
+    except RuntimeError:  # of tensors without memory, which the call refuses by their names
+        places = []
+    if len(places) < len(arrays) or not all(place[2:] == (True, False) for place in places):
+        return make(*arrays, *about)
+    key = make, about, id(x), id(y)
+
+    def forget(_: object) -> None:
+        _views.pop(key, None)
+
+    view = make(*[array.detach() for array in arrays], *about)  # which do not keep the tensors
+    refs = [weakref.ref(array, forget) for array in arrays]
+    put(_views, key, (view, places[0], places[-1], refs), MAX_VIEWS)
+    return view
+
+
+def put(kept: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Put a value into a dict of at most `most` values; the oldest make room."""
+    while len(kept) >= most:
+        with suppress(StopIteration, RuntimeError):  # other threads make room too
+            kept.pop(next(iter(kept)), None)
+    kept[key] = value
+
+
+def cache_table(cos_sin_cache: Any) -> rope_cupy.RotaryTable:
+    """Return the table of a cache, each row of which has cosines, then sines."""
+    return view_of(_of_cache, cos_sin_cache)
+
+
+_of_cache = rope_cupy.RotaryTable.from_cache
 
 
 def with_leading_axes(x: Any, ndim: int) -> Any:
@@ -72,6 +138,13 @@ def half_width(cos: Any, sin: Any) -> rope_cupy.RotaryTable:
     return rope_cupy.RotaryTable.from_full_width(cos, sin)
 
 
+def empty_like(x: Any) -> Any:
+    """Return a new contiguous tensor of PyTorch."""
+    import torch
+
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def itself_or_new(x: Any) -> Any:
     """Return x, to be written in place, or a new array like it if its rows are not contiguous."""
     if hasattr(x, "stride"):
@@ -81,12 +154,28 @@ def itself_or_new(x: Any) -> Any:
     return sys.modules[type(x).__module__.partition(".")[0]].empty(x.shape, x.dtype)
 
 
-def by_token_of_three_axes(cos: Any, sin: Any) -> tuple[tuple[Any, Any], Any]:
-    """Return tables (3, tokens..., r) as rows of one table, and the row of each axis and token."""
+def by_token_of_three_axes(
+    cos: Any, sin: Any, width: int | None = None
+) -> tuple[tuple[Any, Any], Any]:
+    """Return tables (3, tokens..., r) as rows of one table, and the row of each axis and token.
+
+    With `width` the rows have the first columns alone.
+    """
     axes = tuple(cos.shape[:-1])
-    count, torch = math.prod(axes), sys.modules.get("torch")
-    if torch is not None and isinstance(cos, torch.Tensor):
-        rows = torch.arange(count, device=cos.device)
-    else:
-        rows = sys.modules[type(cos).__module__.partition(".")[0]].arange(count)
-    return (cos.reshape(count, -1), sin.reshape(count, -1)), rows.reshape(axes)
+    count, cos, sin = math.prod(axes), cos[..., :width], sin[..., :width]
+    return (cos.reshape(count, -1), sin.reshape(count, -1)), _count(count, cos).reshape(axes)
+
+
+def _count(count: int, like: Any) -> Any:
+    """Return 0 .. count - 1 where `like` lies, of PyTorch's a part of numbers that are kept."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(like, torch.Tensor):
+        return sys.modules[type(like).__module__.partition(".")[0]].arange(count)
+    if torch.compiler.is_compiling():
+        return torch.arange(count, device=like.device)
+    about = like.device, count.bit_length()
+    if about not in _counts:
+        with torch.inference_mode(False):  # else a backward pass could not keep them
+            # The host waits for the copy, so calls on every stream may read it.
+            _counts[about] = torch.arange(2 ** count.bit_length()).to(like.device)
+    return _counts[about][:count]

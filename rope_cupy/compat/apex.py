@@ -2,8 +2,8 @@
 `import fused_rotary_positional_embedding`, the extension that apex builds; the functions whose
 names begin with `fused_` are those that older versions had in `apex.transformer.functional`.
 
-What differs: two more launches compute the cosines and sines of the angles `freqs`; sequences may
-be shorter than the tables.
+What differs: up to four more launches compute the cosines and sines of the angles `freqs` and round
+them; sequences may be shorter than the tables.
 
 As in apex, cosines and sines and every product and sum are rounded to the dtype of the input, pairs
 are halves, and each element is rotated by the angle in its own column. The extension's functions
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import rope_cupy
 
-from ._shared import inference_only
+from ._shared import empty_like, inference_only, view_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,9 +138,14 @@ def _with_gradient(rotate: Any, t: Any) -> Tensor:
 
 def _table(cos: Any, sin: Any, like: Any) -> rope_cupy.RotaryTable:
     """Return the table of cosines and sines (..., d2), rounded to the dtype of `like`."""
+    if cos.dtype == like.dtype:
+        return view_of(_table_of_rows, cos, sin)
+    return _table_of_rows(*(_cast(part, like.dtype) for part in (cos, sin)))
+
+
+def _table_of_rows(cos: Any, sin: Any) -> rope_cupy.RotaryTable:
     width = cos.shape[-1]
-    cos, sin = (_cast(part.reshape(-1, width), like.dtype) for part in (cos, sin))
-    return rope_cupy.RotaryTable.from_elementwise(cos, sin)
+    return rope_cupy.RotaryTable.from_elementwise(cos.reshape(-1, width), sin.reshape(-1, width))
 
 
 def _cast(x: Any, dtype: Any) -> Any:
@@ -149,24 +154,24 @@ def _cast(x: Any, dtype: Any) -> Any:
 
 @inference_only
 def _sbhd(x: Any, cos: Any, sin: Any, transpose: bool, conjugate: bool) -> Tensor:
-    shape = x.swapaxes(0, 1).shape if transpose else x.shape
-    out: Tensor = x.new_empty(shape)
-    out = out.swapaxes(0, 1) if transpose else out
-    rope_cupy.apply_rotary(
+    out: Any = x.swapaxes(0, 1) if transpose else x
+    out = empty_like(out)
+    table = _table(cos, sin, x)
+    y: Tensor = rope_cupy.apply_rotary(
         x,
-        _table(cos, sin, x),
+        table,
         layout="sbhd",
         interleaved=False,
         conjugate=conjugate,
         rounding="eager",
-        out=out,
+        out=out.swapaxes(0, 1) if transpose else out,
     )
-    return out
+    return y
 
 
 @inference_only
 def _thd(x: Any, cu_seqlens: Any, freqs: Any, conjugate: bool) -> Tensor:
-    out: Tensor = x.new_empty(x.shape)
+    out: Tensor = empty_like(x)
     rope_cupy.apply_rotary(
         x,
         _table(freqs.cos(), freqs.sin(), x),
@@ -185,7 +190,7 @@ def _image(x: Any, of_row: tuple[Any, Any], of_column: tuple[Any, Any], conjugat
     """Rotate the first halves with columns as heads, then the second with rows as batches."""
     batch, height, width, heads, head_dim = x.shape
     how: dict[str, Any] = {"interleaved": False, "conjugate": conjugate, "rounding": "eager"}
-    out: Tensor = x.new_empty((batch, height, width, heads, head_dim))
+    out: Tensor = empty_like(x)
     rope_cupy.apply_rotary(
         x.reshape(batch, height, width * heads, head_dim),
         _table(*of_row, x),

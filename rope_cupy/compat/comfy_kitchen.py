@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import rope_cupy
 
-from ._shared import broadcast_axes, inference_only, with_leading_axes
+from ._shared import broadcast_axes, inference_only, view_of, with_leading_axes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -248,11 +248,16 @@ def _call(
 
 def _table(x: Any, freqs: Any) -> tuple[rope_cupy.RotaryTable, str]:
     """Return the table, cut to the tokens of x, and the layout of x with axes in front."""
-    if x.ndim > 4:
-        raise ValueError(f"x must have at most 4 axes, got shape {tuple(x.shape)}")
-    if x.ndim > 2 and freqs.ndim > 2 and x.shape[2] != 1 and freqs.shape[2] > x.shape[2]:
-        freqs = freqs[:, :, : x.shape[2]]
-    shape = x.shape if x.ndim == 4 else (1,) * (4 - x.ndim) + tuple(x.shape)
+    return view_of(_table_for, freqs, about=tuple(x.shape))
+
+
+def _table_for(freqs: Any, *shape: int) -> tuple[rope_cupy.RotaryTable, str]:
+    ndim = len(shape)
+    if ndim > 4:
+        raise ValueError(f"x must have at most 4 axes, got shape {shape}")
+    if ndim > 2 and freqs.ndim > 2 and shape[2] != 1 and freqs.shape[2] > shape[2]:
+        freqs = freqs[:, :, : shape[2]]
+    shape = (1,) * (4 - ndim) + shape
     layout, (freqs,) = broadcast_axes(shape, with_leading_axes(freqs, 6))
     return rope_cupy.RotaryTable.from_matrices(freqs), layout
 

@@ -110,7 +110,8 @@ def apply_rotary_emb_qkv_(
     is_one = cos_k is None and sin_k is None
 
     def rotate(x: Tensor, out: Tensor, *, conjugate: bool) -> None:
-        (q, k, v), (q_out, k_out, v_out) = parts(x, num_heads_q), parts(out, num_heads_q)
+        q, k, v = parts(x, num_heads_q)
+        q_out, k_out, v_out = (q, k, v) if out is x else parts(out, num_heads_q)
         if is_one:
             rope_cupy.apply_rotary_qk(
                 q, k, table, out=(q_out, k_out), conjugate=conjugate, **options
@@ -136,8 +137,9 @@ def apply_rotary_emb_kv_(
     check_packed("kv", kv, 2)
 
     def rotate(x: Tensor, out: Tensor, *, conjugate: bool) -> None:
-        k_out = out[:, :, 0]
-        rope_cupy.apply_rotary(x[:, :, 0], (cos, sin), out=k_out, conjugate=conjugate, **options)
+        k = x.select(2, 0)
+        k_out = k if out is x else out.select(2, 0)
+        rope_cupy.apply_rotary(k, (cos, sin), out=k_out, conjugate=conjugate, **options)
         if out is not x:
             out[:, :, 1] = x[:, :, 1]
 
@@ -264,7 +266,7 @@ def parts(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]
     """Return the views q, k and v of (..., 3, nheads, headdim) or (..., heads, headdim)."""
     if qkv.ndim == 5:
         check_packed("qkv", qkv, 3)
-        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        return qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2)
     if num_heads_q is None:
         raise ValueError(f"num_heads_q must be given with qkv of {qkv.ndim} axes, got None")
     num_heads_k, rest = divmod(qkv.shape[-2] - num_heads_q, 2)
@@ -273,8 +275,8 @@ def parts(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]
             f"qkv must have num_heads_q + 2 num_heads_k heads, {num_heads_q} of them q's, got "
             f"{qkv.shape[-2]}"
         )
-    end = num_heads_q + num_heads_k
-    return qkv[..., :num_heads_q, :], qkv[..., num_heads_q:end, :], qkv[..., end:, :]
+    q, k, v = qkv.split_with_sizes((num_heads_q, num_heads_k, num_heads_k), -2)
+    return q, k, v
 
 
 def check_packed(name: str, x: Tensor, count: int) -> None:

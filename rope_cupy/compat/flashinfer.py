@@ -23,7 +23,7 @@ import numpy as np
 import rope_cupy
 from rope_cupy import frequencies
 
-from ._shared import inference_only
+from ._shared import cache_table, inference_only, put
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -230,7 +230,7 @@ def _of_cache(query: Any, head_size: int, cos_sin_cache: Any, is_neox: bool) -> 
     if not str(cos_sin_cache.dtype).endswith("float32"):
         raise ValueError(f"cos_sin_cache should be float32, got {cos_sin_cache.dtype}")
     return {
-        "table": rope_cupy.RotaryTable.from_cache(cos_sin_cache),
+        "table": cache_table(cos_sin_cache),
         "head_dim": head_size if query.ndim == 2 else None,
         "interleaved": not is_neox,
     }
@@ -251,9 +251,7 @@ def _table(
     if table is None:
         inv_freq = _inverse_frequencies(rotary_dim, rope_scale, rope_theta, scaling)
         table = rope_cupy.RotaryTable.from_inverse_frequencies(inv_freq, like=q, precompute=False)
-        if len(_tables) >= MAX_TABLES:
-            _tables.pop(next(iter(_tables)), None)
-        _tables[about] = table
+        put(_tables, about, table, MAX_TABLES)
     return table
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import rope_cupy
 
-from ._shared import by_token_of_three_axes, half_width
+from ._shared import by_token_of_three_axes, half_width, view_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,26 +45,7 @@ def liger_rotary_pos_emb(
     heads of size 1 too. The width is the number of rotated elements, with every angle twice, or
     with `rotary_dim` at least half of it.
     """
-    if cos.ndim == 4:
-        axis = unsqueeze_dim if cos.shape[unsqueeze_dim] == 1 else 1
-        cos, sin = cos.squeeze(axis), sin.squeeze(axis)
-    if cos.ndim == 2:
-        cos, sin = cos[None], sin[None]
-    if rotary_dim is None:
-        if cos.shape[-1] > q.shape[-1]:
-            cos, sin = cos[..., : q.shape[-1]], sin[..., : q.shape[-1]]
-        table = half_width(cos, sin)
-    else:
-        if rotary_dim % 2 or not 0 < rotary_dim <= q.shape[-1]:
-            raise ValueError(
-                f"rotary_dim must be even and in (0, head_dim={q.shape[-1]}], got {rotary_dim}"
-            )
-        half = rotary_dim // 2
-        if cos.shape[-1] < half:
-            raise ValueError(
-                f"cos must have rotary_dim / 2 = {half} columns or more, got {cos.shape[-1]}"
-            )
-        table = rope_cupy.RotaryTable(cos[..., :half], sin[..., :half])
+    table = view_of(_table, cos, sin, about=(unsqueeze_dim, rotary_dim, q.shape[-1]))
     return rope_cupy.apply_rotary_qk(q, k, table, layout="bhsd", interleaved=False)
 
 
@@ -82,7 +63,7 @@ def liger_rotary_pos_emb_vision(
 
     cos and sin are (seq_length, head_dim), with every angle twice.
     """
-    return rope_cupy.apply_rotary_qk(q, k, half_width(cos, sin), interleaved=False)
+    return rope_cupy.apply_rotary_qk(q, k, view_of(half_width, cos, sin), interleaved=False)
 
 
 def liger_multimodal_rotary_pos_emb(
@@ -98,14 +79,14 @@ def liger_multimodal_rotary_pos_emb(
     cos and sin are (3, batch, seq_len, head_dim), and mrope_section says how many pairs each axis
     rotates. Every operation is rounded.
     """
-    (cos, sin), positions = by_token_of_three_axes(cos, sin)
+    table, positions = view_of(_by_token, cos, sin)
     pairs = cos.shape[-1] // 2
     first = min(mrope_section[0], pairs)
     second = min(mrope_section[1], pairs - first)  # the third has the others, as in Liger
     return rope_cupy.apply_rotary_qk(
         q,
         k,
-        half_width(cos, sin),
+        table,
         positions=positions,
         mrope_section=(first, second, pairs - first - second),
         layout="bhsd",
@@ -122,7 +103,8 @@ def liger_llama4_text_rotary_pos_emb(
     freqs_cis is (seq_len or more, head_dim / 2) or (batch or 1, seq_len or more, head_dim / 2):
     complex, or real with a last axis of size 2.
     """
-    return _by_complex(xq, xk, freqs_cis)
+    table = view_of(_complex_table, freqs_cis, about=(xq.shape[1],))
+    return rope_cupy.apply_rotary_qk(xq, xk, table, interleaved=True)
 
 
 def liger_llama4_vision_rotary_pos_emb(
@@ -133,21 +115,50 @@ def liger_llama4_vision_rotary_pos_emb(
     The table is complex, (seq_len, head_dim / 2), and may have axes of size 1. A complex table
     becomes real when its model is cast; such a table multiplies by its real part.
     """
-    freqs = freqs_ci.reshape(-1, freqs_ci.shape[-1])
-    if _is_complex(freqs):
-        return _by_complex(query, key, freqs)
-    table = rope_cupy.RotaryTable(freqs, freqs * 0)
+    if _is_complex(freqs_ci):
+        table = view_of(_complex_table, freqs_ci, about=(query.shape[1], True))
+    else:
+        freqs = freqs_ci.reshape(-1, freqs_ci.shape[-1])
+        table = rope_cupy.RotaryTable(freqs, freqs * 0)
     return rope_cupy.apply_rotary_qk(query, key, table, interleaved=True)
 
 
-def _by_complex(q: Tensor, k: Tensor, freqs: Any) -> tuple[Tensor, Tensor]:
-    seq_len = q.shape[1]
+def _table(
+    cos: Any, sin: Any, unsqueeze_dim: int, rotary_dim: int | None, head_dim: int
+) -> rope_cupy.RotaryTable:
+    """Return the table of `liger_rotary_pos_emb`, by batch and token."""
+    if cos.ndim == 4:
+        axis = unsqueeze_dim if cos.shape[unsqueeze_dim] == 1 else 1
+        cos, sin = cos.squeeze(axis), sin.squeeze(axis)
+    if cos.ndim == 2:
+        cos, sin = cos[None], sin[None]
+    if rotary_dim is None:
+        return half_width(cos[..., :head_dim], sin[..., :head_dim])
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise ValueError(
+            f"rotary_dim must be even and in (0, head_dim={head_dim}], got {rotary_dim}"
+        )
+    half = rotary_dim // 2
+    if cos.shape[-1] < half:
+        raise ValueError(
+            f"cos must have rotary_dim / 2 = {half} columns or more, got {cos.shape[-1]}"
+        )
+    return rope_cupy.RotaryTable(cos[..., :half], sin[..., :half])
+
+
+def _by_token(cos: Any, sin: Any) -> tuple[rope_cupy.RotaryTable, Any]:
+    rows, positions = by_token_of_three_axes(cos, sin)
+    return half_width(*rows), positions
+
+
+def _complex_table(freqs: Any, seq_len: int, is_flat: bool = False) -> rope_cupy.RotaryTable:
+    """Return the table of the first `seq_len` tokens, of the last two axes alone if `is_flat`."""
     if not _is_complex(freqs):  # the last axis has real and imaginary parts
         cos, sin = freqs[..., 0], freqs[..., 1]
-        table = rope_cupy.RotaryTable(cos[..., :seq_len, :], sin[..., :seq_len, :])
-    else:
-        table = rope_cupy.RotaryTable.from_complex(freqs[..., :seq_len, :])
-    return rope_cupy.apply_rotary_qk(q, k, table, interleaved=True)
+        return rope_cupy.RotaryTable(cos[..., :seq_len, :], sin[..., :seq_len, :])
+    if is_flat:
+        freqs = freqs.reshape(-1, freqs.shape[-1])
+    return rope_cupy.RotaryTable.from_complex(freqs[..., :seq_len, :])
 
 
 def _is_complex(x: Any) -> bool:

@@ -97,8 +97,8 @@ def apply_rotary_emb_qkv_(
         return x if cu_seqlens is None or x.ndim != 4 else x.view(-1, *x.shape[2:])
 
     def rotate(x: Tensor, out: Tensor, *, conjugate: bool) -> None:
-        x_parts, out_parts = parts(by_head(x), num_heads_q), parts(by_head(out), num_heads_q)
-        (q, k, v), (q_out, k_out, v_out) = x_parts, out_parts
+        q, k, v = x_parts = parts(by_head(x), num_heads_q)
+        q_out, k_out, v_out = x_parts if out is x else parts(by_head(out), num_heads_q)
         rope_cupy.apply_rotary_qk(
             q, k, (cos, sin), out=(q_out, k_out), conjugate=conjugate, **options
         )

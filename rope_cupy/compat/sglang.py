@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import rope_cupy
 
-from ._shared import inference_only
+from ._shared import cache_table, inference_only, view_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,15 +73,14 @@ def rotary_embedding_cos_sin(
     own columns. With `positions` (tokens,), the row of a token is that of its position.
     """
     head_size, of_neighbours = _head_size(query, head_size), _flag(interleaved, is_neox)
-    make: Any = rope_cupy.RotaryTable if of_neighbours else rope_cupy.RotaryTable.from_elementwise
-    if of_neighbours and cos.shape[-1] == head_size:
-        cos, sin = cos[..., ::2], sin[..., 1::2]
     options: dict[str, Any] = {"interleaved": of_neighbours}
+    batches = None
     if query.ndim == 4 and positions is None:
-        cos, sin = (part.reshape(*query.shape[:2], -1) for part in (cos, sin))
+        batches = tuple(query.shape[:2])
     elif positions is not None:
         options["positions"] = positions.reshape(query.shape[:2]) if query.ndim == 4 else positions
-    _in_place(query, key, make(cos, sin), head_size, options)
+    table = view_of(_rows, cos, sin, about=(of_neighbours, head_size, batches))
+    _in_place(query, key, table, head_size, options)
 
 
 @inference_only
@@ -102,7 +101,7 @@ def rotary_embedding(
     options = {"positions": positions, "interleaved": not _flag(interleaved, is_neox)}
     if query.ndim == 4:
         options["positions"] = positions.reshape(query.shape[:2])
-    table = rope_cupy.RotaryTable.from_cache(cos_sin_cache)
+    table = cache_table(cos_sin_cache)
     _in_place(query, key, table, _head_size(query, head_size), options)
 
 
@@ -147,7 +146,7 @@ def apply_rope_inplace(
 ) -> None:
     """Rotate q and k (tokens, heads, head_dim) in place by a cache (max_position, rope_dim)."""
     _check_rope_dim(cos_sin_cache, rope_dim)
-    table = rope_cupy.RotaryTable.from_cache(cos_sin_cache)
+    table = cache_table(cos_sin_cache)
     rope_cupy.apply_rotary_qk(q, k, table, positions=positions, interleaved=not is_neox, out=(q, k))
 
 
@@ -170,7 +169,7 @@ def apply_rope_inplace_with_kvcache(
     This takes two launches: one for the caches and q, then one for k.
     """
     _check_rope_dim(cos_sin_cache, rope_dim)
-    table = rope_cupy.RotaryTable.from_cache(cos_sin_cache)
+    table = cache_table(cos_sin_cache)
     how: dict[str, Any] = {"positions": positions, "interleaved": not is_neox}
     rope_cupy.apply_rotary_kv_cache(
         q, k, v.reshape(k.shape), k_cache, v_cache, table, slot_mapping=out_loc, out=q, **how
@@ -214,6 +213,7 @@ def apply_rope_with_cos_sin_cache_inplace(
     )
 
 
+@inference_only
 def apply_rope_with_cos_sin_cache_inplace_by_head_size(
     positions: Tensor,
     query: Tensor,
@@ -227,10 +227,11 @@ def apply_rope_with_cos_sin_cache_inplace_by_head_size(
     """Rotate query and key (tokens, heads * head_size) or (tokens, heads, head_size) in place, and
     with `fused_set_kv_buffer_arg` write the rotated key and its values to the caches.
     """
-    q, k = (_by_head(x, head_size) for x in (query, key))
     if fused_set_kv_buffer_arg is None:
-        apply_rope_inplace(q, k, cos_sin_cache, positions, is_neox=is_neox)
+        table, options = cache_table(cos_sin_cache), {"positions": positions}
+        _in_place(query, key, table, head_size, options | {"interleaved": not is_neox})
         return
+    q, k = (_by_head(x, head_size) for x in (query, key))
     v, k_cache, v_cache, slots = _of_fused(fused_set_kv_buffer_arg)
     apply_rope_inplace_with_kvcache(
         q, k, v, k_cache, v_cache, cos_sin_cache, positions, slots, is_neox=is_neox
@@ -307,6 +308,19 @@ def apply_rotary_embedding_triton(
     return rope_cupy.apply_rotary(x, (cos, sin), interleaved=True)
 
 
+def _rows(
+    cos: Any, sin: Any, of_neighbours: bool, head_size: int, batches: tuple[int, int] | None
+) -> rope_cupy.RotaryTable:
+    """Return the table of `rotary_embedding_cos_sin`, by batch and token if there are batches."""
+    if of_neighbours and cos.shape[-1] == head_size:
+        cos, sin = cos[..., ::2], sin[..., 1::2]
+    if batches is not None:
+        cos, sin = (part.reshape(*batches, -1) for part in (cos, sin))
+    if of_neighbours:
+        return rope_cupy.RotaryTable(cos, sin)
+    return rope_cupy.RotaryTable.from_elementwise(cos, sin)
+
+
 def _by_head(x: Any, head_size: int) -> Any:
     """Return x, or a view of x with an axis of heads."""
     if x.ndim > 2:
@@ -364,9 +378,14 @@ def _cache_table(cache: Any, full_width: bool, rope_dim: int) -> rope_cupy.Rotar
     """Return the table of a cache, which has full width if every element has its own angle."""
     _check_rope_dim(cache, rope_dim, full_width)
     if not full_width:
-        return rope_cupy.RotaryTable.from_cache(cache)
-    width = cache.shape[-1] // 2
-    return rope_cupy.RotaryTable.from_elementwise(cache[..., :width], cache[..., width:])
+        return cache_table(cache)
+    return view_of(_halves_table, cache)
+
+
+def _halves_table(cos_sin: Any) -> rope_cupy.RotaryTable:
+    """Return the table of rows of cosines, then sines, that each element has of its own."""
+    width = cos_sin.shape[-1] // 2
+    return rope_cupy.RotaryTable.from_elementwise(cos_sin[..., :width], cos_sin[..., width:])
 
 
 def _of_norm(is_neox: bool, rounded: bool) -> dict[str, Any]:

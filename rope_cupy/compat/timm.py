@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import rope_cupy
 
-from ._shared import broadcast_axes, with_leading_axes
+from ._shared import broadcast_axes, view_of, with_leading_axes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,18 +25,7 @@ def apply_rot_embed(x: Tensor, sin_emb: Tensor, cos_emb: Tensor, half: bool = Fa
 
     Pairs are neighbours, or with `half` halves.
     """
-    if x.ndim > 4:
-        raise ValueError(f"x must have at most 4 axes, got shape {tuple(x.shape)}")
-    whole, cos, sin = with_leading_axes(x, 4), cos_emb, sin_emb
-    layout: Any = "bhsd"
-    if cos.ndim != 2 or cos.shape[0] != whole.shape[2]:  # if not, there is a row for each token
-        cos, sin = with_leading_axes(cos, 4), with_leading_axes(sin, 4)
-        layout, (cos, sin) = broadcast_axes(whole.shape, cos, sin)
-    table = rope_cupy.RotaryTable.from_elementwise(cos, sin)
-    y: Any = rope_cupy.apply_rotary(
-        whole, table, layout=layout, interleaved=not half, rounding="eager"
-    )
-    return y if x.ndim == 4 else y.reshape(x.shape)  # type: ignore[no-any-return]
+    return _rotated(x, half, _table, sin_emb, cos_emb)
 
 
 def apply_rot_embed_list(
@@ -49,5 +38,29 @@ def apply_rot_embed_list(
 
 def apply_rot_embed_cat(x: Tensor, emb: Tensor, half: bool = False) -> Tensor:
     """Rotate as `apply_rot_embed`, by one tensor that has sines, then cosines."""
+    return _rotated(x, half, _table_of_one, emb)
+
+
+def _rotated(x: Any, half: bool, make: Any, *parts: Any) -> Tensor:
+    if x.ndim > 4:
+        raise ValueError(f"x must have at most 4 axes, got shape {tuple(x.shape)}")
+    whole = with_leading_axes(x, 4)
+    layout, table = view_of(make, *parts, about=tuple(whole.shape[:3]))  # type: ignore[misc]
+    y: Any = rope_cupy.apply_rotary(
+        whole, table, layout=layout, interleaved=not half, rounding="eager"
+    )
+    return y if x.ndim == 4 else y.reshape(x.shape)  # type: ignore[no-any-return]
+
+
+def _table(sin: Any, cos: Any, *shape: int) -> tuple[Any, rope_cupy.RotaryTable]:
+    """Return the layout of x, of which `shape` has the first three sizes, and its table."""
+    layout = "bhsd"
+    if cos.ndim != 2 or cos.shape[0] != shape[2]:  # if not, there is a row for each token
+        cos, sin = with_leading_axes(cos, 4), with_leading_axes(sin, 4)
+        layout, (cos, sin) = broadcast_axes(shape, cos, sin)
+    return layout, rope_cupy.RotaryTable.from_elementwise(cos, sin)
+
+
+def _table_of_one(emb: Any, *shape: int) -> tuple[Any, rope_cupy.RotaryTable]:
     width = emb.shape[-1] // 2
-    return apply_rot_embed(x, emb[..., :width], emb[..., width:], half)
+    return _table(emb[..., :width], emb[..., width:], *shape)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import rope_cupy
 
+from ._shared import view_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,7 +29,7 @@ class ComplexRoPE:
 
         The cache is (1 or batch, seq_len, 1, head_dim / 2).
         """
-        table = rope_cupy.RotaryTable.from_complex(_rows(query, rope_cache))
+        table = view_of(_complex_table, rope_cache, about=(query.shape[1],))
         return rope_cupy.apply_rotary_qk(query, key, table, interleaved=True)
 
 
@@ -40,9 +42,7 @@ class CosSinRoPE:
 
         The cache is (1 or batch, seq_len, 1, 2 head_dim). Each row has cosines, then sines.
         """
-        head_dim, rows = query.shape[-1], _rows(query, rope_cache)
-        cos, sin = rows[..., :head_dim], rows[..., head_dim:]
-        table = rope_cupy.RotaryTable.from_elementwise(cos, sin)
+        table = view_of(_real_table, rope_cache, about=tuple(query.shape[1::2]))
         return rope_cupy.apply_rotary_qk(query, key, table, interleaved=False)
 
 
@@ -53,6 +53,15 @@ def apply_rotary_emb(query: Tensor, key: Tensor, rope_cache: Tensor) -> tuple[Te
     return q_out, k_out
 
 
-def _rows(query: Tensor, cache: Tensor) -> Tensor:
+def _complex_table(cache: Any, seq_len: int) -> rope_cupy.RotaryTable:
+    return rope_cupy.RotaryTable.from_complex(_rows(cache, seq_len))
+
+
+def _real_table(cache: Any, seq_len: int, head_dim: int) -> rope_cupy.RotaryTable:
+    rows = _rows(cache, seq_len)
+    return rope_cupy.RotaryTable.from_elementwise(rows[..., :head_dim], rows[..., head_dim:])
+
+
+def _rows(cache: Any, seq_len: int) -> Any:
     """Return the first rows of a cache by position, or a prepared cache unchanged."""
-    return cache[: query.shape[1]] if cache.ndim == 2 else cache
+    return cache[:seq_len] if cache.ndim == 2 else cache

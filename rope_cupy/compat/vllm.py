@@ -25,7 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import rope_cupy
 
-from ._shared import by_token_of_three_axes, inference_only, itself_or_new
+from ._shared import (
+    by_token_of_three_axes,
+    cache_table,
+    inference_only,
+    itself_or_new,
+    view_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +70,7 @@ def rotary_embedding(
         "rotary_offset": rope_dim_offset,
         "conjugate": inverse,
     }
-    table = rope_cupy.RotaryTable.from_cache(cos_sin_cache)
+    table = cache_table(cos_sin_cache)
     if key is None:
         rope_cupy.apply_rotary(query, table, out=query, **options)
     else:
@@ -102,7 +108,7 @@ def fused_qk_norm_rope(
         k,
         q_weight,
         k_weight,
-        rope_cupy.RotaryTable.from_cache(cos_sin_cache),
+        cache_table(cos_sin_cache),
         eps=eps,
         round_norm=False,
         positions=position_ids,
@@ -131,11 +137,11 @@ def triton_mrope(
     a rotated copy is returned.
     """
     half = rotary_dim // 2
-    (cos, sin), positions = by_token_of_three_axes(cos[..., :half], sin[..., :half])
+    table, positions = view_of(by_token_of_three_axes, cos, sin, about=(half,))
     return rope_cupy.apply_rotary_qk(
         q,
         k,
-        (cos, sin),
+        table,
         positions=positions,
         mrope_section=_sections(mrope_section, half, mrope_interleaved),
         mrope_interleaved=mrope_interleaved,
@@ -186,7 +192,7 @@ def fused_qk_rmsnorm_rope_gate(
         k.reshape(tokens, num_kv_heads, head_dim),
         q_weight,
         k_weight,
-        rope_cupy.RotaryTable.from_cache(cos_sin_cache),
+        cache_table(cos_sin_cache),
         eps=eps,
         weight_offset=norm_beta,
         positions=positions,
