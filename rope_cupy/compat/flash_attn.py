@@ -105,22 +105,11 @@ def apply_rotary_emb_qkv_(
     headdim). If cos_k and sin_k are given, they rotate k.
     """
     options = keywords(seqlen_offsets, None, interleaved)
-    table = cos, sin
-    table_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
-    is_one = cos_k is None and sin_k is None
+    if cos_k is not None or sin_k is not None:
+        options["k_table"] = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
 
     def rotate(x: Tensor, out: Tensor, *, conjugate: bool) -> None:
-        q, k, v = parts(x, num_heads_q)
-        q_out, k_out, v_out = (q, k, v) if out is x else parts(out, num_heads_q)
-        if is_one:
-            rope_cupy.apply_rotary_qk(
-                q, k, table, out=(q_out, k_out), conjugate=conjugate, **options
-            )
-        else:
-            rope_cupy.apply_rotary(q, table, out=q_out, conjugate=conjugate, **options)
-            rope_cupy.apply_rotary(k, table_k, out=k_out, conjugate=conjugate, **options)
-        if out is not x:
-            v_out[...] = v
+        rotate_packed(x, out, num_heads_q, (cos, sin), options | {"conjugate": conjugate})
 
     return in_place(qkv, rotate)
 
@@ -262,11 +251,41 @@ def keywords(
     return options
 
 
-def parts(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the views q, k and v of (..., 3, nheads, headdim) or (..., heads, headdim)."""
+def rotate_packed(
+    x: Tensor, out: Tensor, num_heads_q: int | None, table: Any, options: dict[str, Any]
+) -> None:
+    """Rotate q and k of x, (..., 3, nheads, headdim) or (..., heads, headdim), and write out."""
+    num_heads, num_kv_heads = _numbers(x, num_heads_q)
+    is_one_axis = x.ndim != 5 or all(y.stride(2) == num_heads * y.stride(3) for y in (x, out))
+    if is_one_axis and "k_table" not in options:
+        options = options | {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        packed = x if x.ndim != 5 else _one_axis(x)
+        packed_out = packed if out is x else out if x.ndim != 5 else _one_axis(out)
+        rope_cupy.apply_rotary_qkv(packed, table, out=packed_out, **options)
+        return
+    q, k, v = _parts(x, num_heads, num_kv_heads)
+    q_out, k_out, v_out = (q, k, v) if out is x else _parts(out, num_heads, num_kv_heads)
+    rope_cupy.apply_rotary_qk(q, k, table, out=(q_out, k_out), **options)
+    if out is not x:
+        v_out[...] = v
+
+
+def _one_axis(qkv: Tensor) -> Tensor:
+    return qkv.view(*qkv.shape[:2], -1, qkv.shape[-1])
+
+
+def _parts(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    if qkv.ndim == 5:
+        return qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2)
+    q, k, v = qkv.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), -2)
+    return q, k, v
+
+
+def _numbers(qkv: Tensor, num_heads_q: int | None) -> tuple[int, int]:
+    """Return how many heads q and k have."""
     if qkv.ndim == 5:
         check_packed("qkv", qkv, 3)
-        return qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2)
+        return qkv.shape[3], qkv.shape[3]
     if num_heads_q is None:
         raise ValueError(f"num_heads_q must be given with qkv of {qkv.ndim} axes, got None")
     num_heads_k, rest = divmod(qkv.shape[-2] - num_heads_q, 2)
@@ -275,8 +294,7 @@ def parts(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]
             f"qkv must have num_heads_q + 2 num_heads_k heads, {num_heads_q} of them q's, got "
             f"{qkv.shape[-2]}"
         )
-    q, k, v = qkv.split_with_sizes((num_heads_q, num_heads_k, num_heads_k), -2)
-    return q, k, v
+    return num_heads_q, num_heads_k
 
 
 def check_packed(name: str, x: Tensor, count: int) -> None:

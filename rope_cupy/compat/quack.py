@@ -16,7 +16,7 @@ import rope_cupy
 from ._autograd import in_place
 from .flash_attn import apply_rotary as flash_attn_rotary
 from .flash_attn import apply_rotary_emb_kv_ as flash_attn_rotary_kv_
-from .flash_attn import keywords, parts
+from .flash_attn import keywords, rotate_packed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,13 +97,10 @@ def apply_rotary_emb_qkv_(
         return x if cu_seqlens is None or x.ndim != 4 else x.view(-1, *x.shape[2:])
 
     def rotate(x: Tensor, out: Tensor, *, conjugate: bool) -> None:
-        q, k, v = x_parts = parts(by_head(x), num_heads_q)
-        q_out, k_out, v_out = x_parts if out is x else parts(by_head(out), num_heads_q)
-        rope_cupy.apply_rotary_qk(
-            q, k, (cos, sin), out=(q_out, k_out), conjugate=conjugate, **options
-        )
-        if out is not x:
-            v_out[...] = v
+        heads = by_head(x)
+        heads_out = heads if out is x else by_head(out)
+        how = options | {"conjugate": conjugate}
+        rotate_packed(heads, heads_out, num_heads_q, (cos, sin), how)
 
     return in_place(qkv, rotate, reuse_gradient=True)
 

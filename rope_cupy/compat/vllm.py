@@ -102,20 +102,16 @@ def fused_qk_norm_rope(
             f"qkv must have {num_heads_q} + {num_heads_k} + {num_heads_v} heads of {head_dim} "
             f"elements, got shape {tuple(qkv.shape)}"
         )
+    table = cache_table(cos_sin_cache)
+    options: dict[str, Any] = {"eps": eps, "round_norm": False, "positions": position_ids}
+    options |= {"interleaved": not is_neox, "head_dim": head_dim}
+    if num_heads_v == num_heads_k:
+        options |= {"num_heads": num_heads_q, "num_kv_heads": num_heads_k}
+        options |= {"q_weight": q_weight, "k_weight": k_weight}
+        rope_cupy.apply_rotary_qkv(qkv, table, out=qkv, **options)
+        return
     q, k = qkv[:, :end_q], qkv[:, end_q:end_k]
-    rope_cupy.apply_qk_norm_rotary(
-        q,
-        k,
-        q_weight,
-        k_weight,
-        cache_table(cos_sin_cache),
-        eps=eps,
-        round_norm=False,
-        positions=position_ids,
-        interleaved=not is_neox,
-        head_dim=head_dim,
-        out=(q, k),
-    )
+    rope_cupy.apply_qk_norm_rotary(q, k, q_weight, k_weight, table, out=(q, k), **options)
 
 
 @inference_only
