@@ -39,6 +39,7 @@ from rope_cupy import (
     apply_rotary,
     apply_rotary_kv_cache,
     apply_rotary_qk,
+    apply_rotary_qkv,
     frequencies,
 )
 
@@ -147,9 +148,9 @@ Cases = dict[str, Case]  # by the name of the function, behind which others may 
 
 def flash_attn(a: Arrays) -> Cases:
     table, keep = (a.cos, a.sin), {"out_of_range": "keep"}
-    q, k, in_place = a.qkv[:, :, :Q_HEADS], a.qkv[:, :, Q_HEADS:-K_HEADS], {"inplace": True}
+    in_place, heads = {"inplace": True}, {"num_heads": Q_HEADS, "num_kv_heads": K_HEADS}
     new = partial(apply_rotary, a.q, table, **keep)
-    both = partial(apply_rotary_qk, q, k, table, out=(q, k), **keep)
+    both = partial(apply_rotary_qkv, a.qkv, table, out=a.qkv, **heads, **keep)
     packed = {"num_heads_q": Q_HEADS}
     k_of_kv = a.kv[:, :, 0]
     written = partial(apply_rotary, a.q, table, out=a.q, **keep)
@@ -224,11 +225,10 @@ def new_and_in_place(
 def vllm(a: Arrays) -> Cases:
     q, k = a.q[0].flatten(1), a.k[0].flatten(1)
     packed = a.qkv[0].flatten(1)
-    q_of_packed, k_of_packed = (
-        x.flatten(1) for x in (a.qkv[0, :, :Q_HEADS], a.qkv[0, :, Q_HEADS:-K_HEADS])
-    )
     table, out = RotaryTable.from_cache(a.cache), (q, k)
-    of_packed = {"head_dim": DIM, "positions": a.positions, "round_norm": False, "eps": EPS}
+    of_packed: dict[str, Any] = {"num_heads": Q_HEADS, "num_kv_heads": K_HEADS, "head_dim": DIM}
+    of_packed |= {"q_weight": a.weights[0], "k_weight": a.weights[1], "round_norm": False}
+    of_packed["positions"] = a.positions
     by_axes = {"positions": a.axes, "mrope_section": SECTIONS}
     axes = tuple(part.expand(3, -1, -1).contiguous() for part in (a.cos, a.sin))
     heads = Q_HEADS, K_HEADS, K_HEADS, DIM, EPS
@@ -248,12 +248,7 @@ def vllm(a: Arrays) -> Cases:
         ),
         "fused_qk_norm_rope": Case(
             (packed, *heads, *a.weights, a.cache, True, a.positions),
-            partial(
-                apply_qk_norm_rotary,
-                *(q_of_packed, k_of_packed, *a.weights, table),
-                out=(q_of_packed, k_of_packed),
-                **of_packed,
-            ),
+            partial(apply_rotary_qkv, packed, table, out=packed, **of_packed),
             written=(packed,),
         ),
         "triton_mrope": Case(
@@ -390,8 +385,10 @@ def apex(a: Arrays) -> Cases:
     eager = {"rounding": "eager"}
     height = max(n for n in range(1, int(a.tokens**0.5) + 1) if a.tokens % n == 0)
     image = a.q.unflatten(1, (height, -1))
-    by_row = tuple(part[None, :height, None, : DIM // 2] for part in a.full)
-    by_column = tuple(part[None, : a.tokens // height, None, : DIM // 2] for part in a.full)
+    by_row = tuple(part[None, :height, None, : DIM // 2].contiguous() for part in a.full)
+    by_column = tuple(
+        part[None, : a.tokens // height, None, : DIM // 2].contiguous() for part in a.full
+    )
 
     def by_table(conjugate: bool) -> Any:
         out = torch.empty_like(a.q)

@@ -18,6 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 MAX_VIEWS = 256  # that are kept
 _views: dict[Any, tuple[Any, ...]] = {}  # with the places of what they view
+_grad_mode: list[Callable[[], bool]] = []  # PyTorch's, once it is known to be there
 _counts: dict[Any, Any] = {}  # by device and number of bits
 
 
@@ -30,6 +31,8 @@ def inference_only(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _grad_mode and not _grad_mode[0]():
+            return function(*args, **kwargs)
         for array in (*args, *kwargs.values()) if kwargs else args:
             if getattr(array, "requires_grad", False):
                 with sys.modules["torch"].no_grad():
@@ -78,6 +81,7 @@ def _kept_view(make: Callable[..., R], x: Any, y: Any, about: tuple[Any, ...]) -
     def forget(_: object) -> None:
         _views.pop(key, None)
 
+    _grad_mode[:] = [torch.is_grad_enabled]
     view = make(*[array.detach() for array in arrays], *about)  # which do not keep the tensors
     refs = [weakref.ref(array, forget) for array in arrays]
     put(_views, key, (view, places[0], places[-1], refs), MAX_VIEWS)

@@ -83,14 +83,14 @@ def forward_2d(
     The row of a patch rotates the first half of each head, and its column the second half. cos_h
     and sin_h are (1, height or more, 1, d / 2), cos_w and sin_w (1, width or more, 1, d / 2).
     """
-    return _image(input, (cos_h, sin_h), (cos_w, sin_w), False)
+    return _image(input, input.shape[1:3], (cos_h, sin_h), (cos_w, sin_w), False)
 
 
 def backward_2d(
     output_grads: Tensor, cos_h: Tensor, sin_h: Tensor, cos_w: Tensor, sin_w: Tensor, /
 ) -> Tensor:
     """Return the gradient of `forward_2d`'s input; output_grads has the shape of that input."""
-    return _image(output_grads, (cos_h, sin_h), (cos_w, sin_w), True)
+    return _image(output_grads, output_grads.shape[1:3], (cos_h, sin_h), (cos_w, sin_w), True)
 
 
 def fused_apply_rotary_pos_emb(
@@ -124,13 +124,14 @@ def fused_apply_rotary_pos_emb_2d(
     """Do what `forward_2d` does for t (b, img_h * img_w, h, d), with a gradient."""
 
     def rotate(x: Tensor, *, conjugate: bool) -> Tensor:
-        image = x.reshape(x.shape[0], img_h, img_w, *x.shape[2:])
-        return _image(image, (cos_h, sin_h), (cos_w, sin_w), conjugate)
+        return _image(x, (img_h, img_w), (cos_h, sin_h), (cos_w, sin_w), conjugate)
 
     return _with_gradient(rotate, t)
 
 
 def _with_gradient(rotate: Any, t: Any) -> Tensor:
+    if not t.requires_grad:
+        return rotate(t, conjugate=False)  # type: ignore[no-any-return]
     from ._autograd import with_gradient  # PyTorch's, which the extension's functions do not need
 
     return with_gradient(rotate, t)
@@ -186,19 +187,19 @@ def _thd(x: Any, cu_seqlens: Any, freqs: Any, conjugate: bool) -> Tensor:
 
 
 @inference_only
-def _image(x: Any, of_row: tuple[Any, Any], of_column: tuple[Any, Any], conjugate: bool) -> Tensor:
-    """Rotate the first halves with columns as heads, then the second with rows as batches."""
-    batch, height, width, heads, head_dim = x.shape
+def _image(
+    x: Any, size: Any, of_row: tuple[Any, Any], of_column: tuple[Any, Any], conjugate: bool
+) -> Tensor:
+    """Rotate the first halves with columns as heads, then the second with rows as batches.
+
+    x has the height and the width of an image, `size`, on one axis or two.
+    """
+    batch, (height, width), (heads, head_dim) = x.shape[0], size, x.shape[-2:]
     how: dict[str, Any] = {"interleaved": False, "conjugate": conjugate, "rounding": "eager"}
     out: Tensor = empty_like(x)
-    rope_cupy.apply_rotary(
-        x.reshape(batch, height, width * heads, head_dim),
-        _table(*of_row, x),
-        out=out.reshape(batch, height, width * heads, head_dim),
-        **how,
-    )
-    columns = out.reshape(batch * height, width, heads, head_dim)
-    rope_cupy.apply_rotary(
-        columns, _table(*of_column, x), rotary_offset=head_dim // 2, out=columns, **how
-    )
-    return out.reshape(batch, height * width, heads, head_dim)
+    by_row = batch, height, width * heads, head_dim
+    row_table, rows = _table(*of_row, x), out.view(by_row)
+    rope_cupy.apply_rotary(x.reshape(by_row), row_table, out=rows, **how)
+    column_table, columns = _table(*of_column, x), out.view(batch * height, width, heads, head_dim)
+    rope_cupy.apply_rotary(columns, column_table, rotary_offset=head_dim // 2, out=columns, **how)
+    return out if out.ndim == 4 else out.view(batch, height * width, heads, head_dim)

@@ -185,7 +185,8 @@ def _norm(q_scale: Any, k_scale: Any, epsilon: float) -> Norm:
 def _one(
     x: Tensor, freqs: Any, interleaved: bool, norm: Norm = None, *, in_place: bool = False
 ) -> Tensor:
-    (y,) = _call((x,), freqs, _table(x, freqs), interleaved, norm, in_place)
+    table = view_of(_table, freqs, about=(x.shape,))
+    (y,) = _call((x,), freqs, table, interleaved, norm, in_place)
     return y  # type: ignore[no-any-return]
 
 
@@ -194,17 +195,14 @@ def _two(
 ) -> tuple[Any, Any]:
     """Rotate q and k, in one launch where nothing but the number of heads tells them apart."""
     q, k = xs
-    table = _table(q, freqs)
-    if q.shape != k.shape or q.dtype != k.dtype:
-        heads = q.ndim - (2 if table[1] == "bshd" else 3)
-        shapes = [[size for i, size in enumerate(x.shape) if i != heads] for x in xs]
-        if shapes[0] != shapes[1] or q.dtype != k.dtype:
-            scales = ((None,), (None,)) if norm is None else ((norm[0][0],), (norm[0][1],))
-            norms = [norm and (each, norm[1]) for each in scales]
-            (q_out,) = _call((q,), freqs, table, interleaved, norms[0], in_place)
-            (k_out,) = _call((k,), freqs, _table(k, freqs), interleaved, norms[1], in_place)
-            return q_out, k_out
-    q_out, k_out = _call(xs, freqs, table, interleaved, norm, in_place)
+    table, k_table = view_of(_tables, freqs, about=(q.shape, k.shape))
+    if k_table is None and q.dtype == k.dtype:
+        q_out, k_out = _call(xs, freqs, table, interleaved, norm, in_place)
+        return q_out, k_out
+    scales = ((None,), (None,)) if norm is None else ((norm[0][0],), (norm[0][1],))
+    norms = [norm and (each, norm[1]) for each in scales]
+    (q_out,) = _call((q,), freqs, table, interleaved, norms[0], in_place)
+    (k_out,) = _call((k,), freqs, k_table or table, interleaved, norms[1], in_place)
     return q_out, k_out
 
 
@@ -246,19 +244,28 @@ def _call(
     return results  # type: ignore[no-any-return]
 
 
-def _table(x: Any, freqs: Any) -> tuple[rope_cupy.RotaryTable, str]:
+def _tables(freqs: Any, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Return what `_table` does for q, and for k unless they differ in the number of heads alone.
+
+    Else k has None.
+    """
+    table = _table(freqs, q_shape)
+    heads = len(q_shape) - (2 if table[1] == "bshd" else 3)
+    of_q, of_k = (
+        [size for i, size in enumerate(shape) if i != heads] for shape in (q_shape, k_shape)
+    )
+    return table, None if of_q == of_k else _table(freqs, k_shape)
+
+
+def _table(freqs: Any, shape: tuple[int, ...]) -> tuple[rope_cupy.RotaryTable, str]:
     """Return the table, cut to the tokens of x, and the layout of x with axes in front."""
-    return view_of(_table_for, freqs, about=tuple(x.shape))
-
-
-def _table_for(freqs: Any, *shape: int) -> tuple[rope_cupy.RotaryTable, str]:
     ndim = len(shape)
     if ndim > 4:
-        raise ValueError(f"x must have at most 4 axes, got shape {shape}")
+        raise ValueError(f"x must have at most 4 axes, got shape {tuple(shape)}")
     if ndim > 2 and freqs.ndim > 2 and shape[2] != 1 and freqs.shape[2] > shape[2]:
         freqs = freqs[:, :, : shape[2]]
-    shape = (1,) * (4 - ndim) + shape
-    layout, (freqs,) = broadcast_axes(shape, with_leading_axes(freqs, 6))
+    whole = (1,) * (4 - ndim) + tuple(shape)
+    layout, (freqs,) = broadcast_axes(whole, with_leading_axes(freqs, 6))
     return rope_cupy.RotaryTable.from_matrices(freqs), layout
 
 
