@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -329,3 +330,85 @@ def test_other_libraries_arrays(array):
     freqs = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))[:, None]
     right(comfy_kitchen.apply_rope1_(new(q)[0], array(freqs)), neighbours)
     right(comfy_kitchen.apply_rope(*new(q, k), array(freqs))[0], neighbours)
+
+
+TABLE_CALLS = {  # of q (1, tokens, heads, 16) by cosines and sines (tokens, 8), and their shape
+    "vllm.rotary_embedding": lambda q, cos_sin: vllm.rotary_embedding(
+        POSITIONS, q[0], None, 16, cos_sin, True
+    ),
+    "sglang.apply_rope_inplace": lambda q, cos_sin: sglang.apply_rope_inplace(
+        q[0], q[0].clone(), cos_sin, POSITIONS, is_neox=True
+    ),
+    "flashinfer.apply_rope_with_cos_sin_cache_inplace": lambda q, cos_sin: (
+        flashinfer.apply_rope_with_cos_sin_cache_inplace(POSITIONS, q[0], q[0].clone(), 16, cos_sin)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_CALLS)
+def test_a_table_is_read_where_it_is_now_and_as_it_is_now(name):
+    """A view of a cache is kept: its values may change, it may move, shrink or be turned."""
+    call, q = TABLE_CALLS[name], values(1, 5, 4, 16, dtype=torch.float32)
+
+    def check_by(cos_sin):
+        x = q.clone()
+        call(x, cos_sin)
+        cos, sin = (part[:5, None] for part in cos_sin.chunk(2, -1))
+        check(x, rotate(q, cos, sin))
+
+    cos_sin = torch.cat(table(16, 8, dtype=torch.float32), -1)
+    other = torch.cat(table(16, 8, dtype=torch.float32, base=10.0), -1)
+    check_by(cos_sin)
+    cos_sin.copy_(other)
+    check_by(cos_sin)
+    cos_sin.data = torch.cat(table(16, 8, dtype=torch.float32, base=1e3), -1)
+    check_by(cos_sin)
+    cos_sin.t_()  # as many rows as columns
+    check_by(cos_sin)
+    cos_sin.data = other
+    check_by(cos_sin)
+    cos_sin.resize_(5, 16)
+    check_by(cos_sin)
+    cos_sin.resize_(3, 16)
+    x = q.clone()
+    call(x, cos_sin)
+    assert x[:, 3:].isnan().all() and not x[:, :3].isnan().any()
+
+
+def test_what_a_reshape_would_copy_is_not_kept():
+    """Sections of a table that lie apart are read anew, for a copy would not see new values."""
+    q, k = (values(5, n * 16, dtype=torch.float32) for n in (4, 2))
+    wide = torch.zeros(5, 3, 16)
+    cos, sin = wide.transpose(0, 1).chunk(2, -1)  # whose first two axes are no one axis
+    for base in (10.0, 100.0):
+        wide.copy_(torch.cat(table(5, 8, dtype=torch.float32, base=base), -1)[:, None])
+        x = q.clone()
+        vllm.triton_mrope(x, k.clone(), cos, sin, [2, 3, 3], 16, 16, False, True)
+        exact = rotate(q.unflatten(1, (4, 16)), cos[0][:, None], sin[0][:, None])
+        check(x.unflatten(1, (4, 16)), exact)
+
+
+def test_kept_views_are_few_and_end_with_their_tensors():
+    from rope_cupy.compat import _shared
+
+    _shared._views.clear()
+    caches = [torch.cat(table(8, 8, dtype=torch.float32), -1) for _ in range(300)]
+    for each in caches:
+        _shared.cache_table(each)
+    assert len(_shared._views) == _shared.MAX_VIEWS
+    assert _shared.cache_table(each) is _shared.cache_table(each)
+    memory = np.zeros((8, 16), np.float32)
+    alive, last = weakref.ref(memory), torch.from_numpy(memory)
+    _shared.cache_table(last)
+    del caches, each, memory
+    assert len(_shared._views) == 1 and alive() is not None
+    del last
+    assert not _shared._views and alive() is None
+
+
+def test_a_table_that_requires_a_gradient_is_refused_though_a_view_of_it_is_kept():
+    q, prepared = values(1, 5, 4, 16, dtype=torch.float32), torch.ones(1, 5, 1, 32)
+    torchtitan.apply_rotary_emb(q, q, prepared)
+    prepared.requires_grad_()
+    with pytest.raises(ValueError, match="must not require a gradient"):
+        torchtitan.apply_rotary_emb(q, q, prepared)
