@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 import weakref
@@ -189,6 +190,18 @@ def test_signatures_are_the_peers(peer):
         for part in name.split("."):
             function = getattr(function, part)
         assert signature(function) == text, name
+
+
+@pytest.mark.parametrize("peer", MODULES)
+def test_the_docstring_the_readme_and_the_page_say_what_to_import_and_what_differs(peer):
+    module = importlib.import_module(f"rope_cupy.compat.{peer}")
+    first, differs = module.__doc__.split("\n\n")[:2]
+    assert "write `" in first and peer in first and " for `" in " ".join(first.split())
+    assert differs.startswith("What differs: ")
+    for page in ("README.md", "docs/other-libraries.md"):
+        text = (FOLDER.parents[1] / page).read_text(encoding="utf-8")
+        (row,) = re.findall(rf"^\| .* \| .*`[a-z_.]*\.{peer}`.* \| .+ \|$", text, re.M)
+        assert "rope_cupy.compat." in row
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
