@@ -2,8 +2,8 @@
 `transformer_engine.pytorch.attention.rope` or `transformer_engine.pytorch.attention`.
 
 What differs: two more launches compute the cosines and sines of the angles, and two more round them
-unless fused=True; calls with start_positions have gradients, and may have cp_size > 1, which not all
-versions of TransformerEngine allow; a position that is not in `freqs` gives NaN, or in "thd" an
+unless fused=True; calls with start_positions have gradients, and may have cp_size > 1, which not
+all versions of TransformerEngine allow; a position that is not in `freqs` gives NaN, or in "thd" an
 unrotated token; a tensor that is too long for `freqs` is a ValueError, not an AssertionError.
 
 As in TransformerEngine, results are contiguous; fused=True computes in float32 and rounds once;

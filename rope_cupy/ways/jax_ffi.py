@@ -17,8 +17,18 @@ import math
 import time
 from ast import literal_eval
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
-from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from contextlib import suppress
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    c_char_p,
+    c_int,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_void_p,
+    string_at,
+)
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -27,9 +37,11 @@ import ml_dtypes
 import numpy as np
 
 from .. import eager
+from ..bounded import put
 from ..call import MAX_KINDS, Call, Kind, kind_of_text, text_of
 from ..environment import cupy
 from ..memory import ndarray_at
+from ..prepared import Prepared
 from ..table_forms import TableSource
 
 TARGET = "rope_cupy_rotate"
@@ -40,7 +52,7 @@ METADATA = 1  # the type of an extension that asks for the version
 STRING = 4  # the type of an attribute
 INVALID_ARGUMENT, INTERNAL = 3, 13  # codes of errors
 QUIET_SECONDS = 0.02
-DTYPES = {  # by XLA's numbers
+DTYPES: dict[int, np.dtype[Any]] = {  # by XLA's numbers
     1: np.dtype(np.bool_),
     2: np.dtype(np.int8),
     3: np.dtype(np.int16),
@@ -161,6 +173,9 @@ class _StreamArguments(ctypes.Structure):
     ]
 
 
+Buffer = tuple[int, int, tuple[int, ...]]  # an address, XLA's number of a dtype, and a shape
+
+
 class Words(NamedTuple):
     """The dtype and shape of a 64-bit constant, which a program holds as words of 32 bits.
 
@@ -207,6 +222,7 @@ class _UnknownError(Exception):
 
 _calls = [0]  # the number of calls so far
 _refused: list[str] = []  # reasons of platforms to refuse the function
+_known: dict[Any, Prepared] = {}  # by a program, a device, and all of buffers but addresses
 
 
 @lru_cache(maxsize=1)
@@ -315,72 +331,93 @@ def _error(frame: _Frame, error: BaseException) -> int | None:
 
 
 def _rotate(platform: str, frame: _Frame) -> None:
-    program = _program_of(_attribute(frame.attributes))
-    found = [_buffer(item) for item in frame.arguments.items[: frame.arguments.size]]
-    results = [_buffer(item) for item in frame.results.items[: frame.results.size]]
-    for i, words in enumerate(program.words):
-        if words:
-            found[i] = found[i][0], np.dtype(words.dtype), words.shape
+    text = _attribute(frame.attributes)
+    outs = _read(frame.results)
+    found = _read(frame.arguments) + outs
     if platform == "cpu":
-        _run(program, [*map(_on_cpu, found)], [*map(_on_cpu, results)])
+        _run(text, None, found)
         return
-    written = [pointer for pointer, _, shape in results if 0 not in shape]
+    written = [pointer for pointer, _, shape in outs if 0 not in shape]
     if not written:
         return
-    device = cupy().cuda.runtime.pointerGetAttributes(written[0]).device
-    with ExitStack() as stack:
-        for each in _contexts(device, _stream(frame)):
-            stack.enter_context(each)
-        on_gpu = partial(_on_gpu, device)
-        _run(program, [*map(on_gpu, found)], [*map(on_gpu, results)])
+    cuda = cupy().cuda
+    device = cuda.runtime.pointerGetAttributes(written[0]).device
+    with cuda.ExternalStream(_stream(frame), device):
+        _run(text, device, found)
 
 
-def _run(program: Program, given: list[Any], outs: list[Any]) -> None:
-    """Rotate arrays of NumPy or CuPy."""
+def _run(text: bytes, device: int | None, found: list[Buffer]) -> None:
+    """Rotate buffers of a GPU, or of the CPU: arguments, then results.
+
+    A program that has run before is found by all but their addresses, and no array is made.
+    """
+    program, at = _program_of(text), tuple([pointer for pointer, *_ in found])
+    key = text, device, *[each[1:] for each in found]
+    prepared = _known.get(key)
+    if prepared is not None and prepared.fits(at):
+        prepared.write(at, program.position_offset)
+        return
+    call = _call(program, device, found)
+    eager.rotate(call)
+    prepared, *_ = eager.find(call)
+    if prepared is not None:
+        put(_known, key, prepared, eager.MAX_PREPARED)
+
+
+def _call(program: Program, device: int | None, found: list[Buffer]) -> Call:
+    """Return the call of arrays of NumPy or CuPy at the addresses of buffers."""
+    shaped = [(pointer, _dtype(number), shape) for pointer, number, shape in found]
+    for i, words in enumerate(program.words):
+        if words:
+            shaped[i] = shaped[i][0], np.dtype(words.dtype), words.shape
+    array = _on_cpu if device is None else partial(_on_gpu, device)
+    arrays = [array(*each) for each in shaped]
     kind = program.kind
     num_xs, num_extra = len(kind.names), len(kind.extra_names)
-    end = len(given) - num_extra
-    table = TableSource(kind.form, (*given[num_xs:end],))
-    xs, extra = (*given[:num_xs],), (*given[end:],)
-    eager.rotate(Call(kind, xs, table, extra, program.position_offset, (*outs,)))
+    begin = len(arrays) - num_xs  # of the results, of which there are as many as xs
+    xs, outs = (*arrays[:num_xs],), (*arrays[begin:],)
+    parts, extra = (*arrays[num_xs : begin - num_extra],), (*arrays[begin - num_extra : begin],)
+    table = TableSource(kind.form, parts)
+    return Call(kind, xs, table, extra, program.position_offset, outs)
 
 
 def _attribute(attributes: _Attributes) -> bytes:
     """Return the text of the program."""
     for i in range(attributes.size):
-        name = _Text.from_address(attributes.names[i])
-        is_text = attributes.types[i] == STRING
-        if is_text and ctypes.string_at(name.start, name.size).decode() == ATTRIBUTE:
-            text = _Text.from_address(attributes.items[i])
-            return ctypes.string_at(text.start, text.size)
+        if attributes.types[i] == STRING and _text_at(attributes.names[i]) == ATTRIBUTE.encode():
+            return _text_at(attributes.items[i])
     raise ValueError(f"{TARGET} must have the attribute {ATTRIBUTE!r}, a string, got none")
 
 
-Buffer = tuple[int, "np.dtype[Any]", tuple[int, ...]]  # an address, dtype and shape
+def _text_at(address: int) -> bytes:
+    text = _Text.from_address(address)
+    return string_at(text.start, text.size)
 
 
-def _buffer(item: int) -> Buffer:
-    """Read a buffer of XLA. Its elements are contiguous, in the order of its axes."""
-    buffer = _Buffer.from_address(item)
-    dtype = DTYPES.get(buffer.dtype)
+def _read(buffers: _Buffers) -> list[Buffer]:
+    """Read buffers of XLA. Their elements are contiguous, in the order of their axes."""
+    read = map(_Buffer.from_address, buffers.items[: buffers.size])
+    return [(each.data or 0, each.dtype, (*each.dims[: each.rank],)) for each in read]
+
+
+def _dtype(number: int) -> np.dtype[Any]:
+    dtype = DTYPES.get(number)
     if dtype is None:
-        raise TypeError(f"an array must have a dtype that is known, got XLA's {buffer.dtype}")
-    return buffer.data or 0, dtype, (*buffer.dims[: buffer.rank],)
+        raise TypeError(f"an array must have a dtype that is known, got XLA's {number}")
+    return dtype
 
 
-def _on_cpu(buffer: Buffer) -> Any:
-    """View a buffer as an array of NumPy."""
-    pointer, dtype, shape = buffer
+def _on_cpu(pointer: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+    """Return an array of NumPy at an address."""
     size = math.prod(shape) * dtype.itemsize
     return ndarray_at(pointer, "u1", (size,), (1,)).view(dtype).reshape(shape)
 
 
-def _on_gpu(device: int, buffer: Buffer) -> Any:
-    """View a buffer as an array of CuPy."""
-    pointer, dtype, shape = buffer
-    size = math.prod(shape) * dtype.itemsize
-    memory = cupy().cuda.UnownedMemory(pointer, size, None, device)
-    return cupy().ndarray(shape, dtype, cupy().cuda.MemoryPointer(memory, 0))
+def _on_gpu(device: int, pointer: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+    """Return an array of CuPy at an address."""
+    cuda, size = cupy().cuda, math.prod(shape) * dtype.itemsize
+    memory = cuda.UnownedMemory(pointer, size, None, device)
+    return cupy().ndarray(shape, dtype, cuda.MemoryPointer(memory, 0))
 
 
 def _stream(frame: _Frame) -> int:
@@ -390,9 +427,3 @@ def _stream(frame: _Frame) -> int:
     if get(ctypes.byref(arguments)):
         raise RuntimeError("XLA must have a stream for a call on a GPU, got an error")
     return arguments.stream or 0
-
-
-def _contexts(device: int, stream: int) -> tuple[AbstractContextManager[Any], ...]:
-    """Return the contexts in which CuPy's current device and stream are these."""
-    cuda = cupy().cuda
-    return cuda.Device(device), cuda.ExternalStream(stream, device)

@@ -608,6 +608,7 @@ def test_a_failure_in_a_running_program_is_an_error_of_jax(case, rng, monkeypatc
     q, *_, cos, sin = of_norms(rng, "heads", "float32")
     run = jax.jit(lambda q: apply_rotary(q, (cos, sin), positions=3))
     with monkeypatch.context() as patched:
+        patched.setattr(jax_ffi, "_known", {})
         patched.setattr(jax_ffi.eager, "rotate", fail)
         with pytest.raises(jax.errors.JaxRuntimeError, match=wanted):
             jax.block_until_ready(run(q))
@@ -645,7 +646,7 @@ class PosingCuPy:
         from rope_cupy.ways import jax_ffi
 
         assert memory[1] == np.zeros(shape, dtype).nbytes
-        return jax_ffi._on_cpu((memory[0], dtype, shape))
+        return jax_ffi._on_cpu(memory[0], dtype, shape)
 
     @contextmanager
     def Device(self, number):  # noqa: N802
@@ -676,6 +677,7 @@ def test_a_call_on_a_gpu_is_launched_on_the_device_and_stream_of_xla(rng, monkey
     run = jax.jit(lambda q, k: apply_rotary_qk(q, k, (cos, sin), positions=np.arange(TOKENS)))
     empty = jax.jit(lambda q: apply_rotary(q[:0], (cos, sin)))
     with monkeypatch.context() as patched:
+        patched.setattr(jax_ffi, "_known", {})
         patched.setattr(jax_ffi, "cupy", lambda: own)
         patched.setattr(jax_ffi, "_rotate", lambda _, frame: handle_plainly("CUDA", frame))
         patched.setattr(jax_ffi.eager, "rotate", rotate_there)
@@ -684,8 +686,35 @@ def test_a_call_on_a_gpu_is_launched_on_the_device_and_stream_of_xla(rng, monkey
         patched.setattr(jax_ffi, "_stream", lambda frame: 77)
         results = jax.block_until_ready(run(q, k))
         assert jax.block_until_ready(empty(q)).shape == (0, *q.shape[1:])
-    assert called == [[("device", 3), ("stream", 77, 3)]] and not own.entered
+        again = jax.block_until_ready(run(q * 2, k))  # found by its shapes
+    assert called == [[("stream", 77, 3)]] and not own.entered
     assert_same(results, run(q, k))
+    assert_same(again, run(q * 2, k))
+
+
+def test_a_program_that_has_run_is_found_by_all_but_addresses(rng, monkeypatch):
+    from rope_cupy.ways import jax_ffi
+
+    q, k, *_, cos, sin = of_norms(rng, "heads", "float32")
+    rotated, plain = [], jax_ffi.eager.rotate
+    monkeypatch.setattr(jax_ffi.eager, "rotate", lambda call: rotated.append(0) or plain(call))
+    monkeypatch.setattr(jax_ffi, "_known", {})
+
+    @jax.jit
+    def run(x, cos, sin, first):
+        rows = first + jnp.arange(x.shape[1])
+        here = apply_rotary(x, (cos, sin), positions=rows, out_of_range="keep")
+        return here, apply_rotary(x, (cos, sin), positions=2, interleaved=True)
+
+    calls = [(q, cos, sin, 0), (q * 3, cos, sin, 2), (q, sin, cos, -1), (k, cos, sin, 0)]
+    calls += [(x.astype("bfloat16"), *others) for x, *others in calls]
+    for x, *given, first in calls * 2:
+        options = {"positions": first + np.arange(x.shape[1]), "out_of_range": "keep"}
+        found, before = run(x, *given, first), len(rotated)
+        assert_same(found[0], apply_rotary(x, (*given,), **options))
+        assert_same(found[1], apply_rotary(x, (*given,), positions=2, interleaved=True))
+        del rotated[before:]  # by eager calls
+    assert len(rotated) <= 2 * 4 < 2 * len(calls)  # by q and k, of two dtypes
 
 
 # The structures of XLA's FFI.
