@@ -124,7 +124,7 @@ def apply_qk_norm_rotary(
             "heads" for RMSNorm of all heads of a token together (Wan, LTX, OLMo 2), "layer" for
             LayerNorm of each head (CogVideoX, CogView 4, GLM-Image). With "heads" a block of 1,024
             threads must hold a token: 65,536 elements of 16 bits in dense arrays.
-        weight_offset: the number that is added to the weights; 1.0 for Gemma.
+        weight_offset: the number that is added to weights that are given; 1.0 for Gemma.
         round_norm: True rounds the weighted norm to q's dtype before the rotation, as a model does
             whose norm is a module (Gemma, OLMo 2, `torch.nn.RMSNorm`). "before_weight" also rounds
             it before the weights, as Llama's norm in transformers does, and its copies (Qwen3,
