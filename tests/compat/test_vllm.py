@@ -1,5 +1,7 @@
 """rope_cupy.compat.vllm, over the matrix of vLLM's own tests in small."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from compat_reference import (
@@ -207,33 +209,61 @@ def test_sections_go_with_positions_of_three_axes(device):
         vllm.fused_qk_rmsnorm_rope_gate(q_gate, k, weight, weight, cos_sin, positions, *about, 32)
 
 
-@styles
-def test_the_class_for_vllms_registry(is_neox, device):
-    class RotaryEmbedding(torch.nn.Module):  # as vLLM's: it picks a method of these names
-        def __init__(self, method):
+def vllm_layer(is_neox, method):
+    """A class as vLLM's RotaryEmbedding, with a registry of its own as CustomOp has it.
+
+    A class that is registered under the name of another is made in its place, and an object picks
+    one of its methods when it is made.
+    """
+
+    class RotaryEmbedding(torch.nn.Module):
+        registry: ClassVar = {}
+
+        @classmethod
+        def register_oot(cls, registered):
+            assert cls.__name__ not in cls.registry
+            cls.registry[cls.__name__] = registered
+            return registered
+
+        def __new__(cls, *args):
+            return super().__new__(cls.registry.get(cls.__name__, cls))
+
+        def __init__(self):
             super().__init__()
             self.head_size, self.is_neox_style = D, is_neox
             self.register_buffer("cos_sin_cache", cache(40, D, torch.float32, "cpu"))
-            self.method = getattr(self, method)
+            self.picked = getattr(self, method)
 
         def forward_cuda(self, positions, query, key=None):
             raise AssertionError("vLLM's own kernel")
 
-        def forward(self, *args):
-            return self.method(*args)
+        def forward_oot(self, positions, query, key=None):
+            raise AssertionError("the method that an override has to have")
 
-    class Registered(vllm.RotaryEmbeddingOverride, RotaryEmbedding):
+        def forward(self, *args):
+            return self.picked(*args)
+
+    return RotaryEmbedding
+
+
+@styles
+@pytest.mark.parametrize("method", ["forward_cuda", "forward_oot"])
+def test_the_class_for_vllms_registry(method, is_neox, device):
+    RotaryEmbedding = vllm_layer(is_neox, method)  # noqa: N806
+
+    @RotaryEmbedding.register_oot
+    class CupyRotaryEmbedding(vllm.RotaryEmbeddingOverride, RotaryEmbedding):
         pass
 
+    layer = RotaryEmbedding()  # as a model of vLLM makes it
+    assert type(layer) is CupyRotaryEmbedding
     positions = torch.tensor([0, 39, 3], device=device)
-    for method in ("forward_cuda", "forward_oot"):
-        q = values(3, H * D, dtype=torch.bfloat16, device=device)
-        k = values(3, K * D, dtype=torch.bfloat16, device=device)
-        before = q.clone()
-        layer = Registered(method)
-        q_out, k_out = layer(positions, q, k)
-        assert q_out is q and k_out is k
-        cos, sin = (part[:, None] for part in rows_of(layer.cos_sin_cache, positions))
-        expected = rotate(before.unflatten(1, (H, D)), cos, sin, interleaved=not is_neox)
-        check(q, expected.flatten(1))
-        assert layer(positions, q)[1] is None
+    q = values(3, H * D, dtype=torch.bfloat16, device=device)
+    k = values(3, K * D, dtype=torch.bfloat16, device=device)
+    before = q.clone()
+    q_out, k_out = layer(positions, q, k)
+    assert q_out is q and k_out is k
+    cos, sin = (part[:, None] for part in rows_of(layer.cos_sin_cache, positions))
+    expected = rotate(before.unflatten(1, (H, D)), cos, sin, interleaved=not is_neox)
+    check(q, expected.flatten(1))
+    assert layer(positions, q)[1] is None
