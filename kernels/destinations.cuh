@@ -5,7 +5,7 @@
 //                          q is written to out; k and v, the second and the third tensor, to
 //                          cache[slot / block_size, slot % block_size, head], of Elements, with
 //                          slot = slots[batch, token], an Index. A token whose slot the cache
-//                          does not hold is left out.
+//                          does not hold is left out, and so is one without a slot.
 //
 // Numbers are divided by a scale before they are rounded to 8 bits. It may lie in memory as a
 // Scale.
@@ -29,6 +29,7 @@ struct Slots {
   struct Arguments {
     View slot;  // of the array of slots
     long long num_slots;
+    long long end_of_slots;  // the offset in the array of slots from which on tokens have none
     Divisor block_size;
     long long block[2];  // from one block of a cache to the next, of k's and v's
     long long place[2];  // from one place in a block to the next

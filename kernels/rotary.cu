@@ -116,8 +116,11 @@ __global__ void __launch_bounds__(
     }
   }
   [[maybe_unused]] const typename Destination::Index* slot_of_row = nullptr;
+  [[maybe_unused]] bool has_slot = true;
   if constexpr (Destination::kScatters) {
-    slot_of_row = args.slots + args.slot.template offset<kCommon>(at);
+    const long long slot_offset = args.slot.template offset<kCommon>(at);
+    slot_of_row = args.slots + slot_offset;
+    has_slot = slot_offset < args.end_of_slots;
   }
 
   if (address_barrier(x_run, table_run.cos, table_run.sin, position_of_row, slot_of_row)) return;
@@ -132,6 +135,7 @@ __global__ void __launch_bounds__(
   [[maybe_unused]] float scale = 1, reciprocal_scale = 1;
   if constexpr (Destination::kScatters) {
     if (which > 0) {
+      if (!has_slot) return;
       const typename Destination::template Arguments<Real>& cache = args;
       const long long slot = *slot_of_row;
       if (static_cast<unsigned long long>(slot) >=

@@ -155,6 +155,7 @@ class SlotsArguments(NamedTuple):
 
     slot: View
     num_slots: int
+    end_of_slots: int
     block_size: Divisor
     block: tuple[int, int]
     place: tuple[int, int]

@@ -207,12 +207,12 @@ def _write_slots(
     words: Array,
 ) -> None:
     """Write the rows of tokens to their slots, but for those that the cache does not hold."""
-    sizes = problem.batch, problem.num_tokens
+    sizes = problem.batch, cache.num_tokens
     slots = ndarray_at(pointers.slots, STORAGE[cache.slot_dtype], sizes, cache.slot_strides)
     shape = cache.num_blocks, cache.block_size, tensor.num_heads, problem.head_dim
     at = ndarray_at(pointer, STORAGE[cache.dtype], shape, tensor.out.strides)
     held = (slots >= 0) & (slots < cache.num_blocks * cache.block_size)
-    at[np.divmod(slots[held], max(1, cache.block_size))] = words[held]
+    at[np.divmod(slots[held], max(1, cache.block_size))] = words[:, : cache.num_tokens][held]
 
 
 def _blocks(batch: int, num_tokens: int, token_size: int) -> Iterator[tuple[slice, slice]]:

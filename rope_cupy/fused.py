@@ -300,7 +300,8 @@ def apply_rotary_kv_cache(
             float8_e4m3fn or float8_e5m2.
         slot_mapping: the slot of each token, an int32 or int64 array of shape (s,) or (b, s). Slot
             i is in block i // block_size, at i % block_size. A token whose slot is not in the
-            cache, such as -1, is not stored. Two tokens must not share a slot.
+            cache, such as -1, is not stored. Two tokens must not share a slot. Of one batch the
+            array may be shorter than the tokens: those behind, such as padding, are not stored.
         cache_layout: "NHD", or "HND" for caches (heads, slots, d) or (blocks, heads, block_size,
             d).
         cache_dtype: "float8_e4m3fn" or "float8_e5m2", the dtype of the bytes of a uint8 cache.

@@ -191,6 +191,9 @@ def _slots_arguments(problem: RotaryProblem, order: RowOrder) -> arguments.Slots
     return arguments.SlotsArguments(
         slot=arguments.View(*order.strides((*cache.slot_strides, 0)), element=0, width=0),
         num_slots=cache.num_blocks * cache.block_size,
+        end_of_slots=min(cache.num_tokens * max(1, cache.slot_strides[1]), 2**63 - 1)
+        if cache.num_tokens < problem.num_tokens
+        else 2**63 - 1,
         block_size=divisor(max(1, cache.block_size)),
         block=(k[0], v[0]),
         place=(k[1], v[1]),

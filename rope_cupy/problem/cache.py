@@ -61,10 +61,18 @@ def cache_problem(
         )
     slots = given["slot_mapping"]
     check_dtype("slot_mapping", slots, ("int32", "int64"))
-    if slots.shape not in (tokens, *([tokens[1:]] if tokens[0] == 1 else [])):
+    batches, num_slots = slots.shape[:-1], slots.shape[-1] if slots.shape else 0
+    of_one = tokens[0] == 1 and batches in ((), (1,)) and slots.shape and num_slots <= tokens[1]
+    if slots.shape != tokens and not of_one:
         raise ValueError(
-            f"slot_mapping must have the shape {tokens}, one for each token, or {tokens[1:]} of "
-            f"one batch, got {slots.shape}"
+            f"slot_mapping must have the shape {tokens}, one for each token, or {tokens[1:]} or "
+            f"fewer of one batch, got {slots.shape}"
+        )
+    token_stride = slots.strides[-1] if num_slots > 1 or num_slots == tokens[1] else 1
+    if num_slots < tokens[1] and token_stride < 1:
+        raise ValueError(
+            f"slot_mapping must have a positive stride with fewer slots than tokens, got "
+            f"{token_stride}"
         )
     element = options.cache.dtype or caches[0].dtype
     scales = {name: given[name] for name in ("k_scale", "v_scale") if name in given}
@@ -84,7 +92,8 @@ def cache_problem(
     return CacheProblem(
         dtype=element,
         slot_dtype=slots.dtype,
-        slot_strides=(slots.strides[0] if len(slots.shape) == 2 else 0, slots.strides[-1]),
+        slot_strides=(slots.strides[0] if len(slots.shape) == 2 else 0, token_stride),
+        num_tokens=num_slots,
         scale_dtype=next((array.dtype for array in scales.values()), "float32"),
         num_blocks=num_blocks,
         block_size=block_size,

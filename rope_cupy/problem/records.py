@@ -85,6 +85,7 @@ class CacheProblem(NamedTuple):
     dtype: str
     slot_dtype: str
     slot_strides: tuple[int, int]  # over batch and token
+    num_tokens: int  # that have a slot: the first ones
     scale_dtype: str  # of scales in memory
     num_blocks: int
     block_size: int

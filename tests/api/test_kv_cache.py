@@ -345,6 +345,23 @@ def test_slots_of_tokens_suit_one_batch(library):
     verify(library, tokens=(1, 6), slots=slots_for((6,)))
 
 
+@in_every_library
+@pytest.mark.parametrize("shape", [(0,), (1,), (4,), (1, 4), (5,)], ids=str)
+@pytest.mark.parametrize("tokens", [(6,), (1, 6)], ids=str)
+@pytest.mark.parametrize("write", ["new", "in place"])
+def test_tokens_behind_the_last_slot_are_not_stored(write, tokens, shape, library):
+    verify(library, tokens=tokens, slots=slots_for(shape, outside=[-1] * (shape == (5,))))
+    slots = slots_for(shape)
+    verify(library, "bfloat16", tokens=tokens, slots=slots, slot_style="stepped", write=write)
+
+
+def test_fewer_slots_with_a_norm_positions_and_8_bits():
+    how = {"norm": "head", "of_norm": (1e-6, 0.0), "positions": np.arange(6)[None] + 3}
+    weights = {"q_weight": RNG.standard_normal(D), "k_weight": RNG.standard_normal(D)}
+    how |= {"weights": weights.items(), "where": [("positions", 3)], "k_slack": 2.0**-18}
+    verify("numpy", element="float8_e4m3fn", slots=slots_for((4,)), as_words=True, **how)
+
+
 @pytest.mark.parametrize("slot", [-1, SLOTS])
 def test_tokens_may_share_a_slot_that_the_cache_does_not_hold(slot):
     verify("numpy", slots=np.full(6, slot), slot_style="repeated")

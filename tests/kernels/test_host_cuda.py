@@ -109,12 +109,13 @@ def test_tiles_of_tokens_give_the_same(sizes, write, positions, tiles_of_two_tok
     record(case.dtype, *verify(possible(case)))
 
 
-def fill_caches(norm):
+def fill_caches(norm, batch=2, num_slots=9):
     """Hold caches of 8 bits, paged and written in part, against those that NumPy fills."""
     rng = np.random.default_rng(6)
-    q, k, v = (np.float32(rng.standard_normal((2, 9, heads, 24))) for heads in (4, 2, 2))
+    q, k, v = (np.float32(rng.standard_normal((batch, 9, heads, 24))) for heads in (4, 2, 2))
     angle = rng.uniform(-np.pi, np.pi, (9, 8))
-    slots = rng.permutation(40)[:18].reshape(2, 9) - 2  # of 36
+    slots = rng.permutation(40) - 2  # of 36
+    slots = slots[: batch * num_slots].reshape(batch, num_slots)  # behind which others lie
     scales = {"k_scale": np.float32([0.37]), "v_scale": 0.5}
     results = []
     for way in (rope_cupy.cpu.rotate, BY_NUMPY):
@@ -168,6 +169,11 @@ class OfManySizes(Mutant):
 class Cached(Mutant):
     def show(self):
         fill_caches(self.case.norm)
+
+
+class CachedInPart(Mutant):
+    def show(self):
+        fill_caches(self.case.norm, 1, 4)
 
 
 class OfTheirOwn(Mutant):
@@ -624,6 +630,9 @@ MUTANTS = {
     ),
     "a slot that the cache does not hold": Cached(
         "rotary.cu", "cache.num_slots)) {", "~0ull)) {", OUT_OF_BOUNDS
+    ),
+    "a slot behind the last one": CachedInPart(
+        "rotary.cu", "has_slot = slot_offset < args.end_of_slots", "has_slot = true", WRONG
     ),
     "v's blocks those of k": Cached(
         "rotary.cu",
