@@ -256,10 +256,12 @@ class RotaryTable:
         `angles` is a float64 or float32 array of any library, with a shape as for `RotaryTable`,
         such as the angles of a grid that `rope_cupy.frequencies.axial` returns. Large angles in
         float32 have lost digits already. Cosines and sines are computed in float64 and stored as
-        float32, in the library and on the device of the array `like`. The host reads the angles, so
-        it waits for the GPU that they are on.
+        float32, in the library and on the device of the array `like`. Angles of PyTorch or CuPy on
+        the GPU of `like` stay there, and the host does not wait: those that are not finite give
+        NaN. All others are read by the host.
 
-        Raises TypeError or ValueError if `angles` is not such an array, or not finite.
+        Raises TypeError or ValueError if `angles` is not such an array, or if the host reads it and
+        it is not finite.
 
         >>> import numpy as np
         >>> x = np.zeros((4, 1, 8), np.float32)
@@ -271,13 +273,16 @@ class RotaryTable:
             raise TypeError(
                 f"angles must be an array of float64 or float32, got {described(angles)}"
             )
+        on_gpu = arrays.in_float64_beside(angles, like)
+        if on_gpu is not None:
+            return cls._computed(like, 1.0, on_gpu)
         numbers = arrays.library_of("angles", angles).download(angles).astype(np.float64)
         if not np.isfinite(numbers).all():
             raise ValueError("angles must be finite, got an infinity or NaN")
         return cls._computed(like, 1.0, numbers)
 
     @classmethod
-    def _computed(cls, like: Any, scale: float, *factors: NDArray[np.float64]) -> RotaryTable:
+    def _computed(cls, like: Any, scale: float, *factors: Any) -> RotaryTable:
         """Compute the table of a product of angles on the device of `like`, times `scale`."""
 
         def cos_and_sin(module: Any, *factors: Any) -> tuple[Any, Any]:

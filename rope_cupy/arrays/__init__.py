@@ -133,6 +133,13 @@ def computed(
     return describe("like", like).library.computed(function, arrays, like)
 
 
+def in_float64_beside(array: Any, like: Any) -> Any:
+    """Return an array in float64 if it is on the GPU of `like` and of its library, or else None."""
+    there, other = describe("angles", array), describe("like", like)
+    apart = there.spec.device != other.spec.device or type(there.library) is not type(other.library)
+    return None if apart or there.spec.device == "cpu" else there.library.in_float64(array)
+
+
 def placed(array: NDArray[Any], like: Any) -> Any:
     """Return a NumPy array where `like` lies, as an array of its library."""
     (there,) = computed(lambda _, array: (array,), (array,), like)

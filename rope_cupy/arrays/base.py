@@ -118,6 +118,7 @@ class Library:
     ) -> tuple[Any, ...]:
         """Return what function(module, *arrays) makes of NumPy arrays, computed where `like` lies.
 
+        The arrays may also be this library's own ones on the device of `like`.
         The module is NumPy, CuPy or PyTorch, the arrays are its own on the device of `like`, and
         the results are returned as arrays of this library.
         """
@@ -126,6 +127,10 @@ class Library:
     def download(self, array: Any) -> NDArray[Any]:
         """Return an array as a NumPy array, copied from its device."""
         raise NotImplementedError
+
+    def in_float64(self, array: Any) -> Any:
+        """Return an array in float64, where it is, for `computed`; None where that takes NumPy."""
+        return None
 
     def stream(self, device: int) -> int:
         """Return the handle of the current stream of this library."""
@@ -241,7 +246,8 @@ def computed_by(
         with explained():
             return function(module, *map(module.asarray, arrays))
     except OSError:
-        return tuple(map(module.asarray, function(np, *arrays)))
+        downloaded = [array.get() if hasattr(array, "get") else array for array in arrays]
+        return tuple(map(module.asarray, function(np, *downloaded)))
 
 
 @contextmanager

@@ -72,6 +72,11 @@ class CuPy(Library):
         with like.device:
             return computed_by(cupy, function, arrays)
 
+    def in_float64(self, array: Any) -> Any:
+        """Return the array, or a copy on its device."""
+        with array.device:
+            return array.astype("float64", copy=False)
+
     def download(self, array: Any) -> NDArray[Any]:
         """Return a copy on the CPU."""
         return array.get()  # type: ignore[no-any-return]

@@ -138,7 +138,10 @@ class Torch(Library):
     ) -> tuple[Any, ...]:
         """Compute with PyTorch on the device of `like`."""
         # Copies, for PyTorch takes no negative strides and warns of what is read-only.
-        copies = (torch.from_numpy(np.array(array)) for array in arrays)
+        copies = [
+            array if isinstance(array, torch.Tensor) else torch.from_numpy(np.array(array))
+            for array in arrays
+        ]
         with torch.device(like.device):  # not on PyTorch's default device, whatever it is
             return function(torch, *(copy.to(like.device) for copy in copies))
 
@@ -146,6 +149,10 @@ class Torch(Library):
         """Return a copy on the CPU, in float64 but for complex numbers."""
         copy = array.detach().cpu()
         return (copy if copy.is_complex() else copy.double()).numpy()  # type: ignore[no-any-return]
+
+    def in_float64(self, array: Any) -> Any:
+        """Return the tensor, or a copy, without its history."""
+        return array.detach().double()
 
     def streams(self) -> Callable[[int], int]:
         """Return what asks PyTorch for its current stream."""

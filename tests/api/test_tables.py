@@ -16,8 +16,10 @@ from arrays import hold, on_every
 from numpy.lib.stride_tricks import as_strided
 from reference import check, decode, rotate, to_float64
 
+import rope_cupy
 from rope_cupy import RotaryTable, apply_rotary, frequencies
 from rope_cupy.arrays.base import computed_by
+from rope_cupy.arrays.torch import Torch
 from rope_cupy.tables import source_of
 
 WRAP = {"numpy": lambda array: array, "torch": torch.from_numpy}
@@ -397,6 +399,35 @@ def test_angles_of_any_library_become_a_table(library):
         exact = decode(held.elements, dtype)
         np.testing.assert_allclose(cos, np.cos(exact), atol=6e-8)
         np.testing.assert_allclose(sin, np.sin(exact), atol=6e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_the_host_does_not_wait_for_angles_on_the_gpu_of_the_table(dtype):
+    angles = hold(np.array([[1.0, np.inf], [2.0, 3.0]]), dtype, "torch-cuda").array
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        table = RotaryTable.from_angles(angles, like=angles)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    cos, _ = (to_float64(part) for part in table._source.arrays)
+    assert np.isnan(cos[0, 1]) and np.isfinite(np.delete(cos.ravel(), 1)).all()
+
+
+def test_angles_on_the_device_of_the_table_do_not_pass_through_numpy(monkeypatch):
+    """The way that tensors on a GPU take, by tensors on the CPU that are said to be on one."""
+    angles = torch.rand(6, 4, dtype=torch.float64, requires_grad=True)
+    monkeypatch.setattr(
+        rope_cupy.tables.arrays, "in_float64_beside", lambda x, like: Torch().in_float64(x)
+    )
+    monkeypatch.setattr(Torch, "download", lambda self, x: pytest.fail("it was read"))
+    for given in (angles, angles.float()):
+        table = RotaryTable.from_angles(given, like=torch.zeros(1))
+        cos, sin = (part for part in table._source.arrays)
+        assert cos.dtype == torch.float32 and not cos.requires_grad
+        exact = given.detach().double()
+        torch.testing.assert_close(cos, exact.cos().float(), rtol=0, atol=0)
+        torch.testing.assert_close(sin, exact.sin().float(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
