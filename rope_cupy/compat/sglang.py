@@ -170,9 +170,10 @@ def apply_rope_inplace_with_kvcache(
     """
     _check_rope_dim(cos_sin_cache, rope_dim)
     table = cache_table(cos_sin_cache)
+    v = v if v.shape == k.shape else v.reshape(k.shape)
     how: dict[str, Any] = {"positions": positions, "interleaved": not is_neox}
     rope_cupy.apply_rotary_kv_cache(
-        q, k, v.reshape(k.shape), k_cache, v_cache, table, slot_mapping=out_loc, out=q, **how
+        q, k, v, k_cache, v_cache, table, slot_mapping=out_loc, out=q, **how
     )
     rope_cupy.apply_rotary(k, table, out=k, **how)
 
