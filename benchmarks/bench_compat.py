@@ -30,7 +30,7 @@ from result import AbsentError, Result, WrongError
 from runner import TIMED, Entry, Parser
 from shapes import Shape
 from tasks import EPS, TOLERANCE, Call
-from timing import Clock, HostLoop, OnTheCPU, Replays
+from timing import FEWEST_REPLAYS, Clock, HostLoop, OnTheCPU, Replays
 
 from rope_cupy import (
     RotaryTable,
@@ -554,7 +554,9 @@ def measured(
     """Check all calls of a module and time those that are right, all in turn."""
     clock: Clock = OnTheCPU(CPU_CALLS)
     if device == "cuda":
-        clock = Replays() if measure == GPU else HostLoop(CALLS, REPEATS, WARM_UP, True)
+        clock = (
+            Replays(FEWEST_REPLAYS) if measure == GPU else HostLoop(CALLS, REPEATS, WARM_UP, True)
+        )
     with torch.inference_mode():
         return runner.measured(dict(entries_of(module, providers, Arrays(shape, device))), clock)
 
