@@ -181,5 +181,6 @@ def _count(count: int, like: Any) -> Any:
     if about not in _counts:
         with torch.inference_mode(False):  # else a backward pass could not keep them
             # The host waits for the copy, so calls on every stream may read it.
-            _counts[about] = torch.arange(2 ** count.bit_length()).to(like.device)
+            numbers = torch.arange(2 ** count.bit_length(), device="cpu")
+            _counts[about] = numbers.to(like.device)
     return _counts[about][:count]
