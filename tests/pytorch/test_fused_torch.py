@@ -247,7 +247,7 @@ def test_first_and_second_derivatives_of_inputs_and_weights_are_right(name, func
     def results(*leaves):
         return function.ours(call, leaves, table)
 
-    assert gradcheck(results, leaves)
+    assert gradcheck(results, leaves, fast_mode=True)  # along random directions
     assert gradgradcheck(results, leaves, fast_mode=True)
 
 
