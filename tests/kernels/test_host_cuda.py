@@ -4,6 +4,7 @@ import mmap
 import shutil
 import struct
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import pytest
 import test_position_sums
 import test_rotary
 from arrays import Case, possible, verify
+from covering import covering, kernel_of
 from host_cuda import Array, KernelError
 from numpy.lib.stride_tricks import as_strided
 from reference import check, rotate
@@ -23,13 +25,32 @@ from rope_cupy.plan import launch_plan
 
 pytestmark = pytest.mark.host_cuda
 
+PARTS = 16  # that processes of pytest-xdist share out
 MAP_NORESERVE = 0x4000  # of Linux; the module mmap names it from Python 3.13 on
 COLLECTIVES = Path(host_cuda.__file__).with_name("collectives.cu")
 
 
-@pytest.mark.parametrize("case", test_rotary.CASES, ids=str)
-def test_a_call_of_any_kind_is_right(case, record):
-    record(case.kind, *verify(case))
+@pytest.fixture(scope="module")
+def cases():
+    """Calls of every kind, with every value of every option, and a kernel to compile for each.
+
+    They are fewer than NumPy's, but two template arguments that meet in one of those meet in these.
+    """
+    by_kernel = {kernel_of(partial(verify, case)): case for case in test_rotary.CASES}
+    chosen = [by_kernel[kernel] for kernel in covering([*by_kernel], 2)]
+    shown = {value for case in chosen for value in case._asdict().items()}
+    for case in test_rotary.CASES:
+        values = {*case._asdict().items()}
+        if not values <= shown:
+            chosen.append(case)
+            shown |= values
+    return chosen
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_call_of_any_kind_is_right(part, cases, record):
+    for case in cases[part::PARTS]:
+        record(case.kind, *verify(case))
 
 
 @pytest.mark.launches_nothing

@@ -1,6 +1,5 @@
 """The kernels, compiled by NVRTC without a GPU for every architecture, and their argument block."""
 
-import heapq
 import os
 import re
 import struct
@@ -14,11 +13,12 @@ import pytest
 import test_gpu
 import test_rotary
 from arrays import verify
+from covering import covering, kernel_of
 from nvrtc import NOTHING, compiled, ptx, usage
 from test_plan import frequencies, matrices, problem, spec
 
 import rope_cupy
-from rope_cupy import cpu, jit
+from rope_cupy import jit
 from rope_cupy.arguments import FIELD_BYTES
 from rope_cupy.memory import ACCESS_BYTES, FLOATS_8
 from rope_cupy.options import Cache, Norm, Packed
@@ -43,27 +43,15 @@ ON_THE_CPU = {"cupy": "numpy", "torch-cuda": "torch", "dlpack-cuda": "dlpack"}
 def kernels():
     """The template arguments of every kernel that the test matrices launch."""
 
-    class FoundError(Exception):
-        pass
-
-    def record(problem, *_):
-        found.add(launch_plan(problem).template)
-        raise FoundError
-
     found = set()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "rotate", record)
-        for case in {*test_rotary.CASES, *test_gpu.CASES}:
-            libraries = {
-                name: ON_THE_CPU.get(value, value)
-                for name, value in case._asdict().items()
-                if name in ("library", "table_library")
-            }
-            with pytest.raises(FoundError):
-                verify(case._replace(**libraries))
-        for call in fused_calls():
-            with pytest.raises(FoundError):
-                call()
+    for case in {*test_rotary.CASES, *test_gpu.CASES}:
+        libraries = {
+            name: ON_THE_CPU.get(value, value)
+            for name, value in case._asdict().items()
+            if name in ("library", "table_library")
+        }
+        found.add(kernel_of(partial(verify, case._replace(**libraries))))
+    found.update(map(kernel_of, fused_calls()))
     return sorted(found, key=lambda template: template.name)
 
 
@@ -91,35 +79,6 @@ def fused_calls():
             yield partial(rope_cupy.apply_rotary_qkv, packed, table, out=out, **heads, **options)
 
 
-def covering(kernels, count):
-    """Fewer kernels: template arguments that meet in one of all, so many at a time, meet in one.
-
-    What meets most that has not met before is chosen first, as in every greedy cover.
-    """
-    numbers, met = {}, []
-    for kernel in kernels:
-        words = [re.findall(r"\w+", instance("", argument)) for argument in kernel]
-        places = [(i, j, word) for i, row in enumerate(words) for j, word in enumerate(row)]
-        met.append(sorted(numbers.setdefault(place, len(numbers)) for place in places))
-    powers = len(numbers) ** np.arange(count)
-    met = [np.array([*combinations(each, count)]) @ powers for each in met]
-    _, every = np.unique(np.concatenate(met), return_inverse=True)
-    met = np.split(every, np.cumsum([len(each) for each in met])[:-1])
-    missing = np.ones(every.max() + 1, bool)
-    queue = [(-len(each), i) for i, each in enumerate(met)]  # a heap by what each can add at most
-    heapq.heapify(queue)
-    chosen = []
-    while missing.any():
-        _, i = heapq.heappop(queue)
-        added = int(missing[met[i]].sum())
-        if queue and added < -queue[0][0]:
-            heapq.heappush(queue, (-added, i))
-        else:
-            chosen.append(kernels[i])
-            missing[met[i]] = False
-    return chosen
-
-
 def registers_left(architecture, kernels):
     """Compile kernels, which must keep all in registers; how many registers each leaves."""
     code = (jit.sources() / "rotary.cu").read_text()
@@ -143,23 +102,35 @@ ON_A_GPUS_MACHINE = pytest.param(True, marks=[pytest.mark.gpu, pytest.mark.long]
 
 @pytest.mark.parametrize("every", [pytest.param(False, id="cover"), ON_A_GPUS_MACHINE])
 def test_the_kernels_of_the_matrix_compile_and_keep_all_in_registers(kernels, every):
-    """For one architecture all triples of arguments, and what is like a kernel that might spill.
+    """For one architecture all pairs of arguments, and what is like a kernel that might spill.
 
-    For others all pairs, and what might spill. A machine with a GPU, and many cores, compiles all.
+    For others what might spill, and all pairs where the sources have other branches than for those
+    before. A machine with a GPU, and many cores, compiles all, and all pairs for the others.
     """
     assert len(kernels) > 1800
     first, *others = ARCHITECTURES
-    chosen = kernels if every else covering(kernels, 3)
-    left = registers_left(first, chosen)
-    near = [kernel for kernel in chosen if left[kernel.name] < MARGIN]
-    if not every:
-        missing = {*kernels} - {*chosen}
-        like = [kernel for kernel in missing if any(unlike(kernel, other) <= 3 for other in near)]
-        left |= registers_left(first, sorted(like, key=lambda kernel: kernel.name))
-        near += [kernel for kernel in like if left[kernel.name] < MARGIN]
-    some = sorted({*covering(kernels, 2), *near}, key=lambda kernel: kernel.name)
+    pairs = covering(kernels, 2)
+    left, more = {}, kernels if every else pairs
+    while more:
+        left |= registers_left(first, more)
+        near = [kernel for kernel in kernels if left.get(kernel.name, MARGIN) < MARGIN]
+        missing = [kernel for kernel in kernels if kernel.name not in left]
+        more = [kernel for kernel in missing if any(unlike(kernel, other) <= 3 for other in near)]
+    read = {branches(first)}
     for architecture in others:
-        registers_left(architecture, some)
+        alike = branches(architecture) in read and not every
+        some = {*near} if alike else {*near, *pairs}
+        registers_left(architecture, sorted(some, key=lambda kernel: kernel.name))
+        read.add(branches(architecture))
+
+
+def branches(architecture):
+    """The architectures for which the sources have code of their own, up to this one."""
+    code = "".join(path.read_text() for path in jit.sources().glob("*.cu*"))
+    conditions = re.findall(r"__CUDA_ARCH__ *([<>=!]+ *\w+)", code)
+    assert all(condition.startswith(">= ") for condition in conditions)
+    numbers = {int(condition.removeprefix(">= ")) for condition in conditions}
+    return max((number for number in numbers if number <= 10 * int(architecture[3:])), default=0)
 
 
 def unlike(kernel, other):
