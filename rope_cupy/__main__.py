@@ -145,14 +145,17 @@ def _package() -> list[tuple[str, str]]:
     lines = [("package", f"{__version__}, the {found}")]
     if found.unused:
         unused = f"the installed wheel in {found.unused}, which runs in any other folder"
-        lines.append(("unused", unused))
+        lines.append(("also", unused))
     return lines
 
 
 def _environment(cupy: Any, faults: list[Fault]) -> list[tuple[str, str]]:
     if faults:
-        gpu = "GPU not used" if _gpu_is_there() else "no GPU"
-        lines = [("device", f"{gpu}: CPU path, NumPy {np.__version__}"), *_said("why", *faults)]
+        lines = [("device", f"GPU not used: CPU path, NumPy {np.__version__}")]
+        if not _gpu_is_there():
+            path = f"no GPU: CPU path, NumPy {np.__version__}; what follows is for a GPU"
+            lines = [("device", path)]
+        lines += _said("why", *faults)
     else:
         lines = [("GPU", _gpu(cupy))]
     driver = environment.driver()

@@ -400,7 +400,10 @@ def source_of(table: Any) -> TableSource:
         return TableSource(half_width, table)
     if table is None:
         return WITHOUT_TABLE
-    raise TypeError(f"table must be a RotaryTable or a tuple (cos, sin), got {described(table)}")
+    raise TypeError(
+        "table must be a RotaryTable, such as from_complex, from_matrices and from_cache make, or "
+        f"a tuple (cos, sin), got {described(table)}"
+    )
 
 
 def _frequency_words(radians: NDArray[np.float64], scale: float) -> NDArray[np.int32]:

@@ -42,7 +42,9 @@ def check_written(name: str, out: ArraySpec, x: ArraySpec) -> None:
     if out.device != x.device:
         raise ValueError(f"{name} must be on its input's device {x.device}, got {out.device}")
     if not out.writable:
-        raise ValueError(f"{name} must be writable, got an array that is read-only or does not say")
+        raise ValueError(
+            f"{name} must be writable, or left out, got an array that is read-only or does not say"
+        )
     if may_overlap_itself(out):
         raise ValueError(
             f"{name} must not overlap itself, got strides {out.strides} for shape {out.shape}"

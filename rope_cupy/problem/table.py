@@ -45,8 +45,8 @@ def check_table(
         return
     for name, array in positions.items():
         raise ValueError(
-            f"{name} must be None with a table by batch and token, {shape}, got an array of "
-            f"shape {array.shape}"
+            f"{name} must be None or an int with a table by batch and token, {shape}, got an array "
+            f"of shape {array.shape}: for an array, make a table by position, as of cos[0], sin[0]"
         )
     if shape[0] not in (1, batch) or (shape[1] != 1 and shape[1] < num_tokens):
         raise ValueError(
@@ -84,8 +84,9 @@ def implicit_position(positions: int | None, table: TableSpec, num_tokens: int) 
     if by_token and positions is None:
         if needs_start(table, num_tokens):
             raise ValueError(
-                f"table must have {num_tokens} tokens, or 1, or positions must be the place of the "
-                f"first token in it, got {shape}: if axis 1 of q is heads, pass layout='bhsd'"
+                f"table must have a row for each of {num_tokens} tokens, or one for all, or an int "
+                f"positions must say which row is the first token's, got {shape[1]} rows in "
+                f"{shape}: if axis 1 of q is heads, layout='bhsd' says so"
             )
         return 0
     first = positions or 0

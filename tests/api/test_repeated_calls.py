@@ -192,7 +192,7 @@ def test_a_start_in_a_table_by_token_is_asked_for_at_every_call(library):
         found, exact = apply_rotary(x, more, positions=start), apply_rotary(x, tuple(cut))
         np.testing.assert_array_equal(to_float64(found), to_float64(exact))
     refused = (
-        (more, None, "must have 6 tokens, or 1"),
+        (more, None, "must have a row for each of 6 tokens, or one for all"),
         (more, 3, "positions 3 to 8 of the 6 tokens"),
     )
     for table, start, message in (*refused, *refused, (tuple(cut), 1, "positions 1 to 6")):

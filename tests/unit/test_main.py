@@ -54,7 +54,7 @@ def test_a_wheel_that_a_checkout_hides_is_named(monkeypatch, capsys):
     assert program.main() == 0
     said = capsys.readouterr().out
     assert f"package  {__version__}, the checkout in /a/clone\n" in said
-    assert "unused   the installed wheel in /an/environment," in said
+    assert "also     the installed wheel in /an/environment," in said
 
 
 @pytest.mark.parametrize("model", program.MODELS, ids=lambda model: model.name)
