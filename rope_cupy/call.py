@@ -137,7 +137,7 @@ def parse(
     elif is_kind_of_array(type(given)):  # type: ignore[arg-type]
         extra_names, extra_arrays = ("positions", *extra_names), (given, *extra_arrays)
     else:
-        offset = index("positions", given, AN_INT_OR_ARRAY)
+        offset = _int("positions", given)
     if parts is not NO_PARTS:
         parts = check_parts(*parts)
     section = options[SECTION]
@@ -206,6 +206,14 @@ def _kind(
 _known_kind = lru_cache(maxsize=MAX_KINDS, typed=True)(_kind)
 
 
+def _int(name: str, value: Any) -> int:
+    """Return an int, which changes from run to run where torch.export traces a size as a SymInt."""
+    kind = type(value)
+    if kind is int or (kind.__name__, kind.__module__) == ("SymInt", "torch"):
+        return value  # type: ignore[no-any-return]
+    return index(name, value, AN_INT_OR_ARRAY)
+
+
 def _counted(
     positions: Any, seqlen_offsets: Any, cu_seqlens: Any
 ) -> tuple[tuple[str, ...], tuple[Any, ...], int]:
@@ -216,9 +224,9 @@ def _counted(
 
     check_counted(positions, seqlen_offsets, cu_seqlens, is_array)
     arrays = {"seqlen_offsets": seqlen_offsets, "cu_seqlens": cu_seqlens}
-    offset = 0 if positions is None else index("positions", positions, AN_INT_OR_ARRAY)
+    offset = 0 if positions is None else _int("positions", positions)
     if seqlen_offsets is not None and not is_array(seqlen_offsets):
-        offset += index("seqlen_offsets", arrays.pop("seqlen_offsets"), AN_INT_OR_ARRAY)
+        offset += _int("seqlen_offsets", arrays.pop("seqlen_offsets"))
     there = {name: array for name, array in arrays.items() if array is not None}
     check_position_offset(offset, bool(there))
     return (*there,), (*there.values(),), offset

@@ -68,8 +68,8 @@ def join_qkv(
         all others: as for `apply_rotary_qk`, for all streams.
 
     Returns:
-        (q, k, v): new dense arrays of the caller's library, with the axes of the first stream and
-        the tokens of all streams; or `out`.
+        (q, k, v): new dense arrays of the libraries of the first stream's, with its axes and the
+        tokens of all streams; or `out`.
 
     Errors are as for `apply_rotary_qk`, and messages name the stream. PyTorch records gradients of
     q, k, v, weights and biases for new arrays, and compiles a call as one operator.

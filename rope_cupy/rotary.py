@@ -132,8 +132,8 @@ def apply_rotary_qk(
             to float32 or float64.
 
     Returns:
-        (q_out, k_out): new dense arrays of the caller's library, whose axes lie in memory in the
-        same order as those of the inputs; or `out`.
+        (q_out, k_out): new dense arrays, each of the library of its input, whose axes lie in memory
+        in the same order as its input's; or `out`.
 
     Raises:
         TypeError, ValueError: the message says what was wanted and what came. Nothing was written.

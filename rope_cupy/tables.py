@@ -400,9 +400,12 @@ def source_of(table: Any) -> TableSource:
         return TableSource(half_width, table)
     if table is None:
         return WITHOUT_TABLE
+    remedy = ""
+    if arrays.is_traced_by_jax(table):
+        remedy = ": make a RotaryTable within the function that is traced, of arrays"
     raise TypeError(
         "table must be a RotaryTable, such as from_complex, from_matrices and from_cache make, or "
-        f"a tuple (cos, sin), got {described(table)}"
+        f"a tuple (cos, sin), got {described(table)}{remedy}"
     )
 
 

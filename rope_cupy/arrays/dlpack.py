@@ -130,7 +130,9 @@ class DLPack(Library):
 
     def result(self, array: Any, like: Any) -> Any:
         """Return an array of the producer's own library."""
-        return like.__array_namespace__().from_dlpack(array)
+        found = like.__array_namespace__().from_dlpack(array)
+        device = getattr(like, "device", None)  # which may be one of several on the CPU
+        return found if device in (None, found.device) else found.to_device(device)
 
     def computed(
         self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any

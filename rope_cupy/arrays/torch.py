@@ -21,6 +21,7 @@ _forward_ad: Any = torch.autograd.forward_ad
 _modes_or_tangents = private_torch.modes_and_tangents()
 _address_of = torch.Tensor.data_ptr
 _is_nested = attrgetter("is_nested")
+NUMPY_FLOATS = torch.float16, torch.float32, torch.float64
 MAX_DTYPES = 256  # whose names are kept; PyTorch has fewer
 
 
@@ -146,9 +147,11 @@ class Torch(Library):
             return function(torch, *(copy.to(like.device) for copy in copies))
 
     def download(self, array: Any) -> NDArray[Any]:
-        """Return a copy on the CPU, in float64 but for complex numbers."""
-        copy = array.detach().cpu()
-        return (copy if copy.is_complex() else copy.double()).numpy()  # type: ignore[no-any-return]
+        """Return a copy on the CPU, in float32 where NumPy does not have its dtype."""
+        copy = array.detach().cpu().resolve_conj().resolve_neg()
+        if copy.is_floating_point() and copy.dtype not in NUMPY_FLOATS:
+            copy = copy.float()
+        return copy.numpy()  # type: ignore[no-any-return]
 
     def in_float64(self, array: Any) -> Any:
         """Return the tensor, or a copy, without its history."""

@@ -257,7 +257,8 @@ def fused_inplace_qknorm_rope(
 ) -> None:
     """Normalise the heads of q and k (tokens, heads, head_dim), then rotate them, in place.
 
-    Results are rounded once, or with `round_norm_before_rope` as by separate operations.
+    Results are rounded once, or with `round_norm_before_rope` as by separate operations. A cache of
+    full width has each angle twice: in halves if `is_neox`, else beside its copy.
     """
     options = _of_norm(is_neox, round_norm_before_rope)
     table = _cache_table(cos_sin_cache, cache_has_full_width, rope_dim)

@@ -2,8 +2,8 @@
 
     from rope_cupy.integrations.transformers import disable, enable
 
-    print(rope.enable(model))
-    rope.disable(model)
+    print(enable(model))
+    disable(model)
 
 No model is known by name. `enable` runs the rotary functions that a model's methods call on a few
 numbers. It replaces each by the call of rope_cupy that gives the same results, in any layout, also

@@ -42,7 +42,7 @@ def position_kind(
         if offsets.shape != (batch,):
             raise ValueError(
                 f"seqlen_offsets must have the shape {(batch,)}, one for each batch, got "
-                f"{offsets.shape}"
+                f"{offsets.shape}{_of_a_number(offsets.shape)}"
             )
         return OFFSET
     shape = given["cu_seqlens"].shape
@@ -58,6 +58,10 @@ def position_kind(
             f"{offsets.shape}"
         )
     return PACKED
+
+
+def _of_a_number(shape: tuple[int, ...]) -> str:
+    return "" if shape else ": one number for all must be an int"
 
 
 def _check_interleaved(sections: tuple[int, int, int], num_pairs: int) -> None:
@@ -84,7 +88,7 @@ def _check_positions(shape: tuple[int, ...], batch: int, num_tokens: int, of_axe
         (*axes, 1, num_tokens),
         (*axes, batch, num_tokens),
     ):
-        hint = ""
+        hint = _of_a_number(shape)
         if not of_axes and shape[:1] == (NUM_AXES,):
             hint = ": for positions on three axes (M-RoPE) pass mrope_section"
         raise ValueError(

@@ -100,11 +100,11 @@ def _outline(name: str, array: Any, number: int) -> Outline:
 
 
 def _with_axes(call: Call) -> Call:
-    """Return a call in which traced ints have become arrays of positions or offsets.
+    """Return a call in which arrays of JAX without an axis have become positions or offsets.
 
-    JAX traces an int as an array without an axis.
+    JAX traces an int as such an array.
     """
-    numbers = {name: each for name, each in call.position_arrays if _is_traced_int(each)}
+    numbers = {name: each for name, each in call.position_arrays if _is_int(each)}
     if not numbers:
         return call
     x, axes = call.xs[0], axis_names(call.xs[0].ndim, call.options)
@@ -119,9 +119,9 @@ def _with_axes(call: Call) -> Call:
     return call.with_extra((*given.items(),))
 
 
-def _is_traced_int(array: Any) -> bool:
-    is_int = arrays.is_traced_by_jax(array) and array.ndim == 0
-    return is_int and jnp.issubdtype(array.dtype, jnp.integer)
+def _is_int(array: Any) -> bool:
+    is_number = isinstance(array, jax.Array) and array.ndim == 0
+    return is_number and jnp.issubdtype(array.dtype, jnp.integer)
 
 
 def _operand(name: str, array: Any) -> tuple[Any, Words | None]:
@@ -137,8 +137,8 @@ def _operand(name: str, array: Any) -> tuple[Any, Words | None]:
     if described.spec.dtype == "bfloat16":
         host = host.astype(ml_dtypes.bfloat16)
     host = host.reshape(described.spec.shape)
-    if jax.dtypes.canonicalize_dtype(host.dtype) == host.dtype:
-        return jnp.array(host), None
+    if jax.dtypes.canonicalize_dtype(host.dtype) == host.dtype or name in OF_WEIGHTS:
+        return jnp.array(host), None  # JAX computes the gradients of weights, and so narrows them
     return jnp.array(host.reshape(-1).view(np.uint32)), Words(host.dtype.name, host.shape)
 
 

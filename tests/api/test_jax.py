@@ -240,6 +240,46 @@ def test_a_bfloat16_table_of_pytorch_stays_one_under_eager_rounding(rng):
     assert np.any(to_bits(result) != to_bits(apply_rotary(x, (*wide,), rounding="eager")))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_constants_of_every_library_and_dtype_are_those_of_eager_calls(library, dtype, rng):
+    """Under eager rounding a table of another dtype gives other bits."""
+    torch = pytest.importorskip("torch")
+    if library == "numpy" and dtype == "bfloat16":
+        pytest.skip("no dtype of NumPy")
+    q, k, q_weight, k_weight, cos, sin = of_norms(rng, "heads", "float32")
+    rows, offsets = rng.integers(0, 4, (2, TOKENS)), rng.integers(0, 4, 2)
+    torches = [torch.from_numpy(np.array(each)) for each in (cos, sin, q_weight, k_weight)]
+    floats = [each.to(getattr(torch, dtype)) for each in torches]
+    ints = [torch.from_numpy(rows), torch.from_numpy(offsets.astype("int32"))]
+    if library == "numpy":
+        floats, ints = ([each.numpy() for each in some] for some in (floats, ints))
+
+    def run(q, k):
+        table, (positions, lengths) = tuple(floats[:2]), ints
+        eagerly = {"rounding": "eager"}
+        return (
+            apply_rotary_qk(q, k, table, positions=positions, **eagerly),
+            apply_rotary_qk(q, k, table, seqlen_offsets=lengths, **eagerly),
+            apply_qk_norm_rotary(q, k, floats[2], floats[3], table),
+        )
+
+    assert_same(jax.jit(run)(q, k), run(q, k))
+
+    def loss(q, k):
+        return sum((each**2).sum() for each in run(q, k)[2])
+
+    wide = [jnp.asarray(np.asarray(torch.as_tensor(each).float())) for each in floats]
+
+    def plain(q, k):
+        of_norm = apply_qk_norm_rotary(q, k, wide[2], wide[3], (wide[0], wide[1]))
+        return sum((each**2).sum() for each in of_norm)
+
+    found, exact = (jax.jit(jax.grad(each, (0, 1)))(q, k) for each in (loss, plain))
+    for one, other in zip(found, exact, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("precompute", [True, False])
 def test_a_table_is_computed_like_what_is_traced(precompute, rng):
     x = jnp.asarray(rng.standard_normal((BATCH, TOKENS, HEADS, D)), "float32")
@@ -264,6 +304,21 @@ def test_an_int_that_is_traced_is_one_of_a_cache(name, rng):
         assert_same(run(x, start), apply_rotary(x, (cos, sin), positions=start))
     behind = np.asarray(run(x, ROWS - 1))  # where the int of an eager call is refused
     assert np.isnan(behind[:, 1:, :, :8]).all() and np.isfinite(behind[:, 0]).all()
+
+
+def test_an_int_of_jax_that_a_program_closes_over_is_one_number(rng):
+    q, *_, cos, sin = of_norms(rng, "heads", "float32")
+    number = jnp.int32(2)
+    found = jax.jit(lambda q: apply_rotary(q, (cos, sin), positions=number))(q)
+    assert_same(found, apply_rotary(q, (cos, sin), positions=2))
+    with pytest.raises(ValueError, match=r"got \(\): one number for all must be an int"):
+        apply_rotary(q, (cos, sin), positions=number)
+
+
+def test_a_table_is_no_argument_of_a_program(rng):
+    q, *_, cos, sin = of_norms(rng, "heads", "float32")
+    with pytest.raises(TypeError, match="make a RotaryTable within the function that is traced"):
+        jax.jit(apply_rotary)(q, RotaryTable(cos, sin))
 
 
 def test_packed_sequences_are_counted(rng):
@@ -987,6 +1042,9 @@ found = jax.jit(mapped)(q, cos, sin)
 assert np.array_equal(found, wanted) and len(found.devices()) == 2
 gradient = jax.jit(jax.grad(lambda q: (mapped(q, cos, sin) ** 2).sum() / 2))(q)
 assert np.allclose(gradient, q, atol=1e-5)
+second = jax.device_put(q, jax.devices()[1])
+eager = rope_cupy.apply_rotary(second, (cos, sin))
+assert np.array_equal(eager, wanted) and eager.devices() == second.devices()
 shared = jax.device_put(q, NamedSharding(mesh, P("data")))
 assert np.array_equal(jax.jit(run)(shared, cos, sin), wanted)
 print("right")

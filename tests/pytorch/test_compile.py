@@ -16,11 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rope_cupy import (
     RotaryTable,
+    Stream,
     apply_norm_rotary,
     apply_qk_norm_rotary,
     apply_rotary,
     apply_rotary_qk,
     apply_rotary_qkv,
+    join_qkv,
 )
 from rope_cupy.call import kind_of
 from rope_cupy.options import Cache, Norm, Packed, check_options
@@ -409,6 +411,35 @@ def test_an_exported_module_takes_sequences_of_any_length(strict, device):
     for length in (16, 7, 64):
         q, k = q_and_k(device, length)
         assert_same(program.module()(q, k), module(q, k))
+
+
+class BehindText(torch.nn.Module):
+    """Tokens of an image, whose positions begin behind those of a text."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, text, image):
+        first = text.shape[1]
+        return (
+            apply_rotary(image, self.table, positions=first),
+            apply_rotary(image, self.table, positions=1, seqlen_offsets=first),
+            *join_qkv([Stream(*[text] * 3, self.table), Stream(*[image] * 3, self.table, first)]),
+        )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_position_may_be_a_length_that_changes(strict, device):
+    module = BehindText(parts(device))
+    dims = [torch.export.Dim(name, min=2, max=30) for name in ("text", "image")]
+    given = [torch.randn(1, tokens, 4, 2 * PAIRS, device=device) for tokens in (5, 6)]
+    shapes = tuple({1: dim} for dim in dims)
+    program = torch.export.export(module, tuple(given), dynamic_shapes=shapes, strict=strict)
+    for lengths in ((5, 6), (9, 3), (2, 30)):
+        given = [torch.randn(1, tokens, 4, 2 * PAIRS, device=device) for tokens in lengths]
+        for found, plain in zip(program.module()(*given), module(*given), strict=True):
+            assert torch.equal(found, plain)
 
 
 def test_another_thread_that_exports_changes_no_result(device, monkeypatch):
