@@ -132,7 +132,7 @@ class DLPack(Library):
         """Return an array of the producer's own library."""
         found = like.__array_namespace__().from_dlpack(array)
         device = getattr(like, "device", None)  # which may be one of several on the CPU
-        return found if device in (None, found.device) else found.to_device(device)
+        return found if device is None or found.device == device else found.to_device(device)
 
     def computed(
         self, function: Callable[..., tuple[Any, ...]], arrays: Sequence[NDArray[Any]], like: Any
