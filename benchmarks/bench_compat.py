@@ -152,7 +152,11 @@ def flash_attn(a: Arrays) -> Cases:
     new = partial(apply_rotary, a.q, table, **keep)
     both = partial(apply_rotary_qkv, a.qkv, table, out=a.qkv, **heads, **keep)
     packed = {"num_heads_q": Q_HEADS}
-    k_of_kv = a.kv[:, :, 0]
+
+    def of_kv() -> None:
+        k = a.kv.select(2, 0)
+        apply_rotary(k, table, out=k, **keep)
+
     written = partial(apply_rotary, a.q, table, out=a.q, **keep)
     return {
         "apply_rotary": Case((a.q, *table), new),
@@ -163,11 +167,7 @@ def flash_attn(a: Arrays) -> Cases:
             (a.q, *table), partial(apply_rotary, a.q, table, rounding="eager")
         ),
         "apply_rotary_emb_qkv_": Case((a.qkv, *table), both, packed, (a.qkv,)),
-        "apply_rotary_emb_kv_": Case(
-            (a.kv, *table),
-            partial(apply_rotary, k_of_kv, table, out=k_of_kv, **keep),
-            written=(a.kv,),
-        ),
+        "apply_rotary_emb_kv_": Case((a.kv, *table), of_kv, written=(a.kv,)),
         "RotaryEmbedding": Case((a.qkv,), both, packed, (a.qkv,), (DIM,)),
     }
 
@@ -232,13 +232,15 @@ def vllm(a: Arrays) -> Cases:
     by_axes = {"positions": a.axes, "mrope_section": SECTIONS}
     axes = tuple(part.expand(3, -1, -1).contiguous() for part in (a.cos, a.sin))
     heads = Q_HEADS, K_HEADS, K_HEADS, DIM, EPS
-    gated = torch.stack([a.q[0], a.q[0]], 2)
+    gated = torch.stack([a.q[0], a.q[0]], 2).flatten(1)
     of_gated = a.cache, a.positions, EPS, Q_HEADS, K_HEADS, DIM, DIM
 
     def split() -> Any:
         options = {"positions": a.positions, "eps": EPS}
-        heads = gated[:, :, 0], a.k[0]
-        return *apply_qk_norm_rotary(*heads, *a.weights, table, **options), gated[:, :, 1].clone()
+        halves, heads = gated.view(-1, Q_HEADS, 2, DIM), k.view(-1, K_HEADS, DIM)
+        gate, q = halves[:, :, 1].flatten(1), halves[:, :, 0]
+        q_out, k_out = apply_qk_norm_rotary(q, heads, *a.weights, table, **options)
+        return q_out.flatten(1), k_out.flatten(1), gate
 
     return {
         "rotary_embedding": Case(
@@ -264,7 +266,7 @@ def vllm(a: Arrays) -> Cases:
             written=(q, k),
         ),
         "fused_qk_rmsnorm_rope_gate": Case(
-            (gated.flatten(1), k, *a.weights, *of_gated),
+            (gated, k, *a.weights, *of_gated),
             split,
         ),
     }
@@ -353,12 +355,14 @@ def transformer_engine(a: Arrays) -> Cases:
     angles = a.angles.repeat(1, 2)[:, None, None]
     split = [4 * DIM, DIM, DIM]
 
-    def rotated() -> Any:
-        table = RotaryTable.from_elementwise(angles[:, 0, 0].cos(), angles[:, 0, 0].sin())
-        return apply_rotary(a.q, table)
+    def rotated(x: torch.Tensor = a.q, **options: Any) -> Any:
+        rows = angles.flatten(1)
+        table = RotaryTable.from_elementwise(rows.cos(), rows.sin())
+        return apply_rotary(x, table, **options)
 
     def of_packed() -> Any:
-        table = RotaryTable.from_elementwise(angles[:, 0, 0].cos(), angles[:, 0, 0].sin())
+        rows = angles.flatten(1)
+        table = RotaryTable.from_elementwise(rows.cos(), rows.sin())
         heads = packed.unflatten(3, (6, DIM))[:, 0]
         q, k = torch.empty_like(a.q[0]), torch.empty_like(a.k[0])
         out = q.unflatten(1, (K_HEADS, 4)), k[:, :, None]
@@ -373,7 +377,11 @@ def transformer_engine(a: Arrays) -> Cases:
         "apply_rotary_pos_emb, bshd": Case(
             (a.q, angles), rotated, fused | {"tensor_format": "bshd"}
         ),
-        "apply_rotary_pos_emb, thd": Case((a.q[0], angles), rotated, packed_tokens),
+        "apply_rotary_pos_emb, thd": Case(
+            (a.q[0], angles),
+            partial(rotated, a.q[0], cu_seqlens=a.ends, out_of_range="keep"),
+            packed_tokens,
+        ),
         "apply_fused_qkv_rotary_pos_emb": Case((packed, angles, angles, split), of_packed),
     }
 
@@ -394,19 +402,20 @@ def apex(a: Arrays) -> Cases:
         out = torch.empty_like(a.q)
         return apply_rotary(a.q, elementwise, out=out, conjugate=conjugate, **eager)
 
-    def by_angles(conjugate: bool) -> Any:
-        parts = (part[:, 0, 0].bfloat16() for part in (angles.cos(), angles.sin()))
-        table, out = RotaryTable.from_elementwise(*parts), torch.empty_like(a.q)
-        return apply_rotary(a.q, table, out=out, conjugate=conjugate, **eager)
+    def by_angles(conjugate: bool, x: torch.Tensor = a.q, **options: Any) -> Any:
+        rows = angles.flatten(1)
+        parts = (part.bfloat16() for part in (rows.cos(), rows.sin()))
+        table, out = RotaryTable.from_elementwise(*parts), torch.empty_like(x)
+        return apply_rotary(x, table, out=out, conjugate=conjugate, **options, **eager)
 
-    def of_image(conjugate: bool) -> Any:
-        out = torch.empty_like(a.q)
+    def of_image(x: torch.Tensor, conjugate: bool) -> Any:
+        out = torch.empty_like(x)
         how = {"conjugate": conjugate} | eager
         rows = out.view(1, height, -1, DIM)
-        apply_rotary(image.flatten(2, 3), row_table, out=rows, **how)
+        apply_rotary(x.view(rows.shape), row_table, out=rows, **how)
         columns = out.view(height, -1, Q_HEADS, DIM)
         apply_rotary(columns, column_table, rotary_offset=DIM // 2, out=columns, **how)
-        return out
+        return out if x is a.q else out.flatten(1, 2)
 
     elementwise = RotaryTable.from_elementwise(*a.full)
     row_table, column_table = (
@@ -415,17 +424,19 @@ def apex(a: Arrays) -> Cases:
     )
     cases = {}
     for name, conjugate in (("forward", False), ("backward", True)):
-        of_packed = partial(by_angles, conjugate)
+        of_packed = partial(by_angles, conjugate, a.q[0], cu_seqlens=a.ends, out_of_range="keep")
         cases[name] = Case((x, angles, False), partial(by_angles, conjugate))
         cases[f"{name}_cached"] = Case((x, cos, sin, False), partial(by_table, conjugate))
         cases[f"{name}_thd"] = Case((a.q[0], a.ends, angles), of_packed)
-        cases[f"{name}_2d"] = Case((image, *by_row, *by_column), partial(of_image, conjugate))
+        cases[f"{name}_2d"] = Case(
+            (image, *by_row, *by_column), partial(of_image, image, conjugate)
+        )
     fused, sizes = "fused_apply_rotary_pos_emb", (height, a.tokens // height)
     return cases | {
         fused: Case((x, angles), partial(by_angles, False)),
         f"{fused}_cached": Case((x, cos, sin), partial(by_table, False)),
-        f"{fused}_thd": Case((a.q[0], a.ends, angles), partial(by_angles, False)),
-        f"{fused}_2d": Case((a.q, *sizes, *by_row, *by_column), partial(of_image, False)),
+        f"{fused}_thd": Case((a.q[0], a.ends, angles), cases["forward_thd"].plain),
+        f"{fused}_2d": Case((a.q, *sizes, *by_row, *by_column), partial(of_image, a.q, False)),
     }
 
 

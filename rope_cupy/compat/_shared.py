@@ -18,7 +18,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 MAX_VIEWS = 256  # that are kept
 _views: dict[Any, tuple[Any, ...]] = {}  # with the places of what they view
-_grad_mode: list[Callable[[], bool]] = []  # PyTorch's, once it is known to be there
 _counts: dict[Any, Any] = {}  # by device and number of bits
 
 
@@ -31,11 +30,12 @@ def inference_only(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _grad_mode and not _grad_mode[0]():
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         for array in (*args, *kwargs.values()) if kwargs else args:
             if getattr(array, "requires_grad", False):
-                with sys.modules["torch"].no_grad():
+                with torch.no_grad():
                     return function(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -49,15 +49,15 @@ def view_of(make: Callable[..., R], x: Any, y: Any = None, about: tuple[Any, ...
     a model passes the tables of a step to each of its layers. Views see values that change. A
     tensor must be contiguous, since a reshape of others could copy.
     """
-    if type(x).__module__ == "torch":
-        import torch
-
-        if not torch.compiler.is_compiling():
-            kept = _views.get((make, about, id(x), id(y)))
-            if kept and kept[1] == _place(x) and (y is None or kept[2] == _place(y)):
-                return kept[0]  # type: ignore[no-any-return]
-            return _kept_view(make, x, y, about)
-    return make(x, *about) if y is None else make(x, y, *about)
+    torch = sys.modules.get("torch")
+    if torch is None or torch.compiler.is_compiling():
+        return make(x, *about) if y is None else make(x, y, *about)
+    kept = _views.get((make, about, id(x), id(y)))
+    if kept:
+        view, place, place_of_y, _ = kept
+        if place == _place(x) and (y is None or place_of_y == _place(y)):
+            return view  # type: ignore[no-any-return]
+    return _kept_view(make, x, y, about)
 
 
 def _place(x: Any) -> Any:
@@ -81,7 +81,6 @@ def _kept_view(make: Callable[..., R], x: Any, y: Any, about: tuple[Any, ...]) -
     def forget(_: object) -> None:
         _views.pop(key, None)
 
-    _grad_mode[:] = [torch.is_grad_enabled]
     view = make(*[array.detach() for array in arrays], *about)  # which do not keep the tensors
     refs = [weakref.ref(array, forget) for array in arrays]
     put(_views, key, (view, places[0], places[-1], refs), MAX_VIEWS)
@@ -144,8 +143,9 @@ def half_width(cos: Any, sin: Any) -> rope_cupy.RotaryTable:
 
 def empty_like(x: Any) -> Any:
     """Return a new contiguous tensor of PyTorch."""
-    import torch
-
+    torch = sys.modules["torch"]
+    if x.is_contiguous():
+        return torch.empty_like(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

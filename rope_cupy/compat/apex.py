@@ -12,7 +12,6 @@ record no gradient: `backward` is the gradient of `forward`.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import rope_cupy
@@ -43,12 +42,12 @@ def forward(input: Tensor, freqs: Tensor, transpose_output: bool, /) -> Tensor:
 
     The result is contiguous, or with transpose_output its transpose (b, s, h, d) is.
     """
-    return _sbhd(input, freqs.cos(), freqs.sin(), transpose_output, False)
+    return _sbhd(input, *_cos_sin(freqs), transpose_output, False)
 
 
 def backward(output_grads: Tensor, freqs: Tensor, transpose_output: bool, /) -> Tensor:
     """Return the gradient of `forward`'s input."""
-    return _sbhd(output_grads, freqs.cos(), freqs.sin(), transpose_output, True)
+    return _sbhd(output_grads, *_cos_sin(freqs), transpose_output, True)
 
 
 def forward_cached(input: Tensor, cos: Tensor, sin: Tensor, transpose_output: bool, /) -> Tensor:
@@ -83,33 +82,35 @@ def forward_2d(
     The row of a patch rotates the first half of each head, and its column the second half. cos_h
     and sin_h are (1, height or more, 1, d / 2), cos_w and sin_w (1, width or more, 1, d / 2).
     """
-    return _image(input, input.shape[1:3], (cos_h, sin_h), (cos_w, sin_w), False)
+    _, height, width, _, _ = input.shape
+    return _image(input, height, width, cos_h, sin_h, cos_w, sin_w, False)
 
 
 def backward_2d(
     output_grads: Tensor, cos_h: Tensor, sin_h: Tensor, cos_w: Tensor, sin_w: Tensor, /
 ) -> Tensor:
     """Return the gradient of `forward_2d`'s input; output_grads has the shape of that input."""
-    return _image(output_grads, output_grads.shape[1:3], (cos_h, sin_h), (cos_w, sin_w), True)
+    _, height, width, _, _ = output_grads.shape
+    return _image(output_grads, height, width, cos_h, sin_h, cos_w, sin_w, True)
 
 
 def fused_apply_rotary_pos_emb(
     t: Tensor, freqs: Tensor, transpose_output_memory: bool = False
 ) -> Tensor:
     """Do what `forward` does, with a gradient."""
-    return fused_apply_rotary_pos_emb_cached(t, freqs.cos(), freqs.sin(), transpose_output_memory)
+    return _with_gradient(_sbhd, t, *_cos_sin(freqs), transpose_output_memory)
 
 
 def fused_apply_rotary_pos_emb_cached(
     t: Tensor, cos_: Tensor, sin_: Tensor, transpose_output_memory: bool = False
 ) -> Tensor:
     """Do what `forward_cached` does, with a gradient."""
-    return _with_gradient(partial(_sbhd, cos=cos_, sin=sin_, transpose=transpose_output_memory), t)
+    return _with_gradient(_sbhd, t, cos_, sin_, transpose_output_memory)
 
 
 def fused_apply_rotary_pos_emb_thd(t: Tensor, cu_seqlens: Tensor, freqs: Tensor) -> Tensor:
     """Do what `forward_thd` does, with a gradient."""
-    return _with_gradient(partial(_thd, cu_seqlens=cu_seqlens, freqs=freqs), t)
+    return _with_gradient(_thd, t, cu_seqlens, freqs)
 
 
 def fused_apply_rotary_pos_emb_2d(
@@ -122,31 +123,35 @@ def fused_apply_rotary_pos_emb_2d(
     sin_w: Tensor,
 ) -> Tensor:
     """Do what `forward_2d` does for t (b, img_h * img_w, h, d), with a gradient."""
-
-    def rotate(x: Tensor, *, conjugate: bool) -> Tensor:
-        return _image(x, (img_h, img_w), (cos_h, sin_h), (cos_w, sin_w), conjugate)
-
-    return _with_gradient(rotate, t)
+    return _with_gradient(_image, t, img_h, img_w, cos_h, sin_h, cos_w, sin_w)
 
 
-def _with_gradient(rotate: Any, t: Any) -> Tensor:
+def _with_gradient(function: Any, t: Any, *args: Any) -> Tensor:
+    """Return function(t, *args, conjugate), of which the gradient is that of the other direction."""
     if not t.requires_grad:
-        return rotate(t, conjugate=False)  # type: ignore[no-any-return]
+        return function(t, *args, False)  # type: ignore[no-any-return]
     from ._autograd import with_gradient  # PyTorch's, which the extension's functions do not need
 
-    return with_gradient(rotate, t)
+    return with_gradient(lambda x, *, conjugate: function(x, *args, conjugate), t)
+
+
+def _cos_sin(freqs: Any) -> tuple[Any, Any]:
+    """Return the cosines and sines of angles (s, 1, 1, d2), as (s, d2)."""
+    angles = freqs.flatten(1)
+    return angles.cos(), angles.sin()
 
 
 def _table(cos: Any, sin: Any, like: Any) -> rope_cupy.RotaryTable:
     """Return the table of cosines and sines (..., d2), rounded to the dtype of `like`."""
     if cos.dtype == like.dtype:
         return view_of(_table_of_rows, cos, sin)
-    return _table_of_rows(*(_cast(part, like.dtype) for part in (cos, sin)))
+    return _table_of_rows(_cast(cos, like.dtype), _cast(sin, like.dtype))
 
 
 def _table_of_rows(cos: Any, sin: Any) -> rope_cupy.RotaryTable:
-    width = cos.shape[-1]
-    return rope_cupy.RotaryTable.from_elementwise(cos.reshape(-1, width), sin.reshape(-1, width))
+    if cos.ndim > 2:
+        cos, sin = (part.reshape(-1, part.shape[-1]) for part in (cos, sin))
+    return rope_cupy.RotaryTable.from_elementwise(cos, sin)
 
 
 def _cast(x: Any, dtype: Any) -> Any:
@@ -155,19 +160,17 @@ def _cast(x: Any, dtype: Any) -> Any:
 
 @inference_only
 def _sbhd(x: Any, cos: Any, sin: Any, transpose: bool, conjugate: bool) -> Tensor:
-    out: Any = x.swapaxes(0, 1) if transpose else x
-    out = empty_like(out)
-    table = _table(cos, sin, x)
-    y: Tensor = rope_cupy.apply_rotary(
+    out: Any = empty_like(x.swapaxes(0, 1)).swapaxes(0, 1) if transpose else empty_like(x)
+    rope_cupy.apply_rotary(
         x,
-        table,
+        _table(cos, sin, x),
         layout="sbhd",
         interleaved=False,
         conjugate=conjugate,
         rounding="eager",
-        out=out.swapaxes(0, 1) if transpose else out,
+        out=out,
     )
-    return y
+    return out  # type: ignore[no-any-return]
 
 
 @inference_only
@@ -175,7 +178,7 @@ def _thd(x: Any, cu_seqlens: Any, freqs: Any, conjugate: bool) -> Tensor:
     out: Tensor = empty_like(x)
     rope_cupy.apply_rotary(
         x,
-        _table(freqs.cos(), freqs.sin(), x),
+        _table(*_cos_sin(freqs), x),
         cu_seqlens=cu_seqlens,
         interleaved=False,
         conjugate=conjugate,
@@ -188,18 +191,38 @@ def _thd(x: Any, cu_seqlens: Any, freqs: Any, conjugate: bool) -> Tensor:
 
 @inference_only
 def _image(
-    x: Any, size: Any, of_row: tuple[Any, Any], of_column: tuple[Any, Any], conjugate: bool
+    x: Any,
+    height: int,
+    width: int,
+    cos_h: Any,
+    sin_h: Any,
+    cos_w: Any,
+    sin_w: Any,
+    conjugate: bool,
 ) -> Tensor:
     """Rotate the first halves with columns as heads, then the second with rows as batches.
 
-    x has the height and the width of an image, `size`, on one axis or two.
+    x has the height and the width of an image on one axis or two.
     """
-    batch, (height, width), (heads, head_dim) = x.shape[0], size, x.shape[-2:]
-    how: dict[str, Any] = {"interleaved": False, "conjugate": conjugate, "rounding": "eager"}
+    heads, head_dim = x.shape[-2:]
+    by_row, by_column = (-1, height, width * heads, head_dim), (-1, width, heads, head_dim)
     out: Tensor = empty_like(x)
-    by_row = batch, height, width * heads, head_dim
-    row_table, rows = _table(*of_row, x), out.view(by_row)
-    rope_cupy.apply_rotary(x.reshape(by_row), row_table, out=rows, **how)
-    column_table, columns = _table(*of_column, x), out.view(batch * height, width, heads, head_dim)
-    rope_cupy.apply_rotary(columns, column_table, rotary_offset=head_dim // 2, out=columns, **how)
-    return out if out.ndim == 4 else out.view(batch, height * width, heads, head_dim)
+    rows, columns = out.view(by_row), out.view(by_column)
+    rope_cupy.apply_rotary(
+        x.reshape(by_row),
+        _table(cos_h, sin_h, x),
+        interleaved=False,
+        conjugate=conjugate,
+        rounding="eager",
+        out=rows,
+    )
+    rope_cupy.apply_rotary(
+        columns,
+        _table(cos_w, sin_w, x),
+        interleaved=False,
+        rotary_offset=head_dim // 2,
+        conjugate=conjugate,
+        rounding="eager",
+        out=columns,
+    )
+    return out if out.ndim == 4 else out.flatten(1, 2)

@@ -48,9 +48,8 @@ def apply_rotary(
     conjugate: bool = False,
 ) -> Tensor:
     """Rotate x as `apply_rotary_emb`, or with `conjugate` the other way, without a gradient."""
-    options = keywords(seqlen_offsets, cu_seqlens, interleaved)
-    options |= {"out": x if inplace else None, "conjugate": conjugate}
-    y: Tensor = rope_cupy.apply_rotary(x, (cos, sin), **options)
+    options, out = keywords(seqlen_offsets, cu_seqlens, interleaved), x if inplace else None
+    y: Tensor = rope_cupy.apply_rotary(x, (cos, sin), conjugate=conjugate, out=out, **options)
     return y
 
 
@@ -109,7 +108,7 @@ def apply_rotary_emb_qkv_(
         options["k_table"] = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
 
     def rotate(x: Tensor, out: Tensor, *, conjugate: bool) -> None:
-        rotate_packed(x, out, num_heads_q, (cos, sin), options | {"conjugate": conjugate})
+        rotate_packed(x, out, num_heads_q, (cos, sin), conjugate, options)
 
     return in_place(qkv, rotate)
 
@@ -174,11 +173,10 @@ class RotaryEmbedding(torch.nn.Module):
 
         A tensor `seqlen_offset` needs `max_seqlen`, the number of positions, at least once.
         """
+        if max_seqlen is None and isinstance(seqlen_offset, int):
+            max_seqlen = qkv.shape[1] + seqlen_offset
         if max_seqlen is not None:
-            self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
-        elif isinstance(seqlen_offset, int):
-            length = qkv.shape[1] + seqlen_offset
-            self._update_cos_sin_cache(length, device=qkv.device, dtype=qkv.dtype)
+            self._update_cos_sin_cache(max_seqlen, qkv.device, qkv.dtype)
         if self._cos_cached is None or self._sin_cached is None:
             raise ValueError("max_seqlen must be given with a tensor seqlen_offset, got None")
         cos, sin = self._cos_cached, self._sin_cached
@@ -252,20 +250,31 @@ def keywords(
 
 
 def rotate_packed(
-    x: Tensor, out: Tensor, num_heads_q: int | None, table: Any, options: dict[str, Any]
+    x: Tensor,
+    out: Tensor,
+    num_heads_q: int | None,
+    table: Any,
+    conjugate: bool,
+    options: dict[str, Any],
 ) -> None:
     """Rotate q and k of x, (..., 3, nheads, headdim) or (..., heads, headdim), and write out."""
     num_heads, num_kv_heads = _numbers(x, num_heads_q)
     is_one_axis = x.ndim != 5 or all(y.stride(2) == num_heads * y.stride(3) for y in (x, out))
     if is_one_axis and "k_table" not in options:
-        options = options | {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
         packed = x if x.ndim != 5 else _one_axis(x)
-        packed_out = packed if out is x else out if x.ndim != 5 else _one_axis(out)
-        rope_cupy.apply_rotary_qkv(packed, table, out=packed_out, **options)
+        rope_cupy.apply_rotary_qkv(
+            packed,
+            table,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            conjugate=conjugate,
+            out=packed if out is x else out if x.ndim != 5 else _one_axis(out),
+            **options,
+        )
         return
     q, k, v = _parts(x, num_heads, num_kv_heads)
     q_out, k_out, v_out = (q, k, v) if out is x else _parts(out, num_heads, num_kv_heads)
-    rope_cupy.apply_rotary_qk(q, k, table, out=(q_out, k_out), **options)
+    rope_cupy.apply_rotary_qk(q, k, table, conjugate=conjugate, out=(q_out, k_out), **options)
     if out is not x:
         v_out[...] = v
 

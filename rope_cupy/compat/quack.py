@@ -99,8 +99,7 @@ def apply_rotary_emb_qkv_(
     def rotate(x: Tensor, out: Tensor, *, conjugate: bool) -> None:
         heads = by_head(x)
         heads_out = heads if out is x else by_head(out)
-        how = options | {"conjugate": conjugate}
-        rotate_packed(heads, heads_out, num_heads_q, (cos, sin), how)
+        rotate_packed(heads, heads_out, num_heads_q, (cos, sin), conjugate, options)
 
     return in_place(qkv, rotate, reuse_gradient=True)
 

@@ -33,7 +33,7 @@ def apply_rot_embed_list(
 ) -> list[Tensor]:
     """Rotate each tensor of a list, or one tensor, as `apply_rot_embed`."""
     each = x if isinstance(x, list | tuple) else [x]
-    return [apply_rot_embed(one, sin_emb, cos_emb, half) for one in each]
+    return [_rotated(one, half, _table, sin_emb, cos_emb) for one in each]
 
 
 def apply_rot_embed_cat(x: Tensor, emb: Tensor, half: bool = False) -> Tensor:
@@ -41,26 +41,27 @@ def apply_rot_embed_cat(x: Tensor, emb: Tensor, half: bool = False) -> Tensor:
     return _rotated(x, half, _table_of_one, emb)
 
 
-def _rotated(x: Any, half: bool, make: Any, *parts: Any) -> Tensor:
-    if x.ndim > 4:
-        raise ValueError(f"x must have at most 4 axes, got shape {tuple(x.shape)}")
-    whole = with_leading_axes(x, 4)
-    layout, table = view_of(make, *parts, about=tuple(whole.shape[:3]))  # type: ignore[misc]
+def _rotated(x: Any, half: bool, make: Any, sin: Any, cos: Any = None) -> Tensor:
+    shape = x.shape
+    whole = x if len(shape) == 4 else with_leading_axes(x, 4)
+    layout, table = view_of(make, sin, cos, (shape,))
     y: Any = rope_cupy.apply_rotary(
         whole, table, layout=layout, interleaved=not half, rounding="eager"
     )
-    return y if x.ndim == 4 else y.reshape(x.shape)  # type: ignore[no-any-return]
+    return y if whole is x else y.reshape(shape)  # type: ignore[no-any-return]
 
 
-def _table(sin: Any, cos: Any, *shape: int) -> tuple[Any, rope_cupy.RotaryTable]:
-    """Return the layout of x, of which `shape` has the first three sizes, and its table."""
-    layout = "bhsd"
+def _table(sin: Any, cos: Any, x_shape: Any) -> tuple[Any, rope_cupy.RotaryTable]:
+    """Return the layout of x, with axes in front of it up to four, and its table."""
+    if len(x_shape) > 4:
+        raise ValueError(f"x must have at most 4 axes, got shape {tuple(x_shape)}")
+    layout, shape = "bhsd", (1,) * (4 - len(x_shape)) + tuple(x_shape)
     if cos.ndim != 2 or cos.shape[0] != shape[2]:  # if not, there is a row for each token
         cos, sin = with_leading_axes(cos, 4), with_leading_axes(sin, 4)
         layout, (cos, sin) = broadcast_axes(shape, cos, sin)
     return layout, rope_cupy.RotaryTable.from_elementwise(cos, sin)
 
 
-def _table_of_one(emb: Any, *shape: int) -> tuple[Any, rope_cupy.RotaryTable]:
+def _table_of_one(emb: Any, x_shape: Any) -> tuple[Any, rope_cupy.RotaryTable]:
     width = emb.shape[-1] // 2
-    return _table(emb[..., :width], emb[..., width:], *shape)
+    return _table(emb[..., :width], emb[..., width:], x_shape)

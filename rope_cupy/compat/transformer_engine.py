@@ -91,7 +91,7 @@ def apply_rotary_pos_emb(
     layout = _layout(tensor_format, cu_seqlens)
     of_first = cu_seqlens is None and start_positions is None and cp_size == 1
     length = t.shape[layout.index("s")] if of_first else None  # if not, an array has the rows
-    table = _table(freqs[:length], None if fused else t.dtype)
+    table = _table(freqs, None if fused else t.dtype, length)
     options: dict[str, Any] = {"interleaved": interleaved, "layout": layout}
     options["rounding"] = "once" if fused else "eager"
     if "b" not in layout:
@@ -252,9 +252,14 @@ def _half(length: int) -> int:
     return length // 2
 
 
-def _table(freqs: Tensor, dtype: Any) -> rope_cupy.RotaryTable:
-    """Return the table of angles (s, 1, 1, d2), in float32 or rounded to a dtype."""
-    angles = freqs.reshape(freqs.shape[0], freqs.shape[-1]).float()
+def _table(freqs: Tensor, dtype: Any, length: int | None = None) -> rope_cupy.RotaryTable:
+    """Return the table of angles (s, 1, 1, d2), in float32 or rounded to a dtype.
+
+    With `length` it has at most so many rows.
+    """
+    angles = freqs.flatten(1).float()
+    if length is not None and length < angles.shape[0]:
+        angles = angles[:length]
     cos, sin = angles.cos(), angles.sin()
     if dtype is not None:
         cos, sin = cos.to(dtype), sin.to(dtype)
