@@ -127,7 +127,7 @@ def fused_apply_rotary_pos_emb_2d(
 
 
 def _with_gradient(function: Any, t: Any, *args: Any) -> Tensor:
-    """Return function(t, *args, conjugate), of which the gradient is that of the other direction."""
+    """Return function(t, *args, False), whose gradient is that of the other direction."""
     if not t.requires_grad:
         return function(t, *args, False)  # type: ignore[no-any-return]
     from ._autograd import with_gradient  # PyTorch's, which the extension's functions do not need

@@ -23,7 +23,7 @@ import numpy as np
 import rope_cupy
 from rope_cupy import frequencies
 
-from ._shared import cache_table, inference_only, put
+from ._shared import inference_only, put, view_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -207,8 +207,14 @@ def apply_rope_with_cos_sin_cache(
 
     The cache is float32, (max_seq_len, rotary_dim). Each row has cosines, then sines.
     """
-    options = _of_cache(query, head_size, cos_sin_cache, is_neox)
-    return rope_cupy.apply_rotary_qk(query, key, positions=positions, **options)
+    return rope_cupy.apply_rotary_qk(
+        query,
+        key,
+        view_of(_table_of_float32, cos_sin_cache),
+        positions=positions,
+        head_dim=head_size if query.ndim == 2 else None,
+        interleaved=not is_neox,
+    )
 
 
 @inference_only
@@ -221,19 +227,22 @@ def apply_rope_with_cos_sin_cache_inplace(
     is_neox: bool = True,
 ) -> None:
     """Rotate as `apply_rope_with_cos_sin_cache`, in place."""
-    options = _of_cache(query, head_size, cos_sin_cache, is_neox)
-    rope_cupy.apply_rotary_qk(query, key, positions=positions, out=(query, key), **options)
+    rope_cupy.apply_rotary_qk(
+        query,
+        key,
+        view_of(_table_of_float32, cos_sin_cache),
+        positions=positions,
+        head_dim=head_size if query.ndim == 2 else None,
+        interleaved=not is_neox,
+        out=(query, key),
+    )
 
 
-def _of_cache(query: Any, head_size: int, cos_sin_cache: Any, is_neox: bool) -> dict[str, Any]:
-    """Return the table and the options of a call with a cache, which must be float32."""
+def _table_of_float32(cos_sin_cache: Any) -> rope_cupy.RotaryTable:
+    """Return the table of a cache, which must be float32."""
     if not str(cos_sin_cache.dtype).endswith("float32"):
         raise ValueError(f"cos_sin_cache should be float32, got {cos_sin_cache.dtype}")
-    return {
-        "table": cache_table(cos_sin_cache),
-        "head_dim": head_size if query.ndim == 2 else None,
-        "interleaved": not is_neox,
-    }
+    return rope_cupy.RotaryTable.from_cache(cos_sin_cache)
 
 
 def _table(

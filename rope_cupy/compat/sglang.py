@@ -72,15 +72,12 @@ def rotary_embedding_cos_sin(
     Else pairs are halves, and cos and sin are (tokens, rot), in which each half of a head has its
     own columns. With `positions` (tokens,), the row of a token is that of its position.
     """
-    head_size, of_neighbours = _head_size(query, head_size), _flag(interleaved, is_neox)
-    options: dict[str, Any] = {"interleaved": of_neighbours}
-    batches = None
-    if query.ndim == 4 and positions is None:
-        batches = tuple(query.shape[:2])
-    elif positions is not None:
-        options["positions"] = positions.reshape(query.shape[:2]) if query.ndim == 4 else positions
-    table = view_of(_rows, cos, sin, about=(of_neighbours, head_size, batches))
-    _in_place(query, key, table, head_size, options)
+    of_neighbours, shape = _flag(interleaved, is_neox), query.shape
+    batches = shape[:2] if len(shape) == 4 else None
+    if positions is not None and batches is not None:
+        positions, batches = positions.reshape(batches), None
+    table = view_of(_rows, cos, sin, (of_neighbours, head_size or shape[-1], batches))
+    _in_place(query, key, table, head_size, positions, of_neighbours)
 
 
 @inference_only
@@ -98,11 +95,10 @@ def rotary_embedding(
 
     If the flag is True, pairs are halves.
     """
-    options = {"positions": positions, "interleaved": not _flag(interleaved, is_neox)}
     if query.ndim == 4:
-        options["positions"] = positions.reshape(query.shape[:2])
-    table = cache_table(cos_sin_cache)
-    _in_place(query, key, table, _head_size(query, head_size), options)
+        positions = positions.reshape(query.shape[:2])
+    of_neighbours = not _flag(interleaved, is_neox)
+    _in_place(query, key, cache_table(cos_sin_cache), head_size, positions, of_neighbours)
 
 
 def apply_rotary_embedding(
@@ -119,17 +115,17 @@ def apply_rotary_embedding(
     cos_sin_cache: Tensor | None = None,
 ) -> None:
     """Call `rotary_embedding_cos_sin`, or with mode "positions" `rotary_embedding`."""
-    about: dict[str, Any] = {"interleaved": interleaved, "is_neox": is_neox}
+    flag = _flag(interleaved, is_neox)
     if mode == "cos_sin":
         if cos is None or sin is None:
             raise ValueError("cos and sin must be given with mode='cos_sin', got None")
-        rotary_embedding_cos_sin(cos, sin, query, key, head_size, **about)
+        rotary_embedding_cos_sin(cos, sin, query, key, head_size, flag)
     elif mode == "positions":
         if positions is None or cos_sin_cache is None:
             raise ValueError(
                 "positions and cos_sin_cache must be given with mode='positions', got None"
             )
-        rotary_embedding(positions, query, key, head_size, cos_sin_cache=cos_sin_cache, **about)
+        rotary_embedding(positions, query, key, head_size, flag, cos_sin_cache=cos_sin_cache)
     else:
         raise ValueError(f"mode must be 'cos_sin' or 'positions', got {mode!r}")
 
@@ -229,8 +225,7 @@ def apply_rope_with_cos_sin_cache_inplace_by_head_size(
     with `fused_set_kv_buffer_arg` write the rotated key and its values to the caches.
     """
     if fused_set_kv_buffer_arg is None:
-        table, options = cache_table(cos_sin_cache), {"positions": positions}
-        _in_place(query, key, table, head_size, options | {"interleaved": not is_neox})
+        _in_place(query, key, cache_table(cos_sin_cache), head_size, positions, not is_neox)
         return
     q, k = (_by_head(x, head_size) for x in (query, key))
     v, k_cache, v_cache, slots = _of_fused(fused_set_kv_buffer_arg)
@@ -260,11 +255,18 @@ def fused_inplace_qknorm_rope(
     Results are rounded once, or with `round_norm_before_rope` as by separate operations. A cache of
     full width has each angle twice: in halves if `is_neox`, else beside its copy.
     """
-    options = _of_norm(is_neox, round_norm_before_rope)
-    table = _cache_table(cos_sin_cache, cache_has_full_width, rope_dim)
-    weights = q_weight, k_weight
     rope_cupy.apply_qk_norm_rotary(
-        q, k, *weights, table, eps=eps, positions=positions, out=(q, k), **options
+        q,
+        k,
+        q_weight,
+        k_weight,
+        _cache_table(cos_sin_cache, cache_has_full_width, rope_dim),
+        eps=eps,
+        positions=positions,
+        interleaved=not is_neox,
+        round_norm=round_norm_before_rope,
+        rounding="eager" if round_norm_before_rope else "once",
+        out=(q, k),
     )
 
 
@@ -287,11 +289,18 @@ def fused_qknorm_rope_out_of_place(
     cache_has_full_width: bool = False,
 ) -> None:
     """Normalise and rotate as `fused_inplace_qknorm_rope`, from q and k to q_out and k_out."""
-    options = _of_norm(is_neox, round_norm_before_rope)
-    table = _cache_table(cos_sin_cache, cache_has_full_width, rope_dim)
-    weights, out = (q_weight, k_weight), (q_out, k_out)
     rope_cupy.apply_qk_norm_rotary(
-        q, k, *weights, table, eps=eps, positions=positions, out=out, **options
+        q,
+        k,
+        q_weight,
+        k_weight,
+        _cache_table(cos_sin_cache, cache_has_full_width, rope_dim),
+        eps=eps,
+        positions=positions,
+        interleaved=not is_neox,
+        round_norm=round_norm_before_rope,
+        rounding="eager" if round_norm_before_rope else "once",
+        out=(q_out, k_out),
     )
 
 
@@ -355,14 +364,13 @@ def _flag(interleaved: bool | None, is_neox: bool | None) -> bool:
     return is_neox
 
 
-def _head_size(query: Any, head_size: int) -> int:
-    if head_size == 0 and query.ndim < 3:
-        raise ValueError("head_size must be given where query has 2 axes, got 0")
-    return head_size or int(query.shape[-1])
-
-
-def _in_place(query: Any, key: Any, table: Any, head_size: int, options: dict[str, Any]) -> None:
+def _in_place(
+    query: Any, key: Any, table: Any, head_size: int, positions: Any, of_neighbours: bool
+) -> None:
+    options: dict[str, Any] = {"positions": positions, "interleaved": of_neighbours}
     if query.ndim == 2:
+        if head_size == 0:
+            raise ValueError("head_size must be given where query has 2 axes, got 0")
         options["head_dim"] = head_size
     if key is None:
         rope_cupy.apply_rotary(query, table, out=query, **options)
@@ -371,8 +379,10 @@ def _in_place(query: Any, key: Any, table: Any, head_size: int, options: dict[st
 
 
 def _check_rope_dim(cache: Any, rope_dim: int, full_width: bool = False) -> None:
+    if rope_dim == 0:
+        return
     width = cache.shape[-1] // 2 if full_width else cache.shape[-1]
-    if rope_dim not in (0, width):
+    if rope_dim != width:
         raise ValueError(f"rope_dim must be 0 or that of cos_sin_cache, {width}, got {rope_dim}")
 
 
@@ -388,12 +398,3 @@ def _halves_table(cos_sin: Any) -> rope_cupy.RotaryTable:
     """Return the table of rows of cosines, then sines, that each element has of its own."""
     width = cos_sin.shape[-1] // 2
     return rope_cupy.RotaryTable.from_elementwise(cos_sin[..., :width], cos_sin[..., width:])
-
-
-def _of_norm(is_neox: bool, rounded: bool) -> dict[str, Any]:
-    """Return the options for pairing and rounding."""
-    return {
-        "interleaved": not is_neox,
-        "round_norm": rounded,
-        "rounding": "eager" if rounded else "once",
-    }

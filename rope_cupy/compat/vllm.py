@@ -61,16 +61,15 @@ def rotary_embedding(
     positions are (num_tokens,) or (batch, seq_len), query and key (positions..., heads * head_size)
     or (positions..., heads, head_size), cos_sin_cache (max_position, rotary_dim).
     """
-    is_flat = query.ndim == positions.ndim + 1
+    ndim, table = positions.ndim, cache_table(cos_sin_cache)
     options: dict[str, Any] = {
         "positions": positions,
         "interleaved": not is_neox,
-        "layout": "shd" if positions.ndim == 1 else "bshd",
-        "head_dim": head_size if is_flat else None,
+        "layout": "shd" if ndim == 1 else "bshd",
+        "head_dim": head_size if query.ndim == ndim + 1 else None,
         "rotary_offset": rope_dim_offset,
         "conjugate": inverse,
     }
-    table = cache_table(cos_sin_cache)
     if key is None:
         rope_cupy.apply_rotary(query, table, out=query, **options)
     else:
@@ -103,12 +102,24 @@ def fused_qk_norm_rope(
             f"elements, got shape {tuple(qkv.shape)}"
         )
     table = cache_table(cos_sin_cache)
-    options: dict[str, Any] = {"eps": eps, "round_norm": False, "positions": position_ids}
-    options |= {"interleaved": not is_neox, "head_dim": head_dim}
+    options: dict[str, Any] = {
+        "eps": eps,
+        "round_norm": False,
+        "positions": position_ids,
+        "interleaved": not is_neox,
+        "head_dim": head_dim,
+    }
     if num_heads_v == num_heads_k:
-        options |= {"num_heads": num_heads_q, "num_kv_heads": num_heads_k}
-        options |= {"q_weight": q_weight, "k_weight": k_weight}
-        rope_cupy.apply_rotary_qkv(qkv, table, out=qkv, **options)
+        rope_cupy.apply_rotary_qkv(
+            qkv,
+            table,
+            num_heads=num_heads_q,
+            num_kv_heads=num_heads_k,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            out=qkv,
+            **options,
+        )
         return
     q, k = qkv[:, :end_q], qkv[:, end_q:end_k]
     rope_cupy.apply_qk_norm_rotary(q, k, q_weight, k_weight, table, out=(q, k), **options)
@@ -133,7 +144,7 @@ def triton_mrope(
     a rotated copy is returned.
     """
     half = rotary_dim // 2
-    table, positions = view_of(by_token_of_three_axes, cos, sin, about=(half,))
+    table, positions = view_of(by_token_of_three_axes, cos, sin, (half,))
     return rope_cupy.apply_rotary_qk(
         q,
         k,
