@@ -12,7 +12,7 @@ that requires a gradient; scales may require one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import rope_cupy
 
@@ -91,7 +91,7 @@ def apply_rope_split_half_(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[T
 
 def rms_rope1(x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6) -> Tensor:
     """Normalise the heads of x, multiply them by scale (dim,), and return them rotated."""
-    return _one(x, freqs_cis, True, ((scale,), epsilon))
+    return _one(x, freqs_cis, True, ((scale,), {"eps": epsilon}))
 
 
 def rms_rope(
@@ -109,7 +109,7 @@ def rms_rope(
 @inference_only
 def rms_rope1_(x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6) -> Tensor:
     """Normalise and rotate x as `rms_rope1`, in place, and return it."""
-    return _one(x, freqs_cis, True, ((scale,), epsilon), in_place=True)
+    return _one(x, freqs_cis, True, ((scale,), {"eps": epsilon}), in_place=True)
 
 
 @inference_only
@@ -129,7 +129,7 @@ def rms_rope_split_half1(
     x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6
 ) -> Tensor:
     """Return x normalised and rotated as by `rms_rope1`, with pairs of halves."""
-    return _one(x, freqs_cis, False, ((scale,), epsilon))
+    return _one(x, freqs_cis, False, ((scale,), {"eps": epsilon}))
 
 
 def rms_rope_split_half(
@@ -151,7 +151,7 @@ def rms_rope_split_half1_(
     x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6
 ) -> Tensor:
     """Normalise and rotate x as `rms_rope_split_half1`, in place, and return it."""
-    return _one(x, freqs_cis, False, ((scale,), epsilon), in_place=True)
+    return _one(x, freqs_cis, False, ((scale,), {"eps": epsilon}), in_place=True)
 
 
 @inference_only
@@ -169,7 +169,8 @@ def rms_rope_split_half_(
     return _two((q, k), freqs_cis, False, _norm(q_scale, k_scale, epsilon), in_place=True)
 
 
-Norm = tuple[tuple[Any, ...], float] | None  # the scales, and epsilon
+Norm = tuple[tuple[Any, ...], dict[str, float]]  # the scales, and epsilon by its name
+NO_NORM: Norm = ((), {})
 _FUNCTIONS: dict[tuple[int, bool], Any] = {  # by the number of arrays, and whether it normalises
     (1, False): rope_cupy.apply_rotary,
     (2, False): rope_cupy.apply_rotary_qk,
@@ -178,87 +179,91 @@ _FUNCTIONS: dict[tuple[int, bool], Any] = {  # by the number of arrays, and whet
 }
 
 
+class _Plan(NamedTuple):
+    """What follows from freqs_cis and from the shape and the dtype of x."""
+
+    table: rope_cupy.RotaryTable
+    options: dict[str, Any]
+    dtype: Any  # in which x is rotated
+    is_cast: bool  # x has another dtype
+    is_plain: bool  # x is rotated as it is given
+
+
 def _norm(q_scale: Any, k_scale: Any, epsilon: float) -> Norm:
-    return (q_scale, q_scale if k_scale is None else k_scale), epsilon
+    return (q_scale, q_scale if k_scale is None else k_scale), {"eps": epsilon}
 
 
 def _one(
-    x: Tensor, freqs: Any, interleaved: bool, norm: Norm = None, *, in_place: bool = False
+    x: Tensor, freqs: Any, interleaved: bool, norm: Norm = NO_NORM, in_place: bool = False
 ) -> Tensor:
-    table = view_of(_table, freqs, about=(x.shape,))
-    (y,) = _call((x,), freqs, table, interleaved, norm, in_place)
-    return y  # type: ignore[no-any-return]
+    plan = view_of(_plan, freqs, None, (x.shape, x.dtype, interleaved, norm is NO_NORM))
+    return _call((x,), freqs, plan, norm, in_place)[0]  # type: ignore[no-any-return]
 
 
 def _two(
-    xs: tuple[Any, Any], freqs: Any, interleaved: bool, norm: Norm = None, *, in_place: bool = False
+    xs: tuple[Any, Any],
+    freqs: Any,
+    interleaved: bool,
+    norm: Norm = NO_NORM,
+    in_place: bool = False,
 ) -> tuple[Any, Any]:
     """Rotate q and k, in one launch where nothing but the number of heads tells them apart."""
     q, k = xs
-    table, k_table = view_of(_tables, freqs, about=(q.shape, k.shape))
-    if k_table is None and q.dtype == k.dtype:
-        q_out, k_out = _call(xs, freqs, table, interleaved, norm, in_place)
-        return q_out, k_out
-    scales = ((None,), (None,)) if norm is None else ((norm[0][0],), (norm[0][1],))
-    norms = [norm and (each, norm[1]) for each in scales]
-    (q_out,) = _call((q,), freqs, table, interleaved, norms[0], in_place)
-    (k_out,) = _call((k,), freqs, k_table or table, interleaved, norms[1], in_place)
+    about = q.shape, k.shape, q.dtype, k.dtype, interleaved, norm is NO_NORM
+    plan, k_plan = view_of(_plans, freqs, None, about)
+    if k_plan is None:
+        return _call(xs, freqs, plan, norm, in_place)  # type: ignore[return-value]
+    scales, eps = norm
+    (q_out,) = _call((q,), freqs, plan, (scales[:1], eps), in_place)
+    (k_out,) = _call((k,), freqs, k_plan, (scales[1:], eps), in_place)
     return q_out, k_out
 
 
 def _call(
-    xs: tuple[Any, ...],
-    freqs: Any,
-    table: tuple[rope_cupy.RotaryTable, str],
-    interleaved: bool,
-    norm: Norm,
-    in_place: bool,
+    xs: tuple[Any, ...], freqs: Any, plan: _Plan, norm: Norm, in_place: bool
 ) -> tuple[Any, ...]:
     """Rotate one array or two of the same tokens: new arrays, or themselves."""
     if in_place:
         _check_no_gradient(*xs, freqs)
-    x, dtype = xs[0], freqs.dtype
-    computed = xs
-    if dtype != x.dtype and norm is None and dtype.itemsize <= min(x.dtype.itemsize, 4):
-        computed = tuple([_cast(each, dtype) for each in xs])
-    given = computed if x.ndim == 4 else tuple([with_leading_axes(each, 4) for each in computed])
-    options: dict[str, Any] = {"layout": table[1], "interleaved": interleaved}
-    if dtype.itemsize == 2:
-        options["rounding"] = "eager"
-    if in_place and computed is xs:
-        options["out"] = given if len(xs) == 2 else given[0]
-    scales: tuple[Any, ...] = ()
-    if norm is not None:
-        scales, options["eps"] = norm
-    results = _FUNCTIONS[len(xs), norm is not None](*given, *scales, table[0], **options)
-    if "out" in options:
+    (scales, eps), is_one = norm, len(xs) == 1
+    table, options, dtype, is_cast, is_plain = plan
+    given = xs if is_plain else tuple([with_leading_axes(_cast(x, dtype), 4) for x in xs])
+    out: Any = None
+    if in_place and not is_cast:
+        out = given[0] if is_one else given
+    function = _FUNCTIONS[len(xs), bool(scales)]
+    results = function(*given, *scales, table, out=out, **eps, **options)
+    if out is not None:
         return xs
-    results = results if len(xs) == 2 else (results,)
-    if x.ndim < 4 or computed is not xs:
+    results = (results,) if is_one else results
+    if not is_plain:
         pairs = zip(xs, results, strict=True)
-        results = tuple([_cast(y.reshape(each.shape), x.dtype) for each, y in pairs])
+        results = tuple([_cast(y.reshape(x.shape), x.dtype) for x, y in pairs])
     if in_place:
-        for each, y in zip(xs, results, strict=True):
-            each[...] = y
+        for x, y in zip(xs, results, strict=True):
+            x[...] = y
         return xs
     return results  # type: ignore[no-any-return]
 
 
-def _tables(freqs: Any, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """Return what `_table` does for q, and for k unless they differ in the number of heads alone.
+def _plans(
+    freqs: Any, q_shape: Any, k_shape: Any, q_dtype: Any, k_dtype: Any, *how: bool
+) -> tuple[_Plan, _Plan | None]:
+    """Return the plan for q, and for k unless they differ in the number of heads alone.
 
     Else k has None.
     """
-    table = _table(freqs, q_shape)
-    heads = len(q_shape) - (2 if table[1] == "bshd" else 3)
+    plan = _plan(freqs, q_shape, q_dtype, *how)
+    heads = len(q_shape) - (2 if plan.options["layout"] == "bshd" else 3)
     of_q, of_k = (
         [size for i, size in enumerate(shape) if i != heads] for shape in (q_shape, k_shape)
     )
-    return table, None if of_q == of_k else _table(freqs, k_shape)
+    is_alike = of_q == of_k and q_dtype == k_dtype
+    return plan, None if is_alike else _plan(freqs, k_shape, k_dtype, *how)
 
 
-def _table(freqs: Any, shape: tuple[int, ...]) -> tuple[rope_cupy.RotaryTable, str]:
-    """Return the table, cut to the tokens of x, and the layout of x with axes in front."""
+def _plan(freqs: Any, shape: Any, dtype: Any, interleaved: bool, may_cast: bool) -> _Plan:
+    """Return the plan for x, with a table that is cut to its tokens."""
     ndim = len(shape)
     if ndim > 4:
         raise ValueError(f"x must have at most 4 axes, got shape {tuple(shape)}")
@@ -266,7 +271,14 @@ def _table(freqs: Any, shape: tuple[int, ...]) -> tuple[rope_cupy.RotaryTable, s
         freqs = freqs[:, :, : shape[2]]
     whole = (1,) * (4 - ndim) + tuple(shape)
     layout, (freqs,) = broadcast_axes(whole, with_leading_axes(freqs, 6))
-    return rope_cupy.RotaryTable.from_matrices(freqs), layout
+    options: dict[str, Any] = {"layout": layout, "interleaved": interleaved}
+    if freqs.dtype.itemsize == 2:
+        options["rounding"] = "eager"
+    fits = freqs.dtype.itemsize <= min(dtype.itemsize, 4)
+    is_cast = may_cast and fits and freqs.dtype != dtype
+    table = rope_cupy.RotaryTable.from_matrices(freqs)
+    of_x = freqs.dtype if is_cast else dtype
+    return _Plan(table, options, of_x, is_cast, ndim == 4 and not is_cast)
 
 
 def _cast(x: Any, dtype: Any) -> Any:

@@ -122,7 +122,7 @@ def apply_rotary_emb_kv_(
 ) -> Tensor:
     """Rotate k of kv, (batch, seqlen, 2, nheads, headdim), in place."""
     options = keywords(seqlen_offsets, None, interleaved)
-    check_packed("kv", kv, 2)
+    check_packed("kv", kv.shape, 2)
 
     def rotate(x: Tensor, out: Tensor, *, conjugate: bool) -> None:
         k = x.select(2, 0)
@@ -258,17 +258,19 @@ def rotate_packed(
     options: dict[str, Any],
 ) -> None:
     """Rotate q and k of x, (..., 3, nheads, headdim) or (..., heads, headdim), and write out."""
-    num_heads, num_kv_heads = _numbers(x, num_heads_q)
-    is_one_axis = x.ndim != 5 or all(y.stride(2) == num_heads * y.stride(3) for y in (x, out))
+    shape = x.shape
+    num_heads, num_kv_heads = _numbers(shape, num_heads_q)
+    is_by_head = len(shape) != 5
+    is_one_axis = is_by_head or all(y.stride(2) == num_heads * y.stride(3) for y in (x, out))
     if is_one_axis and "k_table" not in options:
-        packed = x if x.ndim != 5 else _one_axis(x)
+        packed = x if is_by_head else _one_axis(x)
         rope_cupy.apply_rotary_qkv(
             packed,
             table,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             conjugate=conjugate,
-            out=packed if out is x else out if x.ndim != 5 else _one_axis(out),
+            out=packed if out is x else out if is_by_head else _one_axis(out),
             **options,
         )
         return
@@ -290,26 +292,26 @@ def _parts(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tens
     return q, k, v
 
 
-def _numbers(qkv: Tensor, num_heads_q: int | None) -> tuple[int, int]:
-    """Return how many heads q and k have."""
-    if qkv.ndim == 5:
-        check_packed("qkv", qkv, 3)
-        return qkv.shape[3], qkv.shape[3]
+def _numbers(shape: tuple[int, ...], num_heads_q: int | None) -> tuple[int, int]:
+    """Return how many heads q and k have in qkv."""
+    if len(shape) == 5:
+        check_packed("qkv", shape, 3)
+        return shape[3], shape[3]
     if num_heads_q is None:
-        raise ValueError(f"num_heads_q must be given with qkv of {qkv.ndim} axes, got None")
-    num_heads_k, rest = divmod(qkv.shape[-2] - num_heads_q, 2)
+        raise ValueError(f"num_heads_q must be given with qkv of {len(shape)} axes, got None")
+    num_heads_k, rest = divmod(shape[-2] - num_heads_q, 2)
     if rest or num_heads_k <= 0:
         raise ValueError(
             f"qkv must have num_heads_q + 2 num_heads_k heads, {num_heads_q} of them q's, got "
-            f"{qkv.shape[-2]}"
+            f"{shape[-2]}"
         )
     return num_heads_q, num_heads_k
 
 
-def check_packed(name: str, x: Tensor, count: int) -> None:
-    """Refuse a packed tensor of another shape than (batch, seqlen, count, nheads, headdim)."""
-    if x.ndim != 5 or x.shape[2] != count:
+def check_packed(name: str, shape: tuple[int, ...], count: int) -> None:
+    """Refuse another shape of a packed tensor than (batch, seqlen, count, nheads, headdim)."""
+    if len(shape) != 5 or shape[2] != count:
         raise ValueError(
             f"{name} must have the shape (batch, seqlen, {count}, nheads, headdim), got "
-            f"{tuple(x.shape)}"
+            f"{tuple(shape)}"
         )

@@ -367,15 +367,28 @@ def _flag(interleaved: bool | None, is_neox: bool | None) -> bool:
 def _in_place(
     query: Any, key: Any, table: Any, head_size: int, positions: Any, of_neighbours: bool
 ) -> None:
-    options: dict[str, Any] = {"positions": positions, "interleaved": of_neighbours}
-    if query.ndim == 2:
-        if head_size == 0:
-            raise ValueError("head_size must be given where query has 2 axes, got 0")
-        options["head_dim"] = head_size
+    head_dim = head_size if query.ndim == 2 else None
+    if head_dim == 0:
+        raise ValueError("head_size must be given where query has 2 axes, got 0")
     if key is None:
-        rope_cupy.apply_rotary(query, table, out=query, **options)
-    else:
-        rope_cupy.apply_rotary_qk(query, key, table, out=(query, key), **options)
+        rope_cupy.apply_rotary(
+            query,
+            table,
+            positions=positions,
+            interleaved=of_neighbours,
+            head_dim=head_dim,
+            out=query,
+        )
+        return
+    rope_cupy.apply_rotary_qk(
+        query,
+        key,
+        table,
+        positions=positions,
+        interleaved=of_neighbours,
+        head_dim=head_dim,
+        out=(query, key),
+    )
 
 
 def _check_rope_dim(cache: Any, rope_dim: int, full_width: bool = False) -> None:
