@@ -55,13 +55,11 @@ def apply_rope(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tenso
     return _two((xq, xk), freqs_cis, True)
 
 
-@inference_only
 def apply_rope1_(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate x as `apply_rope1`, in place, and return it."""
     return _one(x, freqs_cis, True, in_place=True)
 
 
-@inference_only
 def apply_rope_(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate xq and xk as `apply_rope`, in place, and return them."""
     return _two((xq, xk), freqs_cis, True, in_place=True)
@@ -77,13 +75,11 @@ def apply_rope_split_half(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Te
     return _two((xq, xk), freqs_cis, False)
 
 
-@inference_only
 def apply_rope_split_half1_(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate x as `apply_rope_split_half1`, in place, and return it."""
     return _one(x, freqs_cis, False, in_place=True)
 
 
-@inference_only
 def apply_rope_split_half_(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate xq and xk as `apply_rope_split_half`, in place, and return them."""
     return _two((xq, xk), freqs_cis, False, in_place=True)
