@@ -12,6 +12,8 @@ that requires a gradient; scales may require one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import rope_cupy
@@ -52,7 +54,7 @@ def apply_rope1(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 def apply_rope(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Return xq and xk rotated as `apply_rope1`."""
-    return _two((xq, xk), freqs_cis, True)
+    return _two(xq, xk, freqs_cis, True)
 
 
 def apply_rope1_(x: Tensor, freqs_cis: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ def apply_rope1_(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 def apply_rope_(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate xq and xk as `apply_rope`, in place, and return them."""
-    return _two((xq, xk), freqs_cis, True, in_place=True)
+    return _two(xq, xk, freqs_cis, True, in_place=True)
 
 
 def apply_rope_split_half1(x: Tensor, freqs_cis: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ def apply_rope_split_half1(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 def apply_rope_split_half(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Return xq and xk rotated as by `apply_rope`, with pairs of halves."""
-    return _two((xq, xk), freqs_cis, False)
+    return _two(xq, xk, freqs_cis, False)
 
 
 def apply_rope_split_half1_(x: Tensor, freqs_cis: Tensor) -> Tensor:
@@ -82,12 +84,12 @@ def apply_rope_split_half1_(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 def apply_rope_split_half_(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate xq and xk as `apply_rope_split_half`, in place, and return them."""
-    return _two((xq, xk), freqs_cis, False, in_place=True)
+    return _two(xq, xk, freqs_cis, False, in_place=True)
 
 
 def rms_rope1(x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6) -> Tensor:
     """Normalise the heads of x, multiply them by scale (dim,), and return them rotated."""
-    return _one(x, freqs_cis, True, ((scale,), {"eps": epsilon}))
+    return _one(x, freqs_cis, True, (scale,), epsilon)
 
 
 def rms_rope(
@@ -99,13 +101,13 @@ def rms_rope(
     epsilon: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Return `rms_rope1` of q and of k; without a k_scale, k takes q_scale."""
-    return _two((q, k), freqs_cis, True, _norm(q_scale, k_scale, epsilon))
+    return _two(q, k, freqs_cis, True, _both(q_scale, k_scale), epsilon)
 
 
 @inference_only
 def rms_rope1_(x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6) -> Tensor:
     """Normalise and rotate x as `rms_rope1`, in place, and return it."""
-    return _one(x, freqs_cis, True, ((scale,), {"eps": epsilon}), in_place=True)
+    return _one(x, freqs_cis, True, (scale,), epsilon, in_place=True)
 
 
 @inference_only
@@ -118,14 +120,14 @@ def rms_rope_(
     epsilon: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Normalise and rotate q and k as `rms_rope`, in place, and return them."""
-    return _two((q, k), freqs_cis, True, _norm(q_scale, k_scale, epsilon), in_place=True)
+    return _two(q, k, freqs_cis, True, _both(q_scale, k_scale), epsilon, in_place=True)
 
 
 def rms_rope_split_half1(
     x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6
 ) -> Tensor:
     """Return x normalised and rotated as by `rms_rope1`, with pairs of halves."""
-    return _one(x, freqs_cis, False, ((scale,), {"eps": epsilon}))
+    return _one(x, freqs_cis, False, (scale,), epsilon)
 
 
 def rms_rope_split_half(
@@ -139,7 +141,7 @@ def rms_rope_split_half(
 ) -> tuple[Tensor, Tensor]:
     """Return `rms_rope_split_half1` of q and of k, which rotates rot_dim elements of each head."""
     _check_rot_dim(freqs_cis, rot_dim)
-    return _two((q, k), freqs_cis, False, _norm(q_scale, k_scale, epsilon))
+    return _two(q, k, freqs_cis, False, _both(q_scale, k_scale), epsilon)
 
 
 @inference_only
@@ -147,7 +149,7 @@ def rms_rope_split_half1_(
     x: Tensor, freqs_cis: Tensor, scale: Tensor, epsilon: float = 1e-6
 ) -> Tensor:
     """Normalise and rotate x as `rms_rope_split_half1`, in place, and return it."""
-    return _one(x, freqs_cis, False, ((scale,), {"eps": epsilon}), in_place=True)
+    return _one(x, freqs_cis, False, (scale,), epsilon, in_place=True)
 
 
 @inference_only
@@ -162,11 +164,9 @@ def rms_rope_split_half_(
 ) -> tuple[Tensor, Tensor]:
     """Normalise and rotate q and k as `rms_rope_split_half`, in place, and return them."""
     _check_rot_dim(freqs_cis, rot_dim)
-    return _two((q, k), freqs_cis, False, _norm(q_scale, k_scale, epsilon), in_place=True)
+    return _two(q, k, freqs_cis, False, _both(q_scale, k_scale), epsilon, in_place=True)
 
 
-Norm = tuple[tuple[Any, ...], dict[str, float]]  # the scales, and epsilon by its name
-NO_NORM: Norm = ((), {})
 _FUNCTIONS: dict[tuple[int, bool], Any] = {  # by the number of arrays, and whether it normalises
     (1, False): rope_cupy.apply_rotary,
     (2, False): rope_cupy.apply_rotary_qk,
@@ -178,88 +178,94 @@ _FUNCTIONS: dict[tuple[int, bool], Any] = {  # by the number of arrays, and whet
 class _Plan(NamedTuple):
     """What follows from freqs_cis and from the shape and the dtype of x."""
 
-    table: rope_cupy.RotaryTable
-    options: dict[str, Any]
+    rotate: Callable[..., Any]  # with its table and its options, but `out`
+    layout: str
     dtype: Any  # in which x is rotated
     is_cast: bool  # x has another dtype
     is_plain: bool  # x is rotated as it is given
 
 
-def _norm(q_scale: Any, k_scale: Any, epsilon: float) -> Norm:
-    return (q_scale, q_scale if k_scale is None else k_scale), {"eps": epsilon}
+def _both(q_scale: Any, k_scale: Any) -> tuple[Any, Any]:
+    return q_scale, q_scale if k_scale is None else k_scale
 
 
 def _one(
-    x: Tensor, freqs: Any, interleaved: bool, norm: Norm = NO_NORM, in_place: bool = False
-) -> Tensor:
-    plan = view_of(_plan, freqs, None, (x.shape, x.dtype, interleaved, norm is NO_NORM))
-    return _call((x,), freqs, plan, norm, in_place)[0]  # type: ignore[no-any-return]
+    x: Any,
+    freqs: Any,
+    interleaved: bool,
+    scales: tuple[Any, ...] = (),
+    eps: float | None = None,
+    in_place: bool = False,
+) -> Any:
+    if in_place:
+        _check_no_gradient(x, freqs)
+    plan = view_of(_plan, freqs, None, (1, interleaved, eps, x.shape, x.dtype))
+    if plan.is_plain:
+        return plan.rotate(x, *scales, out=x if in_place else None)
+    return _rotated((x,), plan, scales, in_place)[0]
 
 
 def _two(
-    xs: tuple[Any, Any],
+    q: Any,
+    k: Any,
     freqs: Any,
     interleaved: bool,
-    norm: Norm = NO_NORM,
+    scales: tuple[Any, ...] = (),
+    eps: float | None = None,
     in_place: bool = False,
 ) -> tuple[Any, Any]:
     """Rotate q and k, in one launch where nothing but the number of heads tells them apart."""
-    q, k = xs
-    about = q.shape, k.shape, q.dtype, k.dtype, interleaved, norm is NO_NORM
-    plan, k_plan = view_of(_plans, freqs, None, about)
-    if k_plan is None:
-        return _call(xs, freqs, plan, norm, in_place)  # type: ignore[return-value]
-    scales, eps = norm
-    (q_out,) = _call((q,), freqs, plan, (scales[:1], eps), in_place)
-    (k_out,) = _call((k,), freqs, k_plan, (scales[1:], eps), in_place)
-    return q_out, k_out
+    if in_place:
+        _check_no_gradient(q, k, freqs)
+    plans = view_of(_plans, freqs, None, (interleaved, eps, q.shape, k.shape, q.dtype, k.dtype))
+    if len(plans) == 2:
+        (q_out,) = _rotated((q,), plans[0], scales[:1], in_place)
+        (k_out,) = _rotated((k,), plans[1], scales[1:], in_place)
+        return q_out, k_out
+    plan = plans[0]
+    if plan.is_plain:
+        return plan.rotate(q, k, *scales, out=(q, k) if in_place else None)  # type: ignore[no-any-return]
+    return _rotated((q, k), plan, scales, in_place)  # type: ignore[return-value]
 
 
-def _call(
-    xs: tuple[Any, ...], freqs: Any, plan: _Plan, norm: Norm, in_place: bool
+def _rotated(
+    xs: tuple[Any, ...], plan: _Plan, scales: tuple[Any, ...], in_place: bool
 ) -> tuple[Any, ...]:
-    """Rotate one array or two of the same tokens: new arrays, or themselves."""
-    if in_place:
-        _check_no_gradient(*xs, freqs)
-    (scales, eps), is_one = norm, len(xs) == 1
-    table, options, dtype, is_cast, is_plain = plan
-    given = xs if is_plain else tuple([with_leading_axes(_cast(x, dtype), 4) for x in xs])
-    out: Any = None
-    if in_place and not is_cast:
-        out = given[0] if is_one else given
-    function = _FUNCTIONS[len(xs), bool(scales)]
-    results = function(*given, *scales, table, out=out, **eps, **options)
-    if out is not None:
+    """Rotate one array or two of any number of axes and any dtype: new arrays, or themselves."""
+    given = tuple([with_leading_axes(_cast(x, plan.dtype), 4) for x in xs])
+    if in_place and not plan.is_cast:
+        plan.rotate(*given, *scales, out=given if len(xs) == 2 else given[0])
         return xs
-    results = (results,) if is_one else results
-    if not is_plain:
-        pairs = zip(xs, results, strict=True)
-        results = tuple([_cast(y.reshape(x.shape), x.dtype) for x, y in pairs])
-    if in_place:
-        for x, y in zip(xs, results, strict=True):
-            x[...] = y
-        return xs
-    return results  # type: ignore[no-any-return]
+    results = plan.rotate(*given, *scales)
+    results = results if len(xs) == 2 else (results,)
+    pairs = zip(xs, results, strict=True)
+    results = tuple([_cast(y.reshape(x.shape), x.dtype) for x, y in pairs])
+    if not in_place:
+        return results
+    for x, y in zip(xs, results, strict=True):
+        x[...] = y
+    return xs
 
 
 def _plans(
-    freqs: Any, q_shape: Any, k_shape: Any, q_dtype: Any, k_dtype: Any, *how: bool
-) -> tuple[_Plan, _Plan | None]:
-    """Return the plan for q, and for k unless they differ in the number of heads alone.
-
-    Else k has None.
-    """
-    plan = _plan(freqs, q_shape, q_dtype, *how)
-    heads = len(q_shape) - (2 if plan.options["layout"] == "bshd" else 3)
+    freqs: Any, interleaved: bool, eps: Any, q_shape: Any, k_shape: Any, q_dtype: Any, k_dtype: Any
+) -> tuple[_Plan, ...]:
+    """Return a plan for q and k if they differ in the number of heads alone, else one for each."""
+    how = interleaved, eps
+    both = _plan(freqs, 2, *how, q_shape, q_dtype)
+    heads = len(q_shape) - (2 if both.layout == "bshd" else 3)
     of_q, of_k = (
         [size for i, size in enumerate(shape) if i != heads] for shape in (q_shape, k_shape)
     )
-    is_alike = of_q == of_k and q_dtype == k_dtype
-    return plan, None if is_alike else _plan(freqs, k_shape, k_dtype, *how)
+    if of_q == of_k and q_dtype == k_dtype:
+        return (both,)
+    return _plan(freqs, 1, *how, q_shape, q_dtype), _plan(freqs, 1, *how, k_shape, k_dtype)
 
 
-def _plan(freqs: Any, shape: Any, dtype: Any, interleaved: bool, may_cast: bool) -> _Plan:
-    """Return the plan for x, with a table that is cut to its tokens."""
+def _plan(
+    freqs: Any, count: int, interleaved: bool, eps: float | None, shape: Any, dtype: Any
+) -> _Plan:
+    """Return the plan for one x or two, with a table that is cut to their tokens."""
     ndim = len(shape)
     if ndim > 4:
         raise ValueError(f"x must have at most 4 axes, got shape {tuple(shape)}")
@@ -267,14 +273,20 @@ def _plan(freqs: Any, shape: Any, dtype: Any, interleaved: bool, may_cast: bool)
         freqs = freqs[:, :, : shape[2]]
     whole = (1,) * (4 - ndim) + tuple(shape)
     layout, (freqs,) = broadcast_axes(whole, with_leading_axes(freqs, 6))
-    options: dict[str, Any] = {"layout": layout, "interleaved": interleaved}
+    options: dict[str, Any] = {} if eps is None else {"eps": eps}
     if freqs.dtype.itemsize == 2:
         options["rounding"] = "eager"
+    rotate = partial(
+        _FUNCTIONS[count, eps is not None],
+        table=rope_cupy.RotaryTable.from_matrices(freqs),
+        layout=layout,
+        interleaved=interleaved,
+        **options,
+    )
     fits = freqs.dtype.itemsize <= min(dtype.itemsize, 4)
-    is_cast = may_cast and fits and freqs.dtype != dtype
-    table = rope_cupy.RotaryTable.from_matrices(freqs)
+    is_cast = eps is None and fits and freqs.dtype != dtype
     of_x = freqs.dtype if is_cast else dtype
-    return _Plan(table, options, of_x, is_cast, ndim == 4 and not is_cast)
+    return _Plan(rotate, layout, of_x, is_cast, ndim == 4 and not is_cast)
 
 
 def _cast(x: Any, dtype: Any) -> Any:
@@ -292,6 +304,5 @@ def _check_no_gradient(*arrays: Any) -> None:
 
 
 def _check_rot_dim(freqs: Any, rot_dim: int) -> None:
-    width = 2 * freqs.shape[-3]
-    if rot_dim not in (0, width):
+    if rot_dim and rot_dim != (width := 2 * freqs.shape[-3]):
         raise ValueError(f"rot_dim must be 0 or freqs_cis's {width}, got {rot_dim}")
