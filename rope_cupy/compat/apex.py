@@ -155,7 +155,7 @@ def _table_of_rows(cos: Any, sin: Any) -> rope_cupy.RotaryTable:
 
 
 def _cast(x: Any, dtype: Any) -> Any:
-    return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)
+    return x.to(dtype=dtype) if hasattr(x, "to") else x.astype(dtype)
 
 
 @inference_only

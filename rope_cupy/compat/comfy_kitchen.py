@@ -292,7 +292,7 @@ def _plan(
 def _cast(x: Any, dtype: Any) -> Any:
     if x.dtype == dtype:
         return x
-    return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)
+    return x.to(dtype=dtype) if hasattr(x, "to") else x.astype(dtype)
 
 
 def _check_no_gradient(*arrays: Any) -> None:

@@ -21,6 +21,7 @@ import torch
 import rope_cupy
 
 from ._autograd import contiguous
+from ._shared import empty_like
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,14 +93,17 @@ def apply_rotary_pos_emb(
     of_first = cu_seqlens is None and start_positions is None and cp_size == 1
     length = t.shape[layout.index("s")] if of_first else None  # if not, an array has the rows
     table = _table(freqs, None if fused else t.dtype, length)
-    options: dict[str, Any] = {"interleaved": interleaved, "layout": layout}
-    options["rounding"] = "once" if fused else "eager"
-    if "b" not in layout:
+    options: dict[str, Any] = {
+        "interleaved": interleaved,
+        "layout": layout,
+        "rounding": "once" if fused else "eager",
+    }
+    if layout == "shd":
         options["out_of_range"] = "keep"
         options |= _sequences(cu_seqlens, start_positions, cp_size, cp_rank)
     elif start_positions is not None:
         options["seqlen_offsets"] = start_positions
-    halves = cp_size > 1 and "b" in layout
+    halves = cp_size > 1 and layout != "shd"
 
     def rotate(x: Tensor, out: Tensor, *, conjugate: bool) -> None:
         if not halves:
@@ -153,12 +157,11 @@ def apply_fused_qkv_rotary_pos_emb(
 
 
 def _split_qkv(qkv: Tensor, split: tuple[int, ...], rotate: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *outer, heads, _ = qkv.shape
-    q = qkv.new_empty((*outer, heads * split[0] // split[1], split[1]))
-    k = qkv.new_empty((*outer, heads, split[1]))
     q_in, k_in, v = _qkv_parts(qkv, split)
-    rotate((q_in, k_in), (_by_group(q, heads), _by_group(k, heads)), conjugate=False)
-    return q, k, v.clone(memory_format=torch.contiguous_format)
+    q, k = empty_like(q_in), empty_like(k_in)
+    rotate((q_in, k_in), (q, k), conjugate=False)
+    shape = *qkv.shape[:2], -1, split[1]
+    return q.view(shape), k.view(shape), v.clone(memory_format=torch.contiguous_format)
 
 
 class _SplitQKV(torch.autograd.Function):
@@ -191,11 +194,10 @@ def _rotate_qkv(
 
 def _qkv_parts(qkv: Tensor, split: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Return q and k as (tokens of all batches, groups, heads of a group, size), and v."""
-    q, k, v = torch.split(qkv, list(split), dim=-1)
-    size = split[1]
-    tokens = qkv.shape[0] * qkv.shape[1]
-    q, k = (x.reshape(tokens, qkv.shape[2], -1, size) for x in (q, k))
-    return q, k, v
+    q, k, v = qkv.split_with_sizes(split, -1)
+    s, b, heads, _ = qkv.shape
+    shape = s * b, heads, -1, split[1]
+    return q.reshape(shape), k.reshape(shape), v
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -241,9 +243,11 @@ def _sequences(
 def _layout(tensor_format: str, cu_seqlens: Any) -> str:
     if tensor_format not in TENSOR_FORMATS:
         raise ValueError(f"tensor_format must be 'sbhd', 'bshd' or 'thd', got {tensor_format!r}")
-    if tensor_format == "thd" and cu_seqlens is None:
+    if tensor_format != "thd":
+        return tensor_format
+    if cu_seqlens is None:
         raise ValueError("cu_seqlens must be given with tensor_format='thd', got None")
-    return tensor_format.replace("t", "s")
+    return "shd"
 
 
 def _half(length: int) -> int:
@@ -262,5 +266,5 @@ def _table(freqs: Tensor, dtype: Any, length: int | None = None) -> rope_cupy.Ro
         angles = angles[:length]
     cos, sin = angles.cos(), angles.sin()
     if dtype is not None:
-        cos, sin = cos.to(dtype), sin.to(dtype)
+        cos, sin = cos.to(dtype=dtype), sin.to(dtype=dtype)
     return rope_cupy.RotaryTable.from_elementwise(cos, sin)
