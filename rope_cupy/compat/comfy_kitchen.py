@@ -196,13 +196,13 @@ def _one(
     scales: tuple[Any, ...] = (),
     eps: float | None = None,
     in_place: bool = False,
-) -> Any:
+) -> Tensor:
     if in_place:
         _check_no_gradient(x, freqs)
     plan = view_of(_plan, freqs, None, (1, interleaved, eps, x.shape, x.dtype))
     if plan.is_plain:
-        return plan.rotate(x, *scales, out=x if in_place else None)
-    return _rotated((x,), plan, scales, in_place)[0]
+        return plan.rotate(x, *scales, out=x if in_place else None)  # type: ignore[no-any-return]
+    return _rotated((x,), plan, scales, in_place)[0]  # type: ignore[no-any-return]
 
 
 def _two(

@@ -143,14 +143,14 @@ def triton_mrope(
     are contiguous, such as a slice of a packed one, is written in place and returned; for any other
     a rotated copy is returned.
     """
-    half = rotary_dim // 2
-    table, positions = view_of(by_token_of_three_axes, cos, sin, (half,))
+    about = rotary_dim // 2, mrope_interleaved, *mrope_section
+    table, positions, sections = view_of(_of_three_axes, cos, sin, about)
     return rope_cupy.apply_rotary_qk(
         q,
         k,
         table,
         positions=positions,
-        mrope_section=_sections(mrope_section, half, mrope_interleaved),
+        mrope_section=sections,
         mrope_interleaved=mrope_interleaved,
         interleaved=not is_neox_style,
         head_dim=head_size,
@@ -224,6 +224,14 @@ class RotaryEmbeddingOverride:
         return query, key
 
     forward_cuda = forward_oot
+
+
+def _of_three_axes(
+    cos: Any, sin: Any, pairs: int, interleaved: bool, *sections: int
+) -> tuple[Any, Any, tuple[int, int, int]]:
+    """Return the table of `triton_mrope`, the positions, and the number of pairs of each axis."""
+    table, positions = by_token_of_three_axes(cos, sin, pairs)
+    return table, positions, _sections(sections, pairs, interleaved)
 
 
 def _sections(sections: Sequence[int], pairs: int, interleaved: bool) -> tuple[int, int, int]:
