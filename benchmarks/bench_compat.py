@@ -5,8 +5,9 @@
 
 A function, a call of rope_cupy that does the same, and the peer's function, if its package is
 installed, have the same arrays: of bfloat16, with 32 and 8 heads of 128 elements. The tables of a
-plain call are views that were made before. Cosines of angles, outputs in another order of memory
-and copies of what is not rotated are made by a plain call too, if a function has to make them.
+plain call are views that were made before. Cosines of angles, outputs in another order of memory,
+copies of what is not rotated, and the views of arrays and results that any caller needs, are made
+by a plain call too, if a function has to make them.
 Every result is compared with the plain call's before it is timed.
 
 The host's time is measured as in bench_host.py, for the first shape. The GPU's is that of a CUDA

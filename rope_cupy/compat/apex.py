@@ -204,10 +204,10 @@ def _image(
 
     x has the height and the width of an image on one axis or two.
     """
-    heads, head_dim = x.shape[-2:]
-    by_row, by_column = (-1, height, width * heads, head_dim), (-1, width, heads, head_dim)
+    batch, *_, heads, head_dim = x.shape
+    by_row = batch, height, width * heads, head_dim
     out: Tensor = empty_like(x)
-    rows, columns = out.view(by_row), out.view(by_column)
+    rows, columns = out.view(by_row), out.view(batch * height, width, heads, head_dim)
     rope_cupy.apply_rotary(
         x.reshape(by_row),
         _table(cos_h, sin_h, x),

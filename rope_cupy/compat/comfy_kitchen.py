@@ -225,7 +225,7 @@ def _two(
     plan = plans[0]
     if plan.is_plain:
         return plan.rotate(q, k, *scales, out=(q, k) if in_place else None)  # type: ignore[no-any-return]
-    return _rotated((q, k), plan, scales, in_place)  # type: ignore[return-value]
+    return _rotated((q, k), plan, scales, in_place)
 
 
 def _rotated(

@@ -160,8 +160,9 @@ def _split_qkv(qkv: Tensor, split: tuple[int, ...], rotate: Any) -> tuple[Tensor
     q_in, k_in, v = _qkv_parts(qkv, split)
     q, k = empty_like(q_in), empty_like(k_in)
     rotate((q_in, k_in), (q, k), conjugate=False)
-    shape = *qkv.shape[:2], -1, split[1]
-    return q.view(shape), k.view(shape), v.clone(memory_format=torch.contiguous_format)
+    s, b, heads, _ = qkv.shape
+    q, k = q.view(s, b, heads * q.shape[2], split[1]), k.view(s, b, heads, split[1])
+    return q, k, v.clone(memory_format=torch.contiguous_format)
 
 
 class _SplitQKV(torch.autograd.Function):
@@ -196,8 +197,9 @@ def _qkv_parts(qkv: Tensor, split: tuple[int, ...]) -> tuple[Tensor, Tensor, Ten
     """Return q and k as (tokens of all batches, groups, heads of a group, size), and v."""
     q, k, v = qkv.split_with_sizes(split, -1)
     s, b, heads, _ = qkv.shape
-    shape = s * b, heads, -1, split[1]
-    return q.reshape(shape), k.reshape(shape), v
+    tokens, size = s * b, split[1]
+    q, k = q.reshape(tokens, heads, split[0] // size, size), k.reshape(tokens, heads, 1, size)
+    return q, k, v
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
