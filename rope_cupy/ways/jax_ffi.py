@@ -342,7 +342,8 @@ def _rotate(platform: str, frame: _Frame) -> None:
         return
     cuda = cupy().cuda
     device = cuda.runtime.pointerGetAttributes(written[0]).device
-    with cuda.ExternalStream(_stream(frame), device):
+    stream = _Stream(_stream(frame))
+    with cuda.Device(device), cuda.Stream.from_external(stream):  # the current one of that device
         _run(text, device, found)
 
 
@@ -418,6 +419,15 @@ def _on_gpu(device: int, pointer: int, dtype: np.dtype[Any], shape: tuple[int, .
     cuda, size = cupy().cuda, math.prod(shape) * dtype.itemsize
     memory = cuda.UnownedMemory(pointer, size, None, device)
     return cupy().ndarray(shape, dtype, cuda.MemoryPointer(memory, 0))
+
+
+class _Stream(NamedTuple):
+    """A stream of XLA, for CuPy."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle  # the version of the protocol
 
 
 def _stream(frame: _Frame) -> int:
