@@ -107,7 +107,7 @@ def _is_remembered(tensors: tuple[Any, ...]) -> bool:
 def _context(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what decides beside the arguments: whether gradients are recorded, and autocast."""
     kind = getattr(About(*tensors[0]).device, "type", "cpu")
-    is_cast = torch.is_autocast_enabled(kind)
+    is_cast = kind in DEVICES and torch.is_autocast_enabled(kind)  # which refuses "meta"
     return torch.is_grad_enabled(), is_cast and torch.get_autocast_dtype(kind)
 
 
