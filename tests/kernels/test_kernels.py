@@ -104,8 +104,8 @@ ON_A_GPUS_MACHINE = pytest.param(True, marks=[pytest.mark.gpu, pytest.mark.long]
 def test_the_kernels_of_the_matrix_compile_and_keep_all_in_registers(kernels, every):
     """For one architecture all pairs of arguments, and what is like a kernel that might spill.
 
-    For others what might spill, and all pairs where the sources have other branches than for those
-    before. A machine with a GPU, and many cores, compiles all, and all pairs for the others.
+    For others what might spill, and every argument where the sources have other branches than for
+    those before. A machine with a GPU, and many cores, compiles all, and all pairs for the others.
     """
     assert len(kernels) > 1800
     first, *others = ARCHITECTURES
@@ -116,11 +116,10 @@ def test_the_kernels_of_the_matrix_compile_and_keep_all_in_registers(kernels, ev
         near = [kernel for kernel in kernels if left.get(kernel.name, MARGIN) < MARGIN]
         missing = [kernel for kernel in kernels if kernel.name not in left]
         more = [kernel for kernel in missing if any(unlike(kernel, other) <= 3 for other in near)]
-    read = {branches(first)}
+    read, single = {branches(first)}, covering(kernels, 1)
     for architecture in others:
-        alike = branches(architecture) in read and not every
-        some = {*near} if alike else {*near, *pairs}
-        registers_left(architecture, sorted(some, key=lambda kernel: kernel.name))
+        some = pairs if every else [] if branches(architecture) in read else single
+        registers_left(architecture, sorted({*near, *some}, key=lambda kernel: kernel.name))
         read.add(branches(architecture))
 
 
