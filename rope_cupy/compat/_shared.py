@@ -141,6 +141,20 @@ def half_width(cos: Any, sin: Any) -> rope_cupy.RotaryTable:
     return rope_cupy.RotaryTable.from_full_width(cos, sin)
 
 
+def cast(x: Any, dtype: Any) -> Any:
+    """Return x in a dtype of its own library, itself if it has that."""
+    if x.dtype == dtype:
+        return x
+    return x.to(dtype=dtype) if hasattr(x, "to") else x.astype(dtype)
+
+
+def sections_within(pairs: int, first: int, second: int) -> tuple[int, int, int]:
+    """Return how many pairs three axes have one after another; the third has all others."""
+    first = min(first, pairs)
+    second = min(second, pairs - first)
+    return first, second, pairs - first - second
+
+
 def empty_like(x: Any) -> Any:
     """Return a new contiguous tensor of PyTorch."""
     torch = sys.modules["torch"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import rope_cupy
 
-from ._shared import empty_like, inference_only, view_of
+from ._shared import cast, empty_like, inference_only, view_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,17 +145,13 @@ def _table(cos: Any, sin: Any, like: Any) -> rope_cupy.RotaryTable:
     """Return the table of cosines and sines (..., d2), rounded to the dtype of `like`."""
     if cos.dtype == like.dtype:
         return view_of(_table_of_rows, cos, sin)
-    return _table_of_rows(_cast(cos, like.dtype), _cast(sin, like.dtype))
+    return _table_of_rows(cast(cos, like.dtype), cast(sin, like.dtype))
 
 
 def _table_of_rows(cos: Any, sin: Any) -> rope_cupy.RotaryTable:
     if cos.ndim > 2:
         cos, sin = (part.reshape(-1, part.shape[-1]) for part in (cos, sin))
     return rope_cupy.RotaryTable.from_elementwise(cos, sin)
-
-
-def _cast(x: Any, dtype: Any) -> Any:
-    return x.to(dtype=dtype) if hasattr(x, "to") else x.astype(dtype)
 
 
 @inference_only

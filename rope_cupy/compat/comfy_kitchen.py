@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import rope_cupy
 
-from ._shared import broadcast_axes, inference_only, view_of, with_leading_axes
+from ._shared import broadcast_axes, cast, inference_only, view_of, with_leading_axes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -232,14 +232,14 @@ def _rotated(
     xs: tuple[Any, ...], plan: _Plan, scales: tuple[Any, ...], in_place: bool
 ) -> tuple[Any, ...]:
     """Rotate one array or two of any number of axes and any dtype: new arrays, or themselves."""
-    given = tuple([with_leading_axes(_cast(x, plan.dtype), 4) for x in xs])
+    given = tuple([with_leading_axes(cast(x, plan.dtype), 4) for x in xs])
     if in_place and not plan.is_cast:
         plan.rotate(*given, *scales, out=given if len(xs) == 2 else given[0])
         return xs
     results = plan.rotate(*given, *scales)
     results = results if len(xs) == 2 else (results,)
     pairs = zip(xs, results, strict=True)
-    results = tuple([_cast(y.reshape(x.shape), x.dtype) for x, y in pairs])
+    results = tuple([cast(y.reshape(x.shape), x.dtype) for x, y in pairs])
     if not in_place:
         return results
     for x, y in zip(xs, results, strict=True):
@@ -287,12 +287,6 @@ def _plan(
     is_cast = eps is None and fits and freqs.dtype != dtype
     of_x = freqs.dtype if is_cast else dtype
     return _Plan(rotate, layout, of_x, is_cast, ndim == 4 and not is_cast)
-
-
-def _cast(x: Any, dtype: Any) -> Any:
-    if x.dtype == dtype:
-        return x
-    return x.to(dtype=dtype) if hasattr(x, "to") else x.astype(dtype)
 
 
 def _check_no_gradient(*arrays: Any) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import rope_cupy
 
-from ._shared import by_token_of_three_axes, half_width, view_of
+from ._shared import by_token_of_three_axes, half_width, sections_within, view_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,15 +80,12 @@ def liger_multimodal_rotary_pos_emb(
     rotates. Every operation is rounded.
     """
     table, positions = view_of(_by_token, cos, sin)
-    pairs = cos.shape[-1] // 2
-    first = min(mrope_section[0], pairs)
-    second = min(mrope_section[1], pairs - first)  # the third has the others, as in Liger
     return rope_cupy.apply_rotary_qk(
         q,
         k,
         table,
         positions=positions,
-        mrope_section=(first, second, pairs - first - second),
+        mrope_section=sections_within(cos.shape[-1] // 2, *mrope_section[:2]),  # as in Liger
         layout="bhsd",
         interleaved=False,
         rounding="eager",

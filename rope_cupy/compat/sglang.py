@@ -234,7 +234,6 @@ def apply_rope_with_cos_sin_cache_inplace_by_head_size(
     )
 
 
-@inference_only
 def fused_inplace_qknorm_rope(
     q: Tensor,
     k: Tensor,
@@ -255,18 +254,13 @@ def fused_inplace_qknorm_rope(
     Results are rounded once, or with `round_norm_before_rope` as by separate operations. A cache of
     full width has each angle twice: in halves if `is_neox`, else beside its copy.
     """
-    rope_cupy.apply_qk_norm_rotary(
-        q,
-        k,
-        q_weight,
-        k_weight,
-        _cache_table(cos_sin_cache, cache_has_full_width, rope_dim),
+    fused_qknorm_rope_out_of_place(
+        *(q, k, q, k, q_weight, k_weight, cos_sin_cache, positions),
+        is_neox=is_neox,
         eps=eps,
-        positions=positions,
-        interleaved=not is_neox,
-        round_norm=round_norm_before_rope,
-        rounding="eager" if round_norm_before_rope else "once",
-        out=(q, k),
+        rope_dim=rope_dim,
+        round_norm_before_rope=round_norm_before_rope,
+        cache_has_full_width=cache_has_full_width,
     )
 
 

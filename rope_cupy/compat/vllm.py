@@ -30,6 +30,7 @@ from ._shared import (
     cache_table,
     inference_only,
     itself_or_new,
+    sections_within,
     view_of,
 )
 
@@ -240,6 +241,4 @@ def _sections(sections: Sequence[int], pairs: int, interleaved: bool) -> tuple[i
     if interleaved:
         second, third = min(second, (pairs + 1) // 3), min(third, pairs // 3)
         return pairs - second - third, second, third
-    first = min(first, pairs)
-    second = min(second, pairs - first)
-    return first, second, pairs - first - second
+    return sections_within(pairs, first, second)

@@ -294,9 +294,10 @@ def _rotate_into(*arguments: Any) -> None:
     num_outs = 1 if call.options.cache else len(outs)
     written = []
     for i, y in enumerate(outs):
-        if _moves(y) and i >= num_outs:
+        moves = _moves(y)
+        if moves and i >= num_outs:
             int(y.storage_offset())
-        written.append(torch.empty_like(y) if _moves(y) and i < num_outs else y)
+        written.append(torch.empty_like(y) if moves and i < num_outs else y)
     torch.ops.rope_cupy.write_into(*arguments[:3], *three(tuple(written)), *own)
     for y, result in zip(outs, written, strict=True):
         if result is not y:
@@ -316,12 +317,12 @@ def _bases(call: Call) -> tuple[torch.Tensor, ...]:
     """
     outs = call.out or ()
     bases = tuple([y if base_of(y) is None else base_of(y) for y in outs])
-    read = (*call.xs, *call.table.arrays, *call.extra_arrays)
-    storages = [private_torch.storage_number(each) for each in (*bases, *read)]
-    written = storages[: len(bases)]
     if any([base.is_inference() or not base.is_contiguous() for base in bases]):
         return ()
-    return bases if all([storages.count(each) == 1 for each in written]) else ()
+    read = (*call.xs, *call.table.arrays, *call.extra_arrays)
+    storages = [private_torch.storage_number(each) for each in (*bases, *read)]
+    is_alone = [storages.count(each) == 1 for each in storages[: len(bases)]]
+    return bases if all(is_alone) else ()
 
 
 def _place(y: torch.Tensor, base: torch.Tensor) -> tuple[Any, ...]:

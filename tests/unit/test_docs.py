@@ -211,19 +211,15 @@ def share_of(file, **where):
     return Cell(file, "limit_share", where, "{:.0%}")
 
 
-def model_row(name, model):
-    """A row of the README: eager and compiled, each as it is and enabled."""
-    cells = [
-        time_of(model, way + which) for way in ("eager", "compiled") for which in ("", ENABLED)
-    ]
-    return f"| {name} | {{}} | {{}} | {{}} | {{}} |", cells
+def model_row(name, model, *more):
+    """A row of a page: eager, compiled and more ways by the clock, each as it is and enabled."""
+    ways = "eager", "compiled", *more
+    cells = [time_of(model, way + which) for way in ways for which in ("", ENABLED)]
+    return f"| {name} | {' | '.join(['{}'] * len(cells))} |", cells
 
 
 def whole_row(name, model):
-    """A row of a page: each way by the clock, as it is and enabled."""
-    ways = "eager", "compiled", "reduce-overhead"
-    cells = [time_of(model, way + which) for way in ways for which in ("", ENABLED)]
-    return f"| {name} | {' | '.join(['{}'] * 6)} |", cells
+    return model_row(name, model, "reduce-overhead")
 
 
 ENABLED, PLACED = ", enabled", "in place, positions"
