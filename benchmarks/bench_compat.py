@@ -61,7 +61,11 @@ PEERS = {  # the package of each peer, and its modules that have the functions
     "flashinfer": ("flashinfer-python", ("flashinfer",)),
     "vllm": (
         "vllm",
-        ("vllm._custom_ops", "vllm.model_executor.layers.rotary_embedding.mrope"),
+        (
+            "vllm._custom_ops",
+            "vllm.model_executor.layers.rotary_embedding.mrope",
+            "vllm.model_executor.layers.fused_qk_norm_rope",
+        ),
     ),
     "sglang": (
         "sglang",
@@ -81,6 +85,12 @@ PEERS = {  # the package of each peer, and its modules that have the functions
     "comfy_kitchen": ("comfy-kitchen", ("comfy_kitchen",)),
     "torchtitan": ("torchtitan", ("torchtitan.models.common.rope",)),
     "timm": ("timm", ("timm.layers",)),
+}
+ELSEWHERE = {  # where a peer has a function of the same name in two modules
+    "apply_rotary_embedding_triton": (
+        "sglang.jit_kernel.diffusion.triton.rotary",
+        "apply_rotary_embedding",
+    ),
 }
 
 
@@ -539,7 +549,11 @@ def entries_of(
 def _ways(name: str, case: Case, modules: tuple[str, ...], device: str) -> list[list[Call]]:
     if not modules:
         return [[case.plain]]
-    return [[case.call_of(function_of(modules, name.partition(",")[0]), device)]]
+    function = name.partition(",")[0]
+    if function in ELSEWHERE and not modules[0].startswith("rope_cupy."):
+        module, function = ELSEWHERE[function]
+        modules = (module,)
+    return [[case.call_of(function_of(modules, function), device)]]
 
 
 def _check(case: Case, arrays: Arrays, exact: Callable[[], Any], call: Call) -> float:

@@ -34,7 +34,7 @@ def usage(code: str, names: list[str], options: tuple[str, ...]) -> tuple[str, d
     nvrtc, program = _compile(code, names, (*options, "--ptxas-options=-v"))
     log, code = nvrtc.getProgramLog(program), nvrtc.getPTX(program).decode()
     told = r"Function properties for {}\n.* (\d+ bytes stack.*)\n.*Used (\d+) registers"
-    bounds = r"\.entry {}\([^)]*\)\s+\.maxntid (\d+), 1, 1\s+(?:\.minnctapersm (\d+))?"
+    bounds = r"\.entry {}\([^)]*\)\s+\.maxntid (\d+)(?:, 1, 1)?\s+(?:\.minnctapersm (\d+))?"
     usages = {}
     for name in names:
         entry = re.escape(nvrtc.getLoweredName(program, name))

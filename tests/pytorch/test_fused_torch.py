@@ -996,6 +996,8 @@ def test_a_mistake_is_told_when_it_is_compiled_or_when_it_runs(
 ):
     table, x = RotaryTable(*table_of(device, torch.float32, 64, 32)), traced_inputs(device)
     weights = x.q_weight, x.k_weight
+    if "q_bias" in options:
+        options = options | {"q_bias": options["q_bias"].to(device)}
     compiled = torch.compile(
         lambda q, k: apply_qk_norm_rotary(q, k, *weights, **{"table": table} | options),
         fullgraph=True,
