@@ -334,6 +334,17 @@ __global__ void __launch_bounds__(
     }
   };
 
+  // A norm of whole tokens waits at a barrier, past which no load moves: what is read for the
+  // rotation is asked for before. Angles at a position are not, for they would wait for it.
+  constexpr bool kAsksFirst = Norm::kPerToken && !Norm::kIsAfter;
+  constexpr bool kPositionsFirst = kAxes > 0 && (kAsksFirst || Positions::kSearches);
+  constexpr bool kAnglesFirst = kAxes == 0 && kAsksFirst;
+  [[maybe_unused]] decltype(find_angles()) first_angles;
+  if (kAsksFirst && of_launch.rotates && !copies) {
+    if constexpr (kPositionsFirst && !Positions::kSearches) read_positions();
+    if constexpr (kAnglesFirst) first_angles = find_angles();
+  }
+
   // Every lane of a row takes part in its norm. The weights are loaded beside the elements.
   using Weight = typename Norm::Weight;
   constexpr int kWeights = Norm::kPerToken ? kRows : 1;
@@ -422,7 +433,7 @@ __global__ void __launch_bounds__(
         return;
       }
       if constexpr (kAxes > 0) {
-        if constexpr (!Positions::kSearches) read_positions();
+        if constexpr (!kPositionsFirst) read_positions();
         if (!is_inside) {
 #pragma unroll
           for (int i = 0; i < kRows; ++i) {
@@ -435,7 +446,13 @@ __global__ void __launch_bounds__(
           return;
         }
       }
-      const auto angles = find_angles();
+      const auto angles = [&] {
+        if constexpr (kAnglesFirst) {
+          return first_angles;
+        } else {
+          return find_angles();
+        }
+      }();
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         write_pairs(i, rotate<kInterleaved, kConjugate, Product, kComplex>(numbers_of(i), angles));
