@@ -4,7 +4,8 @@ import importlib
 
 import bench_compat
 import pytest
-from bench_compat import COMPAT, HOST, MODULES, OURS, PEERS, PLAIN, function_of, measured, rows_of
+from bench_compat import COMPAT, HOST, OURS, PEERS, PLAIN, function_of, measured, rows_of
+from compat_cases import MODULES, Arrays
 from result import AbsentError, Result
 from shapes import Shape
 from test_bench_host import MACHINE
@@ -31,8 +32,9 @@ def test_the_script_writes_a_row_for_each_provider_of_each_call(tmp_path):
         plain, ours, peer = (row for row in rows if row["call"] == call)
         assert (plain["provider"], ours["provider"]) == OURS
         assert (plain["status"], ours["status"], plain["above_plain"]) == ("ok", "ok", "0.000")
-        more = float(ours["microseconds"]) - float(plain["microseconds"])
-        assert float(ours["above_plain"]) == pytest.approx(more, rel=1e-3, abs=0.2)
+        times = float(ours["microseconds"]), float(plain["microseconds"])
+        rounded = 1e-4 * max(times)  # five digits of each are written
+        assert float(ours["above_plain"]) == pytest.approx(times[0] - times[1], abs=rounded)
         assert float(plain["error"]) == 0 and float(ours["error"]) == 0
         assert peer["provider"] == PEERS[call.partition(".")[0]][0]
         assert (peer["status"] == "ok") == (peer["reason"] == "") == (peer["above_plain"] != "")
@@ -70,7 +72,7 @@ def test_a_function_that_is_wrong_is_not_timed(monkeypatch, name):
 
 
 def test_a_second_call_in_place_is_compared_with_arrays_as_they_were():
-    arrays = bench_compat.Arrays(FEW, "cpu")
+    arrays = Arrays(FEW, "cpu")
     for (_, provider), entry in bench_compat.entries_of("vllm", [*OURS], arrays):
         if provider == COMPAT:
             call = entry.ways()[0][0]
