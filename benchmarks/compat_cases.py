@@ -247,7 +247,7 @@ def sglang(a: Arrays) -> Cases:
     return {
         "rotary_embedding_cos_sin": Case((a.cos, a.sin, q, k), neighbours, written=written),
         "rotary_embedding": Case(
-            (a.positions, q, k), halves16, {"cos_sin_cache": a.cache}, written
+            (a.positions, q, k, DIM, a.cache, True), halves16, written=written
         ),
         "apply_rotary_embedding": Case((), neighbours, cos_sin, written),
         "apply_rotary_embedding, positions": Case(

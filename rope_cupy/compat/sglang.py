@@ -20,7 +20,7 @@ As in SGLang, no gradient is recorded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import rope_cupy
 
@@ -86,19 +86,25 @@ def rotary_embedding(
     query: Tensor,
     key: Tensor | None = None,
     head_size: int = 0,
-    interleaved: bool | None = None,
-    *,
+    interleaved: bool | Tensor | None = None,
     is_neox: bool | None = None,
-    cos_sin_cache: Tensor,
-) -> None:
+    *,
+    cos_sin_cache: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Rotate query, and key if there is one, in place, by rows of a cache (max_position, rot).
 
-    If the flag is True, pairs are halves.
+    If the flag is True, pairs are halves. The fifth argument may be the cache, as in SGLang's
+    releases, whose function returns query and key as well.
     """
+    if cos_sin_cache is None and not isinstance(interleaved, bool):
+        cos_sin_cache, interleaved = interleaved, None
+    if cos_sin_cache is None:
+        raise ValueError("cos_sin_cache must be a tensor, got None")
     if query.ndim == 4:
         positions = positions.reshape(query.shape[:2])
-    of_neighbours = not _flag(interleaved, is_neox)
+    of_neighbours = not _flag(cast("bool | None", interleaved), is_neox)
     _in_place(query, key, cache_table(cos_sin_cache), head_size, positions, of_neighbours)
+    return query, key
 
 
 def apply_rotary_embedding(

@@ -117,6 +117,22 @@ def test_positions_true_means_halves(with_key, rotary_dim, value, form, flag, de
         check(k, rotate(k_before, cos, sin, interleaved=value is False))
 
 
+@forms
+@pytest.mark.parametrize("is_neox", [(), (True,), (False,)])
+@pytest.mark.parametrize("with_key", [True, False])
+def test_positions_as_in_releases_where_the_cache_is_the_fifth(with_key, is_neox, form, device):
+    q, k, q_before, k_before = heads(64, torch.bfloat16, device)
+    parts = table(40, 32, dtype=torch.bfloat16, device=device)
+    positions, cache = torch.tensor([39, 0, 3, 3, 4, 17], device=device), torch.cat(parts, -1)
+    query, key = given(q, form), given(k, form) if with_key else None
+    results = sglang.rotary_embedding(positions, query, key, 64, cache, *is_neox)
+    assert results[0] is query and results[1] is key
+    cos, sin = (double(part)[positions.cpu()][:, None] for part in parts)
+    check(q, rotate(q_before, cos, sin, interleaved=is_neox == (False,)))
+    if with_key:
+        check(k, rotate(k_before, cos, sin, interleaved=is_neox == (False,)))
+
+
 def test_one_function_for_both_modes(device):
     q, k, q_before, _ = heads(64, torch.float32, device)
     cos, sin = table(T, 32, dtype=torch.float32, device=device)
@@ -140,6 +156,9 @@ def test_wrong_arguments_are_refused(device):
         sglang.rotary_embedding_cos_sin(cos, sin, q, interleaved=True, is_neox=False)
     with pytest.raises(ValueError, match="head_size must be given"):
         sglang.rotary_embedding_cos_sin(cos, sin, q.flatten(1))
+    for flag in (None, True):
+        with pytest.raises(ValueError, match="cos_sin_cache must be a tensor, got None"):
+            sglang.rotary_embedding(torch.arange(T, device=device), q, None, 64, flag)
     with pytest.raises(ValueError, match="cos and sin must be given"):
         sglang.apply_rotary_embedding(query=q)
     with pytest.raises(ValueError, match="positions and cos_sin_cache must be given"):
