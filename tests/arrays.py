@@ -688,7 +688,7 @@ class Call:
         batch, tokens, *heads = case.sizes
         for num_heads, style in zip(heads, styles, strict=True):
             shape = (batch, tokens, num_heads, case.head[0])
-            numbers = rng.standard_normal(shape) * 2.0 ** rng.integers(-3, 3, shape)
+            numbers = np.ldexp(rng.standard_normal(shape), rng.integers(-3, 3, shape))
             noise = rng.integers(0, np.iinfo(bits).max, shape, bits, endpoint=True)
             # Where heads repeat each other or are normalised, noise would be rotated too.
             rotated = self.rotated | repeats(style) | (case.norm != "none")

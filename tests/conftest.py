@@ -108,12 +108,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Keep Python's collector from all that is imported and collected, for it goes on living."""
+    """Keep Python's collector from all that is imported and collected, for it goes on living.
+
+    PyTorch's compiler makes so many objects that it comes for the few that can be freed too often.
+    """
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000)
         gc.enable()
 
 

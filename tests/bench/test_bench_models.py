@@ -152,12 +152,31 @@ def layer_rope(layer):
     return getattr(module, name)(layer.self_attn.config)
 
 
-def test_rows_of_other_models_are_kept(tmp_path, capsys):
+QUICK = "--quick", "--dtype=float32", "--keep"
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """What a quick run of two models writes, run once, and its rows."""
+    path = tmp_path_factory.mktemp("quick") / "models.csv"
+    rows, _ = rows_of("bench_models.py", path, *QUICK, "--models=wan-2.1-14b,llama-3-8b-prefill")
+    return path.read_text(), rows
+
+
+def test_quick_compiles_nothing(quick):
+    _, rows = quick
+    assert [(row["model"], row["call"], row["dtype"]) for row in rows] == [
+        (name, call, "float32")
+        for name in ("wan-2.1-14b", "llama-3-8b-prefill")
+        for call in (EAGER, EAGER + ENABLED)
+    ]
+
+
+def test_rows_of_other_models_are_kept(quick, tmp_path, capsys):
     path = tmp_path / "models.csv"
-    options = ["--quick", "--dtype=float32", "--keep"]
-    rows_of("bench_models.py", path, *options, "--models=wan-2.1-14b,llama-3-8b-prefill")
-    before = path.read_text()
-    rows, _ = rows_of("bench_models.py", path, *options, "--models=flux,wan-2.1-14b")
+    before, _ = quick
+    path.write_text(before)
+    rows, _ = rows_of("bench_models.py", path, *QUICK, "--models=flux,wan-2.1-14b")
     names = ["flux", "wan-2.1-14b", "llama-3-8b-prefill"]
     assert [row["model"] for row in rows] == [name for name in names for _ in range(2)]
     of_llama = [line for line in before.splitlines() if "llama-3-8b-prefill" in line]
@@ -210,15 +229,6 @@ def test_the_times_of_all_calls_without_a_gpu(tmp_path):
         assert 5e-4 < float(row["error"]) < 1e-2
     assert "replaced 1 FluxAttnProcessor" in printed
     assert "tokens=1 cached=9" in rows[-1]["size"]
-
-
-def test_quick_compiles_nothing(tmp_path):
-    options = ["--quick", "--models=wan-2.1-14b", "--dtype=float32"]
-    rows, _ = rows_of("bench_models.py", tmp_path / "models.csv", *options)
-    assert [(row["model"], row["call"], row["dtype"]) for row in rows] == [
-        ("wan-2.1-14b", EAGER, "float32"),
-        ("wan-2.1-14b", EAGER + ENABLED, "float32"),
-    ]
 
 
 def test_the_models_have_their_sizes():

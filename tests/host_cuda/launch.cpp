@@ -9,7 +9,7 @@
 // beside the ranges is reported, or where AddressSanitizer's 8 bytes are too coarse spoils a result,
 // and what is written there is found.
 //
-// A thread of the kernel is a context with a stack of its own. It runs until it ends or waits for
+// A thread of the kernel is a fiber with a stack of its own. It runs until it ends or waits for
 // others; when no thread can go on, those whose partners have all arrived are released. The order
 // is drawn at random, and the launch repeated in the opposite one: two threads that race for an
 // element give two results.
@@ -104,12 +104,19 @@ void check_canaries(const std::vector<Range>& pages, const std::vector<Range>& r
 
 // Threads.
 
-using Stack = std::unique_ptr<unsigned char[]>;
+// Where a fiber goes on. The C library's functions save the mask of signals with two system calls,
+// and AddressSanitizer's forget all that it knows of the stack: that takes longer than most steps.
+using Place = void* [5];
+
+// A stack with the fiber on it, which runs one thread of the kernel after the other.
+struct Fiber {
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
+  Place place;
+};
 
 struct Thread {
   Dim3 index;
-  ucontext_t context;
-  Stack stack;  // from its first step to its last
+  std::unique_ptr<Fiber> fiber;  // from its first step to its last
   bool done;
   const char* waits;  // for what, or null
   unsigned mask;      // whom a warp's operation waits for; 0 is the whole block
@@ -117,9 +124,9 @@ struct Thread {
 };
 
 std::vector<Thread> threads;
-std::vector<Stack> free_stacks;  // of ended threads: the next one touches no new memory
+std::vector<std::unique_ptr<Fiber>> free_fibers;  // of ended threads, for the next ones
 std::size_t current;
-ucontext_t scheduler;
+Place scheduler;
 const void* scheduler_stack;
 std::size_t scheduler_stack_bytes;
 unsigned long long (*run_kernel)(const void* block);
@@ -132,42 +139,59 @@ std::string name_of(const Thread& thread) {
          ") of block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ")";
 }
 
-void to_scheduler(Thread& thread) {
+[[gnu::noinline, gnu::no_sanitize("address")]] void go_to(Place& place) {
+  __builtin_longjmp(place, 1);
+}
+
+[[gnu::noinline, gnu::no_sanitize("address")]] void change(Place& from, Place& to) {
+  if (!__builtin_setjmp(from)) go_to(to);
+}
+
+void to_scheduler() {
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(thread.done ? nullptr : &fake_stack, scheduler_stack,
-                                 scheduler_stack_bytes);
-  swapcontext(&thread.context, &scheduler);
+  __sanitizer_start_switch_fiber(&fake_stack, scheduler_stack, scheduler_stack_bytes);
+  change(threads[current].fiber->place, scheduler);
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
-void thread_main() {
+void run_threads() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
-  run_kernel(argument_block);
-  threads[current].done = true;
-  to_scheduler(threads[current]);
+  while (true) {
+    run_kernel(argument_block);
+    threads[current].done = true;
+    to_scheduler();
+  }
 }
 
-void start(Thread& thread) {
-  if (free_stacks.empty()) free_stacks.emplace_back(new unsigned char[kStackBytes]);
-  thread.stack = std::move(free_stacks.back());
-  free_stacks.pop_back();
-  getcontext(&thread.context);
-  thread.context.uc_stack.ss_sp = thread.stack.get();
-  thread.context.uc_stack.ss_size = kStackBytes;
-  thread.context.uc_link = nullptr;
-  makecontext(&thread.context, thread_main, 0);
+[[gnu::noinline, gnu::no_sanitize("address")]] void start(Fiber& fiber) {
+  static ucontext_t first, before;
+  getcontext(&first);
+  first.uc_stack.ss_sp = fiber.stack.get();
+  first.uc_stack.ss_size = kStackBytes;
+  first.uc_link = nullptr;
+  makecontext(&first, run_threads, 0);
+  if (!__builtin_setjmp(scheduler)) swapcontext(&before, &first);
 }
 
 void resume(std::size_t number) {
   Thread& thread = threads[number];
-  if (!thread.stack) start(thread);
+  const bool starts = !thread.fiber && free_fibers.empty();
+  if (starts) {
+    thread.fiber = std::make_unique<Fiber>();
+  } else if (!thread.fiber) {
+    thread.fiber = std::move(free_fibers.back());
+    free_fibers.pop_back();
+  }
   current = number;
   threadIdx = thread.index;
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&fake_stack, thread.stack.get(), kStackBytes);
-  swapcontext(&scheduler, &thread.context);
+  __sanitizer_start_switch_fiber(&fake_stack, thread.fiber->stack.get(), kStackBytes);
+  if (starts)
+    start(*thread.fiber);
+  else
+    change(scheduler, thread.fiber->place);
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-  if (thread.done) free_stacks.push_back(std::move(thread.stack));
+  if (thread.done) free_fibers.push_back(std::move(thread.fiber));
 }
 
 void wait(unsigned mask, const char* what) {
@@ -176,7 +200,7 @@ void wait(unsigned mask, const char* what) {
     fail(name_of(thread) + " is not in its mask of " + what);
   thread.waits = what;
   thread.mask = mask;
-  to_scheduler(thread);
+  to_scheduler();
 }
 
 // Let go those that this thread waits for, itself among them, if all wait with it or have ended.

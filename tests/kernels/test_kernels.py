@@ -97,6 +97,37 @@ def registers_left(architecture, kernels):
     return left
 
 
+# Next to each other, so that two processes which share the tests out seldom find the kernels twice.
+
+
+def test_the_matrix_launches_kernels_of_every_kind(kernels):
+    kinds = RotaryKernel(*map(set, zip(*kernels, strict=True)))
+    numbers, flags = {"float16", "bfloat16", "float", "double"}, {True, False}
+    assert (kinds.t, kinds.table) == (numbers, numbers | {"frequency"})
+    assert kinds.position == {"void", "int", "long long", "TokenIndex"} | {
+        f"{kind}<{index}>"
+        for kind in ("Offset", "SectionedMrope", "InterleavedMrope")
+        for index in INDEX
+    } | {f"Packed<{index}, {begin}>" for index in INDEX for begin in INDEX}
+    assert (kinds.interleaved, kinds.conjugate, kinds.eager) == (flags, flags, flags)
+    assert {kind.partition("<")[0] for kind in kinds.destination} == {"Outputs", "Slots"}
+    assert kinds.tensors == {2, 3}
+    norms = {getattr(norm, "norm", norm) for norm in kinds.norm}  # of what is rotated first, too
+    for kind in (RmsNorm, LayerNorm):
+        assert {norm.weight for norm in norms if isinstance(norm, kind)} == numbers
+        after = {AfterRotation(norm) for norm in norms if isinstance(norm, kind)} & kinds.norm
+        assert {each.norm.roundings for each in after} == {0, 1, 2}
+    assert "NoNorm" in norms
+    assert (kinds.in_place, kinds.past_l1, kinds.common) == (flags, flags, flags)
+    assert kinds.rows >= {1, 2, 4}
+    assert kinds.pairs == {1, 2, 4, 8}
+    assert kinds.form == {
+        *("OneAngle<1, 0>", "OneAngle<2, 0>", "OneAngle<2, 1>"),
+        *("ByElement", "Matrices<1>", "Matrices<4>", "NoTable"),
+    }
+    assert kinds.copy_width >= {0, 1, 2, 4, 8}
+
+
 ON_A_GPUS_MACHINE = pytest.param(True, marks=[pytest.mark.gpu, pytest.mark.long], id="every")
 
 
@@ -166,34 +197,6 @@ def test_a_kernel_that_spills_is_seen(architecture):
     _, used = usage(SPILLING, ["spilling"], (*OPTIONS, f"-arch={architecture}"))
     assert used["spilling"].registers == used["spilling"].most_registers == 64
     assert re.search(r"[1-9]\d* bytes spill stores", used["spilling"].memory)
-
-
-def test_the_matrix_launches_kernels_of_every_kind(kernels):
-    kinds = RotaryKernel(*map(set, zip(*kernels, strict=True)))
-    numbers, flags = {"float16", "bfloat16", "float", "double"}, {True, False}
-    assert (kinds.t, kinds.table) == (numbers, numbers | {"frequency"})
-    assert kinds.position == {"void", "int", "long long", "TokenIndex"} | {
-        f"{kind}<{index}>"
-        for kind in ("Offset", "SectionedMrope", "InterleavedMrope")
-        for index in INDEX
-    } | {f"Packed<{index}, {begin}>" for index in INDEX for begin in INDEX}
-    assert (kinds.interleaved, kinds.conjugate, kinds.eager) == (flags, flags, flags)
-    assert {kind.partition("<")[0] for kind in kinds.destination} == {"Outputs", "Slots"}
-    assert kinds.tensors == {2, 3}
-    norms = {getattr(norm, "norm", norm) for norm in kinds.norm}  # of what is rotated first, too
-    for kind in (RmsNorm, LayerNorm):
-        assert {norm.weight for norm in norms if isinstance(norm, kind)} == numbers
-        after = {AfterRotation(norm) for norm in norms if isinstance(norm, kind)} & kinds.norm
-        assert {each.norm.roundings for each in after} == {0, 1, 2}
-    assert "NoNorm" in norms
-    assert (kinds.in_place, kinds.past_l1, kinds.common) == (flags, flags, flags)
-    assert kinds.rows >= {1, 2, 4}
-    assert kinds.pairs == {1, 2, 4, 8}
-    assert kinds.form == {
-        *("OneAngle<1, 0>", "OneAngle<2, 0>", "OneAngle<2, 1>"),
-        *("ByElement", "Matrices<1>", "Matrices<4>", "NoTable"),
-    }
-    assert kinds.copy_width >= {0, 1, 2, 4, 8}
 
 
 def test_the_template_arguments_are_named_as_in_the_kernel():
