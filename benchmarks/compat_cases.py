@@ -19,6 +19,7 @@ from tasks import EPS, Call
 
 from rope_cupy import (
     RotaryTable,
+    Stream,
     apply_norm_rotary,
     apply_qk_norm_rotary,
     apply_rotary,
@@ -26,6 +27,7 @@ from rope_cupy import (
     apply_rotary_qk,
     apply_rotary_qkv,
     frequencies,
+    join_qkv,
 )
 
 Q_HEADS, K_HEADS, DIM = 32, 8, 128
@@ -186,11 +188,9 @@ def vllm(a: Arrays) -> Cases:
     of_gated = a.cache, a.positions, EPS, Q_HEADS, K_HEADS, DIM, DIM
 
     def split() -> Any:
-        options = {"positions": a.positions, "eps": EPS}
         halves, heads = gated.view(-1, Q_HEADS, 2, DIM), k.view(-1, K_HEADS, DIM)
-        gate, q = halves[:, :, 1].flatten(1), halves[:, :, 0]
-        q_out, k_out = apply_qk_norm_rotary(q, heads, *a.weights, table, **options)
-        return q_out.flatten(1), k_out.flatten(1), gate
+        stream = Stream(halves[:, :, 0], heads, halves[:, :, 1], table, a.positions, *a.weights)
+        return [x.flatten(1) for x in join_qkv([stream], eps=EPS)]
 
     return {
         "rotary_embedding": Case(

@@ -194,21 +194,26 @@ def fused_qk_rmsnorm_rope_gate(
         )
     tokens = q_gate.shape[0]
     pairs = q_gate.reshape(tokens, num_q_heads, 2, head_dim)
-    gate = pairs[:, :, 1].reshape(tokens, num_q_heads * head_dim)
-    q_out, k_out = rope_cupy.apply_qk_norm_rotary(
+    # The gate is what v is to a joint attention: copied beside q and k, in the same launch.
+    stream = rope_cupy.Stream(
         pairs[:, :, 0],
         k.reshape(tokens, num_kv_heads, head_dim),
+        pairs[:, :, 1],
+        cache_table(cos_sin_cache),
+        positions,
         q_weight,
         k_weight,
-        cache_table(cos_sin_cache),
+    )
+    results = rope_cupy.join_qkv(
+        [stream],
         eps=eps,
         weight_offset=norm_beta,
-        positions=positions,
         mrope_section=mrope_section and _sections(mrope_section, rotary_dim // 2, True),
         mrope_interleaved=mrope_section is not None,
         interleaved=False,
     )
-    return q_out.reshape(tokens, -1), k_out.reshape(tokens, -1), gate
+    q_out, k_out, gate = (x.reshape(tokens, -1) for x in results)
+    return q_out, k_out, gate
 
 
 class RotaryEmbeddingOverride:
