@@ -341,6 +341,53 @@ def training_rows():
     return [f"| {' | '.join(line)} |" for line in (*head, *body)]
 
 
+SHOWN_OF_COMPAT = {  # functions of each library: new arrays, in place, the others that differ
+    "flash_attn": ("apply_rotary_emb", "apply_rotary_emb, in place", "apply_rotary_emb_qkv_"),
+    "quack": ("apply_rotary_emb", "apply_rotary_emb, in place", "apply_rotary_emb_qkv_"),
+    "flashinfer": (
+        "apply_rope",
+        "apply_rope_pos_ids_inplace",
+        "apply_rope_with_cos_sin_cache_inplace",
+    ),
+    "vllm": ("rotary_embedding", "fused_qk_norm_rope", "triton_mrope"),
+    "sglang": (
+        "apply_rope_inplace",
+        "apply_rope_inplace_with_kvcache",
+        "fused_inplace_qknorm_rope",
+    ),
+    "liger": ("liger_rotary_pos_emb", "liger_multimodal_rotary_pos_emb"),
+    "comfy_kitchen": ("apply_rope", "apply_rope_split_half_", "rms_rope_"),
+    "torchtitan": ("ComplexRoPE.apply_rotary_emb", "CosSinRoPE.apply_rotary_emb"),
+    "timm": ("apply_rot_embed_cat",),
+}
+
+
+def compat_rows():
+    """The table of the page: a function of another library beside that of rope_cupy.compat."""
+    few, many = "64-tokens-32/8", "llama-3-8b-prefill"
+    with (RESULTS / "2026-11-29-h200-compat.csv").open(encoding="utf-8", newline="") as file:
+        rows = {
+            (row["call"], row["measure"], row["shape"], row["provider"] == "rope_cupy.compat"): row
+            for row in csv.DictReader(file)
+            if row["provider"] != "plain call"
+        }
+    lines = [
+        "| function | host | of theirs | GPU, 64 tokens | of theirs | GPU, 8,192 tokens | of theirs |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for module, names in SHOWN_OF_COMPAT.items():
+        for name in names:
+            cells = [
+                figures.digits(
+                    float(rows[f"{module}.{name}", measure, shape, ours]["microseconds"])
+                )
+                for measure, shape in (("host", few), ("GPU", few), ("GPU", many))
+                for ours in (True, False)
+            ]
+            lines.append(f"| {module}.{name} | {' | '.join(cells)} |")
+    return lines
+
+
 def test_every_table_of_the_page_on_performance_is_what_the_committed_results_give(
     capsys, monkeypatch
 ):
@@ -351,7 +398,7 @@ def test_every_table_of_the_page_on_performance_is_what_the_committed_results_gi
     monkeypatch.setattr(figures, "save", lambda figure, path: saved.append(path))
     for command in commands:
         figures.main(shlex.split(command))
-    made = [*capsys.readouterr().out.splitlines(), *training_rows()]
+    made = [*capsys.readouterr().out.splitlines(), *training_rows(), *compat_rows()]
     lines = page.splitlines()
     assert [line for line in made if line and line not in lines] == []
     measured = [line for line in lines if re.match(r"\|.*\| [\d*]", line)]
