@@ -104,8 +104,9 @@ SIGNATURES = {  # of the peers' functions, read from their releases
     "sglang": {
         "rotary_embedding_cos_sin": "(cos, sin, query, key=None, head_size=0, interleaved=None, "
         "positions=None, *, is_neox=None)",
-        "rotary_embedding": "(positions, query, key=None, head_size=0, interleaved=None, *, "
-        "is_neox=None, cos_sin_cache)",
+        # Pull request 14302's, and that of releases, which has the cache where interleaved is.
+        "rotary_embedding": "(positions, query, key=None, head_size=0, interleaved=None, "
+        "is_neox=None, *, cos_sin_cache=None)",
         "apply_rotary_embedding": "(*, mode='cos_sin', query, key=None, head_size=0, "
         "interleaved=None, is_neox=None, cos=None, sin=None, positions=None, cos_sin_cache=None)",
         "can_use_rotary_embedding_cos_sin": "(rot_dim)",

@@ -372,7 +372,7 @@ def compat_rows():
             if row["provider"] != "plain call"
         }
     lines = [
-        "| function | host | of theirs | GPU, 64 tokens | of theirs | GPU, 8,192 tokens | of theirs |",
+        "| function | host | theirs | GPU, 64 tokens | theirs | GPU, 8,192 tokens | theirs |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for module, names in SHOWN_OF_COMPAT.items():
