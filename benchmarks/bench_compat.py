@@ -69,9 +69,9 @@ PEERS = {  # the package of each peer, and its modules that have the functions
     "torchtitan": ("torchtitan", ("torchtitan.models.common.rope",)),
     "timm": ("timm", ("timm.layers",)),
 }
-ELSEWHERE = {  # where a peer has a function of the same name in two modules
+RENAMED = {  # where a peer has two functions of one name: the modules, and the peer's name
     "apply_rotary_embedding_triton": (
-        "sglang.jit_kernel.diffusion.triton.rotary",
+        ("sglang.jit_kernel.diffusion.triton.rotary",),
         "apply_rotary_embedding",
     ),
 }
@@ -90,6 +90,8 @@ def function_of(modules: tuple[str, ...], name: str) -> Any:
             found = getattr(found, part, None)
         if found is not None:
             return found
+    if name in RENAMED:
+        return function_of(*RENAMED[name])
     raise AbsentError(reasons[0] if reasons else f"there is no {name} in {', '.join(modules)}")
 
 
@@ -109,11 +111,7 @@ def entries_of(
 def _ways(name: str, case: Case, modules: tuple[str, ...], device: str) -> list[list[Call]]:
     if not modules:
         return [[case.plain]]
-    function = name.partition(",")[0]
-    if function in ELSEWHERE and not modules[0].startswith("rope_cupy."):
-        module, function = ELSEWHERE[function]
-        modules = (module,)
-    return [[case.call_of(function_of(modules, function), device)]]
+    return [[case.call_of(function_of(modules, name.partition(",")[0]), device)]]
 
 
 def _check(case: Case, arrays: Arrays, exact: Callable[[], Any], call: Call) -> float:

@@ -79,6 +79,16 @@ def test_a_second_call_in_place_is_compared_with_arrays_as_they_were():
             assert entry.check(call) == entry.check(call) < 1e-3
 
 
+def test_a_function_that_a_peer_has_by_another_name_is_found(monkeypatch):
+    modules = ("rope_cupy.compat.timm",)
+    quack = importlib.import_module("rope_cupy.compat.quack")
+    monkeypatch.setitem(bench_compat.RENAMED, "turn", ((quack.__name__,), "apply_rotary"))
+    assert function_of(modules, "turn") is quack.apply_rotary
+    timm = importlib.import_module(*modules)
+    monkeypatch.setitem(bench_compat.RENAMED, "apply_rot_embed", ((quack.__name__,), "turn"))
+    assert function_of(modules, "apply_rot_embed") is timm.apply_rot_embed
+
+
 def test_a_function_is_that_of_the_first_module_that_has_it():
     modules = "no_such_package", "rope_cupy.compat.timm", "rope_cupy.compat.quack"
     quack = importlib.import_module(modules[2])

@@ -986,7 +986,7 @@ def test_fake_and_meta_tensors_give_shapes_and_strides(layout):
         ({"eps": -1.0}, "eps must be 0 or more"),
         ({"rotary_offset": 1}, "rotary_offset must be in"),
         ({"norm_after": 1}, "norm_after must be True or False"),
-        ({"q_bias": torch.ones(64)}, "q_bias must be None unless norm="),
+        ({"q_bias": [1.0] * 64}, "q_bias must be None unless norm="),
         ({"table": None, "positions": 2}, "positions must be None without a table"),
         ({"table": None, "interleaved": False}, "interleaved must be None without a table"),
     ],
@@ -996,8 +996,7 @@ def test_a_mistake_is_told_when_it_is_compiled_or_when_it_runs(
 ):
     table, x = RotaryTable(*table_of(device, torch.float32, 64, 32)), traced_inputs(device)
     weights = x.q_weight, x.k_weight
-    if "q_bias" in options:
-        options = options | {"q_bias": options["q_bias"].to(device)}
+    options = options_on(device, options)
     compiled = torch.compile(
         lambda q, k: apply_qk_norm_rotary(q, k, *weights, **{"table": table} | options),
         fullgraph=True,

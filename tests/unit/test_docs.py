@@ -325,6 +325,11 @@ def test_a_measurement_shown_as_it_was_printed_stands_in_the_committed_results()
     assert "of copy" in block and {*block.splitlines()} <= {*results}
 
 
+def lines_of(head, body):
+    """The lines of a table."""
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
+
+
 def training_rows():
     """The table of the page, of the rows that have a time."""
     with (RESULTS / "2026-11-25-h100-training.csv").open(encoding="utf-8", newline="") as file:
@@ -336,9 +341,8 @@ def training_rows():
         cell = figures.digits(float(row["microseconds"])) + share
         calls = table.setdefault((row["provider"], row["call"]), dict.fromkeys(columns, "-"))
         calls[row["shape"], row["measure"]] = cell
-    head = ["library", "call", *map(", ".join, columns)], ["---"] * (2 + len(columns))
     body = [[*who, *cells.values()] for who, cells in table.items() if who[0] != "limit"]
-    return [f"| {' | '.join(line)} |" for line in (*head, *body)]
+    return lines_of(["library", "call", *map(", ".join, columns)], body)
 
 
 SHOWN_OF_COMPAT = {  # functions of each library: new arrays, in place, the others that differ
@@ -365,27 +369,25 @@ SHOWN_OF_COMPAT = {  # functions of each library: new arrays, in place, the othe
 def compat_rows():
     """The table of the page: a function of another library beside that of rope_cupy.compat."""
     few, many = "64-tokens-32/8", "llama-3-8b-prefill"
+    columns = {
+        "host": ("host", few),
+        "GPU, 64 tokens": ("GPU", few),
+        "GPU, 8,192 tokens": ("GPU", many),
+    }
     with (RESULTS / "2026-11-29-h200-compat.csv").open(encoding="utf-8", newline="") as file:
-        rows = {
-            (row["call"], row["measure"], row["shape"], row["provider"] == "rope_cupy.compat"): row
-            for row in csv.DictReader(file)
-            if row["provider"] != "plain call"
-        }
-    lines = [
-        "| function | host | theirs | GPU, 64 tokens | theirs | GPU, 8,192 tokens | theirs |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for module, names in SHOWN_OF_COMPAT.items():
-        for name in names:
-            cells = [
-                figures.digits(
-                    float(rows[f"{module}.{name}", measure, shape, ours]["microseconds"])
-                )
-                for measure, shape in (("host", few), ("GPU", few), ("GPU", many))
-                for ours in (True, False)
-            ]
-            lines.append(f"| {module}.{name} | {' | '.join(cells)} |")
-    return lines
+        rows = [row for row in csv.DictReader(file) if row["provider"] != "plain call"]
+    times = {
+        (row["call"], (row["measure"], row["shape"]), row["provider"] == "rope_cupy.compat"): row
+        for row in rows
+    }
+
+    def cells(call):
+        pairs = [times[call, column, ours] for column in columns.values() for ours in (True, False)]
+        return [figures.digits(float(row["microseconds"])) for row in pairs]
+
+    calls = [f"{module}.{name}" for module, names in SHOWN_OF_COMPAT.items() for name in names]
+    head = ["function", *[name for column in columns for name in (column, "theirs")]]
+    return lines_of(head, [[call, *cells(call)] for call in calls])
 
 
 def test_every_table_of_the_page_on_performance_is_what_the_committed_results_give(
