@@ -239,8 +239,7 @@ def sglang(a: Arrays) -> Cases:
 
     def with_caches() -> None:
         how = {"positions": a.positions, "slot_mapping": a.positions}
-        apply_rotary_kv_cache(q, k, v, *caches, table, out=q, **how)
-        apply_rotary(k, table, positions=a.positions, out=k)
+        apply_rotary_kv_cache(q, k, v, *caches, table, out=q, k_out=k, **how)
 
     flat = a.positions, q.flatten(1), k.flatten(1), DIM, a.cache32
     of_norm = *a.weights, a.cache32, a.positions

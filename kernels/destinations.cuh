@@ -6,12 +6,15 @@
 //                          cache[slot / block_size, slot % block_size, head], of Elements, with
 //                          slot = slots[batch, token], an Index. A token whose slot the cache
 //                          does not hold is left out, and so is one without a slot.
+//   SlotsAndK<...>         as Slots, and k is written to a place of its own too, of every token, as
+//                          T: such as to k itself
 //
 // Numbers are divided by a scale before they are rounded to 8 bits. It may lie in memory as a
 // Scale.
 #pragma once
 
 #include "norm.cuh"
+#include "pairs.cuh"
 
 struct Outputs {
   template <typename Real>
@@ -21,6 +24,7 @@ struct Outputs {
   template <typename T>
   using ElementOf = T;
   static constexpr bool kScatters = false;
+  static constexpr bool kKeepsK = false;
 };
 
 template <typename Index_, typename Element, typename Scale>
@@ -42,12 +46,25 @@ struct Slots {
   template <typename T>
   using ElementOf = Element;
   static constexpr bool kScatters = true;
+  static constexpr bool kKeepsK = false;
 
   template <typename Real>
   static __device__ __forceinline__ float scale_of(const Arguments<Real>& args, int cache) {
     const auto* address = args.scales[cache];
     return address == nullptr ? args.scale[cache].value : narrow<float>(widen<Real>(*address));
   }
+};
+
+template <typename Index, typename Element, typename Scale>
+struct SlotsAndK : Slots<Index, Element, Scale> {
+  template <typename Real>
+  struct Arguments : Slots<Index, Element, Scale>::template Arguments<Real> {
+    View k_out;
+    long long k_step;  // from one row of a group to its next
+    void* k_data;      // of T, at the rotated slice of the first head
+  };
+
+  static constexpr bool kKeepsK = true;
 };
 
 // The numbers divided by a scale, each rounded once and then to Element, unless the reciprocal of
@@ -77,4 +94,25 @@ __device__ __forceinline__ Vec<Element, kSize> scaled(const Numbers<Real, kSize>
     }
   }
   return stored.run;
+}
+
+// What a cache gets: of numbers that were computed, or of a run as it was loaded.
+template <bool kEager, typename T, typename Element, int kSize, typename Real>
+__device__ __forceinline__ Vec<Element, kSize> for_cache(const Numbers<Real, kSize>& numbers,
+                                                         float scale, float reciprocal) {
+  if constexpr (kIsSame<Element, T>) {
+    return narrow_by<kEager, T>(numbers);
+  } else {
+    return scaled<Element>(numbers, scale, reciprocal);
+  }
+}
+
+template <typename Real, typename Element, typename T, int kSize>
+__device__ __forceinline__ Vec<Element, kSize> copied_to_cache(const Vec<T, kSize>& run,
+                                                               float scale, float reciprocal) {
+  if constexpr (kIsSame<Element, T>) {
+    return run;
+  } else {
+    return scaled<Element>(widen<Real>(run), scale, reciprocal);
+  }
 }

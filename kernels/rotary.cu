@@ -1,6 +1,6 @@
 // Normalise every head of q and k (or of one tensor), rotate a slice of it by the angles of its
 // token's position, or normalise it then, and write it: to a tensor of its own or, of k, with v
-// beside it, to a cache.
+// beside it, to a cache, or to both.
 //
 //   x, out      (outer, middle, inner, head_dim)   T      strided; a tensor's out may be its x; a
 //                                                         third tensor is copied
@@ -82,14 +82,14 @@ __global__ void __launch_bounds__(
 
   const Coordinates at = tensor.coordinates(row_group);
   const Access x_access = tensor.x.template access<T, kCommon>();
-  const Access out_access = tensor.out.template access<T, kCommon>();
+  Access out_access = tensor.out.template access<T, kCommon>();
   const long long x_offset = tensor.x.template offset<kCommon>(at);
   const long long out_offset = kInPlace || (kCommon && !Destination::kScatters)
                                    ? x_offset
                                    : tensor.out.template offset<kCommon>(at);
   T* out_slice = static_cast<T*>(args.out[which]) + out_offset;
   const T* x_slice = kInPlace ? out_slice : args.x[which] + x_offset;
-  const long long out_step = kInPlace ? tensor.x_step : tensor.out_step;
+  long long out_step = kInPlace ? tensor.x_step : tensor.out_step;
   const int num_pairs = static_cast<int>(args.num_pairs);
 
   const int pair = lane * kPairs;
@@ -129,30 +129,40 @@ __global__ void __launch_bounds__(
 
   using Element = typename Destination::template ElementOf<T>;
   constexpr bool kScales = !kIsSame<Element, T>;
-  [[maybe_unused]] const bool is_cached = Destination::kScatters && which > 0;
+  // Whether a thread may write T and Element: each to a place of its own.
+  constexpr bool kHasBoth = kScales || Destination::kKeepsK;
+  [[maybe_unused]] const bool keeps = Destination::kKeepsK && which == 1;
+  [[maybe_unused]] bool is_cached = false;
   [[maybe_unused]] Element* cache_slice = nullptr;
   [[maybe_unused]] Element* cache_run = nullptr;
+  [[maybe_unused]] const Access cache_access = out_access;
+  [[maybe_unused]] const long long cache_step = out_step;
   [[maybe_unused]] float scale = 1, reciprocal_scale = 1;
   if constexpr (Destination::kScatters) {
     if (which > 0) {
-      if (!has_slot) return;
       const typename Destination::template Arguments<Real>& cache = args;
-      const long long slot = *slot_of_row;
-      if (static_cast<unsigned long long>(slot) >=
-          static_cast<unsigned long long>(cache.num_slots)) {
-        return;
-      }
+      const long long given_slot = has_slot ? *slot_of_row : -1;
+      is_cached = static_cast<unsigned long long>(given_slot) <
+                  static_cast<unsigned long long>(cache.num_slots);
+      if (!is_cached && !keeps) return;
+      const long long slot = is_cached ? given_slot : 0;
       const unsigned block_of_slot = cache.block_size.divide(static_cast<unsigned>(slot));
       const long long place = slot - block_of_slot * cache.block_size.value;
       cache_slice = static_cast<Element*>(args.out[which]) + out_offset +
                     block_of_slot * cache.block[which - 1] + place * cache.place[which - 1];
-      cache_run = cache_slice + run_of<kInterleaved>(pair) * out_access.stride;
+      cache_run = cache_slice + run_of<kInterleaved>(pair) * cache_access.stride;
       if constexpr (kScales) {
         scale = Destination::template scale_of<Real>(cache, which - 1);
         reciprocal_scale = reciprocal(scale);
-      } else {
+      }
+      if constexpr (!kHasBoth) {
         out_slice = cache_slice;
         out_run = cache_run;
+      } else if constexpr (Destination::kKeepsK) {
+        out_access = cache.k_out.template access<T, kCommon>();
+        out_step = cache.k_step;
+        out_slice = static_cast<T*>(cache.k_data) + cache.k_out.template offset<kCommon>(at);
+        out_run = out_slice + run_of<kInterleaved>(pair) * out_access.stride;
       }
     }
   }
@@ -203,39 +213,48 @@ __global__ void __launch_bounds__(
   // A row's pairs, or the elements that a lane copies of it, are written from numbers that were
   // computed, or as they were loaded.
   const auto write_pairs = [&](int i, const Numbers<Real, 2 * kPairs>& numbers) {
-    if constexpr (kScales) {
+    if constexpr (kHasBoth) {
       if (is_cached) {
         store_pairs<kInterleaved, kPairs, kPastL1>(
-            cache_run + i * out_step, out_access, num_pairs,
-            scaled<Element>(numbers, scale, reciprocal_scale));
-        return;
+            cache_run + i * cache_step, cache_access, num_pairs,
+            for_cache<kEager, T, Element>(numbers, scale, reciprocal_scale));
+        if (!keeps) return;
       }
     }
     store_pairs<kInterleaved, kPairs, kPastL1>(out_run + i * out_step, out_access, num_pairs,
                                                narrow_by<kEager, T>(numbers));
   };
   const auto copy_pairs = [&](int i, const Vec<T, 2 * kPairs>& run) {
-    if constexpr (kScales) {
-      if (is_cached) return write_pairs(i, widen<Real>(run));
+    if constexpr (kHasBoth) {
+      if (is_cached) {
+        store_pairs<kInterleaved, kPairs, kPastL1>(
+            cache_run + i * cache_step, cache_access, num_pairs,
+            copied_to_cache<Real, Element>(run, scale, reciprocal_scale));
+        if (!keeps) return;
+      }
     }
     store_pairs<kInterleaved, kPairs, kPastL1>(out_run + i * out_step, out_access, num_pairs, run);
   };
-  const long long to_element = element * out_access.stride;
   [[maybe_unused]] const auto write_elements = [&](int i, const Numbers<Real, kCopied>& numbers) {
-    if constexpr (kScales) {
+    if constexpr (kHasBoth) {
       if (is_cached) {
-        store(cache_slice + i * out_step + to_element, out_access,
-              scaled<Element>(numbers, scale, reciprocal_scale));
-        return;
+        store(cache_slice + i * cache_step + element * cache_access.stride, cache_access,
+              for_cache<kEager, T, Element>(numbers, scale, reciprocal_scale));
+        if (!keeps) return;
       }
     }
-    store(out_slice + i * out_step + to_element, out_access, narrow_by<kEager, T>(numbers));
+    store(out_slice + i * out_step + element * out_access.stride, out_access,
+          narrow_by<kEager, T>(numbers));
   };
   [[maybe_unused]] const auto copy_elements = [&](int i) {
-    if constexpr (kScales) {
-      if (is_cached) return write_elements(i, widen<Real>(copied[i]));
+    if constexpr (kHasBoth) {
+      if (is_cached) {
+        store(cache_slice + i * cache_step + element * cache_access.stride, cache_access,
+              copied_to_cache<Real, Element>(copied[i], scale, reciprocal_scale));
+        if (!keeps) return;
+      }
     }
-    store(out_slice + i * out_step + to_element, out_access, copied[i]);
+    store(out_slice + i * out_step + element * out_access.stride, out_access, copied[i]);
   };
   if (kTensors > 2 && which == 2) {
 #pragma unroll

@@ -13,7 +13,7 @@ class Widths(NamedTuple):
     """How many elements of each array may move in one access."""
 
     x: tuple[int, ...]  # one for each tensor
-    out: tuple[int, ...]
+    out: tuple[int, ...]  # then of k beside its cache, where it is written there
     cos: int
     sin: int
     weights: int
@@ -23,12 +23,12 @@ def access_widths(problem: RotaryProblem) -> Widths:
     """Return how many elements of each array of a problem may move in one access."""
     x_dtype, table_dtype, offset = problem.dtype, problem.table_dtype, problem.rotary_offset
     column = problem.table_column if problem.has_columns else 0
+    outs = [tensor.out for tensor in problem.tensors]
+    if problem.k_out:
+        outs.append(problem.k_out)
     return Widths(
         x=tuple(_width(tensor.x, x_dtype, 1, offset) for tensor in problem.tensors),
-        out=tuple(
-            _width(tensor.out, problem.out_dtype(i), 1, offset)
-            for i, tensor in enumerate(problem.tensors)
-        ),
+        out=tuple(_width(out, problem.out_dtype(i), 1, offset) for i, out in enumerate(outs)),
         cos=_width(problem.cos, table_dtype, problem.table_step, problem.cos_row, column),
         sin=_width(problem.sin, table_dtype, problem.table_step, problem.sin_row, column),
         weights=_weight_width(problem),

@@ -164,6 +164,23 @@ class SlotsArguments(NamedTuple):
     scales: tuple[Patched, Patched] = (Patched("k_scale"), Patched("v_scale"))
 
 
+class SlotsAndKArguments(NamedTuple):
+    """What the writing of caches and of k needs: the fields of the caches', and then k's own."""
+
+    slot: View
+    num_slots: int
+    end_of_slots: int
+    block_size: Divisor
+    block: tuple[int, int]
+    place: tuple[int, int]
+    scale: tuple[Single, Single]
+    slots: Patched
+    scales: tuple[Patched, Patched]
+    k_out: View
+    k_step: int
+    k_data: Patched
+
+
 class MatricesArguments(NamedTuple):
     """What a table of matrices needs whose numbers lie apart."""
 
@@ -175,7 +192,7 @@ class Arguments(NamedTuple):
 
     tensors_and_table: TensorsAndTable
     norm: RmsNormArguments | LayerNormArguments | None
-    destination: SlotsArguments | None
+    destination: SlotsArguments | SlotsAndKArguments | None
     form: MatricesArguments | None
 
 
@@ -291,7 +308,7 @@ def _layout(arguments: Arguments | Joint) -> Layout:
     members = _members(arguments)
     tensors, norm, destination, form = members[0]
     real = type(norm.eps) if norm else None
-    key = len(members), len(tensors.tensors), type(norm), real, destination is None, form is None
+    key = len(members), len(tensors.tensors), type(norm), real, type(destination), form is None
     layout = _layouts.get(key)
     if layout is None:
         layout = _layouts[key] = _describe(arguments)

@@ -92,7 +92,7 @@ class Call(NamedTuple):
     @property
     def out_names(self) -> tuple[str, ...]:
         """What the outputs are called in messages."""
-        return output_names(self.names, self.options)
+        return output_names(self.names, self.options, len(self.out or ()))
 
     @property
     def named(self) -> Named:

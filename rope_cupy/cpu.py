@@ -58,45 +58,62 @@ def rotate_all(problems: Sequence[RotaryProblem], pointers: Sequence[Pointers]) 
 
 def rotate(problem: RotaryProblem, pointers: Pointers) -> None:
     """Solve the problem on arrays at these addresses, which the caller keeps alive."""
-    sizes = problem.batch, problem.num_tokens
     positions = _positions(problem, pointers)
+    own = _Words(problem.dtype, problem.dtype, 1.0, problem.eager)
     for i, tensor in enumerate(problem.tensors):
         if not tensor.num_heads:
             continue
         x_at, out_at = pointers.of_tensor(i)
         x = _heads(problem, tensor, x_at, tensor.x)
-        stored = _to_words(problem, pointers, i)
-        if problem.cache and i:
-            out = np.empty(x.shape, STORAGE[problem.cache.dtype])
-        else:
+        if problem.cache is None or i == 0:
             out = _heads(problem, tensor, out_at, tensor.out)
-        angles_at = _angles(problem, pointers, tensor.num_heads) if problem.rotary_dim else None
-        for block in _blocks(*sizes, tensor.num_heads * problem.head_dim):
-            if i == COPIED:
-                out[block] = stored.as_they_are(x[block])
-                continue
-            if angles_at is None:
-                numbers = widen(x[block], problem.dtype)
-                out[block] = stored.of(_normalised(problem, pointers, i, numbers))
-                continue
-            rows: Any = block
-            in_range = None
-            if positions is not None:
-                of_block = positions[(slice(None), *block)]
-                inside = (of_block >= 0) & (of_block < problem.num_positions)
-                in_range = np.logical_and.reduce(inside)
-                rows = _of_pairs(problem, np.where(in_range, of_block, 0))
-            norm, angles = None, angles_at(rows)
-            if problem.norm and problem.norm.norm.after:
-                numbers = _rotated_heads(problem, x[block], angles, in_range)
-                out[block] = stored.of(_normalised(problem, pointers, i, numbers))
-                continue
-            if problem.norm:
-                numbers = widen(x[block], problem.dtype)
-                norm = _normalised(problem, pointers, i, numbers)
-            _rotate_block(problem, x[block], out[block], angles, in_range, norm, stored)
-        if problem.cache and i:
-            _write_slots(problem, problem.cache, pointers, tensor, out_at, out)
+            _rotate_tensor(problem, pointers, i, positions, x, out, own)
+            continue
+        words = np.empty(x.shape, STORAGE[problem.cache.dtype])
+        in_cache = own._replace(dtype=problem.cache.dtype, scale=_scale(problem.cache, pointers, i))
+        _rotate_tensor(problem, pointers, i, positions, x, words, in_cache)
+        _write_slots(problem, problem.cache, pointers, tensor, out_at, words)
+        if problem.k_out and i == 1:
+            out = _heads(problem, tensor, pointers.k_out, problem.k_out)
+            _rotate_tensor(problem, pointers, i, positions, x, out, own)
+
+
+def _rotate_tensor(
+    problem: RotaryProblem,
+    pointers: Pointers,
+    i: int,
+    positions: Array | None,
+    x: Array,
+    out: Array,
+    stored: _Words,
+) -> None:
+    """Rotate or copy the words of a tensor, (batch, tokens, heads, head_dim); `out` may be `x`."""
+    batch, num_tokens, num_heads, head_dim = x.shape
+    angles_at = _angles(problem, pointers, num_heads) if problem.rotary_dim else None
+    for block in _blocks(batch, num_tokens, num_heads * head_dim):
+        if i == COPIED:
+            out[block] = stored.as_they_are(x[block])
+            continue
+        if angles_at is None:
+            numbers = widen(x[block], problem.dtype)
+            out[block] = stored.of(_normalised(problem, pointers, i, numbers))
+            continue
+        rows: Any = block
+        in_range = None
+        if positions is not None:
+            of_block = positions[(slice(None), *block)]
+            inside = (of_block >= 0) & (of_block < problem.num_positions)
+            in_range = np.logical_and.reduce(inside)
+            rows = _of_pairs(problem, np.where(in_range, of_block, 0))
+        norm, angles = None, angles_at(rows)
+        if problem.norm and problem.norm.norm.after:
+            numbers = _rotated_heads(problem, x[block], angles, in_range)
+            out[block] = stored.of(_normalised(problem, pointers, i, numbers))
+            continue
+        if problem.norm:
+            numbers = widen(x[block], problem.dtype)
+            norm = _normalised(problem, pointers, i, numbers)
+        _rotate_block(problem, x[block], out[block], angles, in_range, norm, stored)
 
 
 def _heads(problem: RotaryProblem, tensor: RotaryTensor, pointer: int, view: View) -> Array:
@@ -131,18 +148,14 @@ class _Words(NamedTuple):
             return self.of(widen(words, self.x_dtype))
 
 
-def _to_words(problem: RotaryProblem, pointers: Pointers, i: int) -> _Words:
-    """Return how a tensor's numbers are stored."""
-    dtype, scale = problem.dtype, 1.0
-    if problem.cache and i:
-        dtype, scale = problem.cache.dtype, problem.cache.scales[i - 1]
-        pointer = (pointers.k_scale, pointers.v_scale)[i - 1]
-        if pointer:
-            kind = problem.cache.scale_dtype
-            words = ndarray_at(pointer, STORAGE[kind], (1,), (1,))
-            with np.errstate(all="ignore"):
-                scale = float(widen(words, kind)[0].astype(np.float32))
-    return _Words(dtype, problem.dtype, scale, problem.eager)
+def _scale(cache: CacheProblem, pointers: Pointers, i: int) -> float:
+    """Return by what the numbers of a tensor are divided that is written to its cache."""
+    pointer = (pointers.k_scale, pointers.v_scale)[i - 1]
+    if not pointer:
+        return cache.scales[i - 1]
+    words = ndarray_at(pointer, STORAGE[cache.scale_dtype], (1,), (1,))
+    with np.errstate(all="ignore"):
+        return float(widen(words, cache.scale_dtype)[0].astype(np.float32))
 
 
 def _normalised(problem: RotaryProblem, pointers: Pointers, i: int, numbers: Array) -> Doubles:

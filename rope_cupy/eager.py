@@ -19,7 +19,7 @@ from .call import Call, kind_of
 from .choices import TOKEN_NORM
 from .memory import ACCESS_BYTES
 from .options import Options
-from .prepared import Addresses, Described, Prepared, places_of
+from .prepared import Addresses, Described, Prepared, inputs_of, places_of
 from .problem import RotaryProblem, check_inputs, rotary_problem
 
 MAX_PREPARED = 4096  # signatures
@@ -52,7 +52,7 @@ def find(call: Call) -> tuple[Prepared | None, Addresses, Signature | None]:
     is_input: tuple[bool, ...] = ()
     read = xs + parts + extra_arrays
     if out is not None:
-        is_input = tuple(map(is_, out, xs))
+        is_input = tuple(map(is_, out, inputs_of(xs, out)))
         if False in is_input:
             read += tuple([y for y, is_own in zip(out, is_input, strict=True) if not is_own])
     library = arrays.library_of_all(read)
@@ -82,7 +82,7 @@ def _find_by_attributes(
     attributes, at = seen
     remainders = tuple([address % ACCESS_BYTES for address in at])
     places = places_of(call, is_input)
-    same = tuple([at[x] == at[y] for x, y in zip(places.x, places.out, strict=False)])
+    same = tuple([at[x] == at[y] for x, y in zip(places.of_out, places.out, strict=True)])
     signature = Signature(*call.kind[:-1], is_input, attributes, remainders, same)
     prepared = _prepared.get(signature)
     if prepared is None:
@@ -228,11 +228,13 @@ def _prepare(
 def _checked(call: Call, described: Described) -> tuple[Prepared, Addresses]:
     """Check what does not depend on addresses; return what is prepared, and the addresses."""
     inputs, outputs, table, extra = described
-    is_input = (*map(is_, call.out, call.xs),) if call.out is not None else (False,) * len(inputs)
+    is_input: tuple[bool, ...] = (False,) * len(inputs)
+    if call.out is not None:
+        is_input = tuple(map(is_, call.out, inputs_of(call.xs, call.out)))
     places = places_of(call, is_input)
-    same = tuple(map(_is_same, inputs, outputs))
+    same = tuple(map(_is_same, inputs_of(inputs, outputs), outputs))
     if call.options.cache:
-        same = same[0], False, False  # another token's slot may lie where k or v is still read
+        same = same[0], False, False, *same[3:]  # another token's slot may lie where k or v is read
     problem = rotary_problem(
         call.names,
         tuple(array.spec for array in inputs),

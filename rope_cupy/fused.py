@@ -286,6 +286,7 @@ def apply_rotary_kv_cache(
     rotary_offset: int = 0,
     conjugate: bool = False,
     out: Array | None = None,
+    k_out: Array | None = None,
     out_of_range: OutOfRange = "nan",
     mrope_section: Sequence[int] | None = None,
     mrope_interleaved: bool = False,
@@ -294,7 +295,7 @@ def apply_rotary_kv_cache(
     """Rotate q, write k rotated into its cache and v into its cache, in one launch.
 
     Args:
-        q, k, v: as for `apply_rotary_qk`; v has k's shape. Neither k nor v is written.
+        q, k, v: as for `apply_rotary_qk`; v has k's shape, and is not written.
         k_cache, v_cache: arrays with any strides, of slots (slots, heads, d) or (slots, heads * d),
             or of blocks, also called pages, (blocks, block_size, heads, d). They have q's dtype, or
             float8_e4m3fn or float8_e5m2.
@@ -312,6 +313,9 @@ def apply_rotary_kv_cache(
             `apply_qk_norm_rotary`. Where `norm` is None, a weight means "head", and without a
             weight nothing is normalised. With a norm, `table` may be None.
         out: None for a new q, or an array to write, such as q itself.
+        k_out: None, or an array like k, such as k itself, that is written too: k rotated, of every
+            token whatever its slot is, in k's dtype and not divided by `k_scale`. Attention over
+            the tokens of a prefill reads it.
         table, and all others: as for `apply_rotary_qk`.
 
     Returns q rotated. Errors are as for `apply_rotary_qk`. A call that needs a gradient is refused,
@@ -347,7 +351,7 @@ def apply_rotary_kv_cache(
     )
     of_norm = norm_of(norm, eps, weight_offset, round_norm, norm_after, weights)
     parts = of_norm, None, (cache_layout, cache_dtype, k_number, v_number)
-    xs, outs = (q, k, v), (out, k_cache, v_cache)
+    xs, outs = (q, k, v), (out, k_cache, v_cache, *([] if k_out is None else [k_out]))
     return rotate(("q", "k", "v"), xs, table, rows, options, outs, more, parts)[0]  # type: ignore[no-any-return]
 
 

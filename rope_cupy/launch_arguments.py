@@ -60,7 +60,7 @@ def arguments_of(member: Member, num_tensors: int) -> arguments.Arguments:
     return arguments.Arguments(
         tensors_and_table=_tensors_and_table(member, num_tensors),
         norm=_norm_arguments(problem, widths, work),
-        destination=_slots_arguments(problem, order),
+        destination=_slots_arguments(problem, widths, order, work),
         form=arguments.MatricesArguments(problem.table_column) if problem.has_columns else None,
     )
 
@@ -182,13 +182,15 @@ def _norm_arguments(
     )
 
 
-def _slots_arguments(problem: RotaryProblem, order: RowOrder) -> arguments.SlotsArguments | None:
+def _slots_arguments(
+    problem: RotaryProblem, widths: Widths, order: RowOrder, work: ThreadWork
+) -> arguments.SlotsArguments | arguments.SlotsAndKArguments | None:
     cache = problem.cache
     if cache is None:
         return None
     k, v = (tensor.out.strides for tensor in problem.tensors[1:])
     k_scale, v_scale = map(Single, cache.scales)
-    return arguments.SlotsArguments(
+    of_caches = arguments.SlotsArguments(
         slot=arguments.View(*order.strides((*cache.slot_strides, 0)), element=0, width=0),
         num_slots=cache.num_blocks * cache.block_size,
         end_of_slots=min(cache.num_tokens * max(1, cache.slot_strides[1]), 2**63 - 1)
@@ -198,4 +200,13 @@ def _slots_arguments(problem: RotaryProblem, order: RowOrder) -> arguments.Slots
         block=(k[0], v[0]),
         place=(k[1], v[1]),
         scale=(k_scale, v_scale),
+    )
+    if problem.k_out is None:
+        return of_caches
+    strides = problem.k_out.strides
+    return arguments.SlotsAndKArguments(
+        *of_caches,
+        k_out=arguments.View(*order.strides(strides), strides[3], widths.out[-1]),
+        k_step=problem.tensors[1].num_heads // work.rows * strides[HEAD],
+        k_data=Patched("k_out", problem.rotary_offset * strides[3] * ITEMSIZE[problem.dtype]),
     )

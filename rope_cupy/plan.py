@@ -376,9 +376,12 @@ def _is_common(problem: RotaryProblem, widths: Widths, work: ThreadWork) -> bool
     x_whole = min(max(x_run, work.copy_width), ACCESS_BYTES // ITEMSIZE[problem.dtype])
     table_whole = min(table_run, ACCESS_BYTES // ITEMSIZE[problem.table_dtype])
     tensors, cos, sin = problem.tensors, problem.cos, problem.sin
+    views = [view for tensor in tensors for view in (tensor.x, tensor.out)]
+    if problem.k_out:
+        views.append(problem.k_out)
     numbers = [
         *cos.strides,
-        *(stride for tensor in tensors for stride in (*tensor.x.strides, *tensor.out.strides)),
+        *(stride for view in views for stride in view.strides),
         *problem.position_strides,
         *(problem.cache.slot_strides if problem.cache else ()),
         problem.num_positions if problem.cos_row else 0,
@@ -388,7 +391,7 @@ def _is_common(problem: RotaryProblem, widths: Widths, work: ThreadWork) -> bool
         min(*widths.x, *widths.out) >= x_whole
         and min(widths.cos, widths.sin) >= table_whole
         and all(t.x.strides == t.out.strides or problem.cache for t in tensors)
-        and all(t.x.strides[3] == t.out.strides[3] == 1 for t in tensors)
+        and all(view.strides[3] == 1 for view in views)
         and (cos.strides, problem.cos_row) == (sin.strides, problem.sin_row)
         and cos.strides[2:] == (0, problem.table_step)
         and all(abs(number) < 2**31 for number in numbers)

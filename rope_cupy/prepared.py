@@ -15,6 +15,7 @@ from .call import Call
 from .memory import ACCESS_BYTES, ITEMSIZE, ArraySpec, cuda_index, overlap, span
 from .problem import (
     IMPLICIT,
+    INPUT_OF,
     MAX_TENSORS,
     POINTER_OF,
     TOKEN_INDEX,
@@ -57,9 +58,17 @@ class Places(NamedTuple):
 
     x: tuple[int, ...]
     out: tuple[int, ...]
+    of_out: tuple[int, ...]  # the input's of each output
     cos: int
     sin: int
     extra: tuple[int, ...]
+
+
+def inputs_of(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the input of each output."""
+    if len(outputs) == len(inputs):
+        return inputs
+    return tuple([inputs[INPUT_OF[i]] for i in range(len(outputs))])
 
 
 def places_of(call: Call, is_input: tuple[bool, ...]) -> Places:
@@ -71,12 +80,14 @@ def places_of(call: Call, is_input: tuple[bool, ...]) -> Places:
 def _places(num: int, num_parts: int, num_extra: int, is_input: tuple[bool, ...]) -> Places:
     last = num + num_parts + num_extra
     out = []
-    for i, is_own in enumerate(is_input):
-        out.append(i if is_own else last)
+    of_out = INPUT_OF[: len(is_input)]
+    for x, is_own in zip(of_out, is_input, strict=True):
+        out.append(x if is_own else last)
         last += not is_own
     return Places(
         x=tuple(range(num)),
         out=tuple(out),
+        of_out=of_out,
         # Without a table they stand at the first input, and nothing is read there.
         cos=num if num_parts else 0,
         sin=num + num_parts - 1 if num_parts else 0,
@@ -129,7 +140,7 @@ class Prepared:
         self.pairs = _pairs(*self.located, same) if call.out else ()
         self.limits = [pair[:5] for pair in self.pairs]  # which `fits` unpacks faster than pairs
         # Outputs that are their inputs, by another object.
-        in_place = zip(places.x, places.out, same, strict=True)
+        in_place = zip(places.of_out, places.out, same, strict=True)
         self.same = tuple((x, y) for x, y, is_same in in_place if is_same and x != y)
         self.inputs = tuple(array.library for array in described.inputs)
         self.library = outputs[0].library  # on whose current stream a launch comes
@@ -274,6 +285,7 @@ def _places_of_items(part: Prepared, begin: int) -> dict[str, int]:
     for i in range(MAX_TENSORS):  # a launch of fewer tensors repeats them
         at[f"x{i}"] = begin + places.x[min(i, len(places.x) - 1)]
         at[f"out{i}"] = begin + places.out[min(i, len(places.out) - 1)]
+    at["k_out"] = begin + places.out[MAX_TENSORS] if len(places.out) > MAX_TENSORS else absent
     for name, place in zip(part.extra_names, places.extra, strict=True):
         at[POINTER_OF[name]] = begin + place
     return at
@@ -338,7 +350,7 @@ def _pairs(
     """Return which arrays may not overlap: an output with all others, but in place with its x."""
     pairs: dict[Any, Pair] = {}  # one for two places, though both may be written in place
     for i, out in enumerate(outs):
-        inputs = [x for j, x in enumerate(xs) if not (same[i] and j == i)]
+        inputs = [x for j, x in enumerate(xs) if not (same[i] and j == INPUT_OF[i])]
         for other in (*inputs, *outs[:i], *others):
             place, to, shift = out.place, other.place, other.shift
             key = (place, to, shift) if place < to else (to, place, shift)

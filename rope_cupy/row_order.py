@@ -64,6 +64,8 @@ def _tile(problem: RotaryProblem) -> int:
         for i, tensor in enumerate(problem.tensors)
         for strides in (tensor.x.strides, out_strides(problem, i))
     ]
+    if problem.k_out:
+        views.append((problem.tensors[1].num_heads, problem.k_out.strides))
     follow_on = problem.batch == 1 or (
         all(strides[BATCH] == num_heads * strides[HEAD] for num_heads, strides in views)
         and not any(strides[BATCH] for strides in by_token)

@@ -130,4 +130,5 @@ def destination_type(problem: RotaryProblem) -> str:
     if problem.cache is None:
         return "Outputs"
     dtypes = problem.cache.slot_dtype, problem.cache.dtype, problem.cache.scale_dtype
-    return instance("Slots", *(C_TYPES[dtype] for dtype in dtypes))
+    template = "Slots" if problem.k_out is None else "SlotsAndK"
+    return instance(template, *(C_TYPES[dtype] for dtype in dtypes))

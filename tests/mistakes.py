@@ -478,8 +478,9 @@ def wrong_packed(make):
 
 
 def repeating(shape):
-    """An array whose slots all lie in one place."""
-    return as_strided(numpy_array(shape), shape, (0, 0, 4 * shape[-1], 4))
+    """An array whose slots, or tokens, all lie in one place."""
+    strides = *(0 for _ in shape[:-2]), 4 * shape[-1], 4
+    return as_strided(numpy_array(shape), shape, strides)
 
 
 def wrong_caches(make):
@@ -490,6 +491,9 @@ def wrong_caches(make):
 
     def in_bytes(element):
         return {k_cache: make(CACHE, "uint8"), v_cache: make(CACHE, "uint8"), dtype: element}
+
+    def of_one(*names):
+        return {"q": make(KV), k_cache: make(KV)} | dict.fromkeys(names, make(KV))
 
     e5m2, e4m3fn = (torch_array(CACHE, f"float8_{name}") for name in ("e5m2", "e4m3fn"))
     return [
@@ -517,6 +521,16 @@ def wrong_caches(make):
         (VALUE, v_cache, "float32", "float8_e5m2", e5m2),
         (VALUE, v_cache, "float8_e4m3fn", "float8_e5m2", {k_cache: e4m3fn, v_cache: e5m2}),
         (VALUE, k_cache, "device", "meta", meta(CACHE)),
+        (TYPE, "k_out", ARRAY, "str|abc", "abc"),
+        (VALUE, "k_out", r"\(5, 2, 8\)", r"\(5, 3, 8\)", make(X)),
+        (TYPE, "k_out", "float32", "float64", make(KV, "float64")),
+        (TYPE, "k_out", "float32", "uint8", make(KV, "uint8")),
+        (VALUE, "k_out", "writ", "read-only", read_only(KV)),
+        (VALUE, "k_out", "overlap itself", "strides", repeating(KV)),
+        (VALUE, "k_out", "device", "meta", meta(KV)),
+        (VALUE, "k_out", "share", "overlap", {v_cache: make(KV)} | of_one("k_out", "v")),
+        (VALUE, "k_out", "share", "overlap", {v_cache: make(KV)} | of_one("k_out", "out")),
+        (VALUE, "k_out", "share", "overlap", {v_cache: make(KV)} | of_one("k_out", k_cache)),
         *typed(TYPE, slots, "int32, int64", make, T, "float32", "int16", "uint64", "bool"),
         *sized(VALUE, slots, r"\(5,\)", make, (6,), (5, 1), (), dtype="int64"),
         *sized(VALUE, slots, r"\(1, 5\)", make, (1, 1, 5), (2, 5), dtype="int32"),

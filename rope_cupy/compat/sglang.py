@@ -166,18 +166,18 @@ def apply_rope_inplace_with_kvcache(
     is_neox: bool,
     rope_dim: int = 0,
 ) -> None:
-    """Rotate q and k in place, and write k and v to rows out_loc of caches (size, heads * dim).
-
-    This takes two launches: one for the caches and q, then one for k.
-    """
+    """Rotate q and k in place, and write k and v to rows out_loc of caches (size, heads * dim)."""
     _check_rope_dim(cos_sin_cache, rope_dim)
     table = cache_table(cos_sin_cache)
     v = v if v.shape == k.shape else v.reshape(k.shape)
-    how: dict[str, Any] = {"positions": positions, "interleaved": not is_neox}
     rope_cupy.apply_rotary_kv_cache(
-        q, k, v, k_cache, v_cache, table, slot_mapping=out_loc, out=q, **how
+        *(q, k, v, k_cache, v_cache, table),
+        slot_mapping=out_loc,
+        positions=positions,
+        interleaved=not is_neox,
+        out=q,
+        k_out=k,
     )
-    rope_cupy.apply_rotary(k, table, out=k, **how)
 
 
 @dataclass

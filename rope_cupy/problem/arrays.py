@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..memory import ITEMSIZE, ArraySpec, may_overlap_itself
 from ..options import Options
 
+OF_CACHES = "q_out", "k_cache", "v_cache", "k_out"  # outputs beside caches, the last one if asked
+
 
 def check_dtype(name: str, x: ArraySpec, dtypes: tuple[str, ...]) -> None:
     """Refuse an array of another dtype."""
@@ -58,6 +60,6 @@ def out_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{name}_out" for name in names)
 
 
-def output_names(names: tuple[str, ...], options: Options) -> tuple[str, ...]:
+def output_names(names: tuple[str, ...], options: Options, num_outs: int) -> tuple[str, ...]:
     """Return the names of all outputs, caches among them, in messages."""
-    return ("q_out", "k_cache", "v_cache") if options.cache else out_names(names)
+    return OF_CACHES[:num_outs] if options.cache else out_names(names)

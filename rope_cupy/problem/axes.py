@@ -6,7 +6,7 @@ from ..memory import FLOATS, ArraySpec
 from ..options import DEFAULT_LAYOUTS, Options, Packed, names_of_axes
 from .arrays import check_device, check_dtype, check_out, output_names
 from .cache import cache_view
-from .records import MAX_HEAD_DIM, MAX_ROWS, BSHDView, RotaryTensor, View
+from .records import INPUT_OF, MAX_HEAD_DIM, MAX_ROWS, BSHDView, RotaryTensor, View
 
 
 def check_inputs(names: tuple[str, ...], xs: tuple[ArraySpec, ...]) -> None:
@@ -115,8 +115,10 @@ def output_views(
     if options.cache and views[2].shape != views[1].shape:
         raise ValueError(f"v must have k's shape {xs[1].shape}, got {xs[2].shape}")
     out_views = []
-    for name, out, x, view in zip(output_names(names, options), outs, xs, views, strict=True):
-        if options.cache and name != "q_out":
+    of_outs = output_names(names, options, len(outs))
+    for name, out, i in zip(of_outs, outs, INPUT_OF[: len(outs)], strict=True):
+        x, view = xs[i], views[i]
+        if options.cache and name.endswith("_cache"):
             out_views.append(cache_view(name, out, x, view, options.cache))
         else:
             check_out(name, out, x)

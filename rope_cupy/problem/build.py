@@ -45,7 +45,8 @@ def rotary_problem(
     views = input_views(names, xs, options)
     batch, num_tokens, _, head_dim = views[0].shape
     out_views = output_views(names, xs, outs, views, options)
-    tensors = tensors_of(names[0], (xs, views), (outs, out_views), in_place, options.packed)
+    written = outs[: len(xs)], out_views[: len(xs)]
+    tensors = tensors_of(names[0], (xs, views), written, in_place, options.packed)
     num_heads = tuple(tensor.num_heads for tensor in tensors)
     rotary_dim = check_rotary_dim(table, head_dim, options.rotary_offset)
     if table.form != NO_TABLE:
@@ -53,7 +54,8 @@ def rotary_problem(
     given = dict(extra_arrays)
     of_positions = {name: array for name, array in extra_arrays if name in OF_POSITIONS}
     check_table(table, batch, num_tokens, num_heads, of_positions)
-    named = [*zip(names, xs, strict=True), *zip(output_names(names, options), outs, strict=True)]
+    of_outs = output_names(names, options, len(outs))
+    named = [*zip(names, xs, strict=True), *zip(of_outs, outs, strict=True)]
     named += extra_arrays
     if table.form != NO_TABLE:
         named += [("table", table.cos), ("table", table.sin)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..memory import FLOATS, FLOATS_8, ArraySpec
 from ..options import Cache, Options
 from .arrays import check_dtype, check_written
-from .records import MAX_ROWS, BSHDView, CacheProblem
+from .records import MAX_ROWS, MAX_TENSORS, BSHDView, CacheProblem, View
 
 
 def cache_view(
@@ -48,7 +48,7 @@ def cache_problem(
     """Check the slots and the scales of caches; return where and how they are written."""
     if options.cache is None:
         return None
-    caches, sizes = outs[1:], [view.shape[:2] for view in out_views[1:]]
+    caches, sizes = outs[1:3], [view.shape[:2] for view in out_views[1:3]]
     if sizes[0] != sizes[1] or caches[0].dtype != caches[1].dtype:
         raise ValueError(
             f"v_cache must have k_cache's blocks, block size and dtype, {sizes[0]} of "
@@ -98,4 +98,5 @@ def cache_problem(
         num_blocks=num_blocks,
         block_size=block_size,
         scales=(options.cache.k_scale, options.cache.v_scale),
+        k_out=View(out_views[3].strides, outs[3].alignment) if len(outs) > MAX_TENSORS else None,
     )

@@ -11,6 +11,7 @@ from ..options import Norm
 MAX_ROWS = 2**31 - 2**10  # The last block may reach beyond them, and it counts in 32 bits too.
 MAX_HEAD_DIM = 2**22  # The lanes of such a head fit a grid of 65,535 blocks.
 MAX_TENSORS = 3  # q, k and v
+INPUT_OF = 0, 1, 2, 1  # which of the inputs an output is of: k may have one beside its cache
 MAX_NORM_DIM = 512  # A head that is normalised lies in one block of threads.
 FREQUENCY = "frequency"  # the dtype of a table that angles are made of: see kernels/angles.cuh
 ANY_POSITION = 2**63 - 1  # the number of positions of such a table: all that are not negative
@@ -90,6 +91,7 @@ class CacheProblem(NamedTuple):
     num_blocks: int
     block_size: int
     scales: tuple[float, float]
+    k_out: View | None  # where k is written too, unscaled and whatever its slot is
 
 
 class RotaryProblem(NamedTuple):
@@ -162,6 +164,11 @@ class RotaryProblem(NamedTuple):
         return numbers * ITEMSIZE[self.table_dtype]
 
     @property
+    def k_out(self) -> View | None:
+        """Where k is written beside its cache."""
+        return self.cache and self.cache.k_out
+
+    @property
     def num_rows(self) -> int:
         """The number of heads of all tokens of all tensors."""
         return sum(map(self.num_rows_of, self.tensors))
@@ -176,8 +183,8 @@ class RotaryProblem(NamedTuple):
         return step, 0
 
     def out_dtype(self, i: int) -> str:
-        """Return the dtype that a tensor is written as."""
-        return self.cache.dtype if self.cache and i else self.dtype
+        """Return the dtype of an output."""
+        return self.cache.dtype if self.cache and 0 < i < MAX_TENSORS else self.dtype
 
     def num_rows_of(self, tensor: RotaryTensor) -> int:
         """Return the number of heads of all tokens of a tensor."""
@@ -210,7 +217,13 @@ class Pointers(NamedTuple):
         named = dict(zip(self._fields[2:], others, strict=True))
         for i in range(MAX_TENSORS):
             named[f"x{i}"], named[f"out{i}"] = self.of_tensor(i)
+        named["k_out"] = self.k_out
         return named
+
+    @property
+    def k_out(self) -> int:
+        """The address where k is written beside its cache."""
+        return self.out[MAX_TENSORS] if len(self.out) > MAX_TENSORS else 0
 
     def of_tensor(self, i: int) -> tuple[int, int]:
         """Return the addresses of the arrays that a problem's tensor and its output lie in."""

@@ -46,10 +46,11 @@ from .operators import (
     define,
     extra_tensors,
     new,
+    of_written,
     present,
     schemas,
     table_tensors,
-    three,
+    written_of,
 )
 
 PARTS = "CompositeImplicitAutograd"  # of PyTorch's dispatcher: made of other operators
@@ -124,7 +125,7 @@ def rotate(call: Call) -> tuple[Any, ...]:
     call = with_tensors(call, records)
     arguments, out = traced_arguments(call), call.out
     if out is not None and not records:
-        torch.ops.rope_cupy.rotate_into(*three(call.xs), *three(out), *arguments)
+        torch.ops.rope_cupy.rotate_into(*of_written(call.xs, out), *arguments)
         return out
     if len(call.xs) == 1:
         results = (torch.ops.rope_cupy.rotate(call.xs[0], *arguments),)
@@ -276,29 +277,28 @@ def _rotate_into(*arguments: Any) -> None:
     told, it is written from a new tensor instead; and of a cache, which is too large for one, the
     place is made a constant of the graph.
     """
-    xs, outs = present(arguments[:3]), present(arguments[3:6])
-    call = traced_call(xs, outs, arguments[6:])
+    xs, outs, others = written_of(arguments)
+    call = traced_call(xs, outs, others)
     for x in xs:
         asked_of(x).check_transform("an input", x)
     if hasattr(xs[0], "fake_mode"):
         check_traced(call)
     own = arguments_of(call)
     if not any(map(_moves, outs)):
-        torch.ops.rope_cupy.write_into(*arguments[:6], *own)
+        torch.ops.rope_cupy.write_into(*of_written(xs, outs), *own)
         return
     bases = _bases(call)
     if bases:
         places = [number for y, base in zip(outs, bases, strict=True) for number in _place(y, base)]
-        torch.ops.rope_cupy.write_into_places(*arguments[:3], *three(bases), *own, places)
+        torch.ops.rope_cupy.write_into_places(*of_written(xs, bases), *own, places)
         return
-    num_outs = 1 if call.options.cache else len(outs)
     written = []
-    for i, y in enumerate(outs):
-        moves = _moves(y)
-        if moves and i >= num_outs:
+    for name, y in zip(call.out_names, outs, strict=True):
+        is_new = _moves(y) and not name.endswith("_cache")
+        if _moves(y) and not is_new:
             int(y.storage_offset())
-        written.append(torch.empty_like(y) if moves and i < num_outs else y)
-    torch.ops.rope_cupy.write_into(*arguments[:3], *three(tuple(written)), *own)
+        written.append(torch.empty_like(y) if is_new else y)
+    torch.ops.rope_cupy.write_into(*of_written(xs, tuple(written)), *own)
     for y, result in zip(outs, written, strict=True):
         if result is not y:
             y.copy_(result)

@@ -18,12 +18,13 @@ from ..arrays.torch import outline
 from ..call import Call, kind_of_text, text_of
 from ..options import Cache, Norm, Options, Packed
 from ..private_torch import is_schema
-from ..problem import OF_POSITIONS
+from ..problem import INPUT_OF, MAX_TENSORS, OF_POSITIONS
 from ..table_forms import TableSource, complex_numbers, complex_pairs
 
 KINDS = Options, Norm, Packed, Cache  # of which a text holds the fields
 # What extra arrays are called, but for those that have other names where there is one input.
 OF_OTHERS = "slot_mapping", "k_scale", "v_scale"
+NUM_XS, NUM_OUTS = MAX_TENSORS, len(INPUT_OF)  # that an operator takes which writes
 
 
 def arguments_of(call: Call) -> tuple[Any, ...]:
@@ -89,9 +90,17 @@ def new(call: Call) -> tuple[torch.Tensor, ...]:
     return tuple(torch.ops.rope_cupy.rotate_qk_new(*call.xs, *arguments))
 
 
-def three(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return up to three tensors as an operator takes them that writes."""
-    return (*tensors, None, None)[:3]
+def of_written(xs: tuple[Any, ...], outs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what is rotated and what is written as an operator takes them that writes."""
+    return *(*xs, None, None)[:NUM_XS], *(*outs, None, None, None)[:NUM_OUTS]
+
+
+def written_of(
+    arguments: tuple[Any, ...],
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """Return what is rotated, what is written, and what else an operator takes that writes."""
+    xs, rest = present(arguments[:NUM_XS]), arguments[NUM_XS:]
+    return xs, present(rest[:NUM_OUTS]), rest[NUM_OUTS:]
 
 
 def present(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -140,7 +149,7 @@ def _run_qk_new(q: torch.Tensor, k: torch.Tensor, *arguments: Any) -> tuple[torc
 
 
 def _run_write(*arguments: Any) -> None:
-    eager.rotate(call_of(present(arguments[:3]), present(arguments[3:6]), arguments[6:]))
+    eager.rotate(call_of(*written_of(arguments)))
 
 
 def _fake_new(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -155,7 +164,7 @@ def _fake_qk_new(q: torch.Tensor, k: torch.Tensor, *arguments: Any) -> tuple[tor
 
 
 def _fake_write(*arguments: Any) -> None:
-    check_traced(call_of(present(arguments[:3]), present(arguments[3:6]), arguments[6:]))
+    check_traced(call_of(*written_of(arguments)))
 
 
 def placed(bases: tuple[torch.Tensor, ...], places: Sequence[Any]) -> tuple[torch.Tensor, ...]:
@@ -170,8 +179,8 @@ def placed(bases: tuple[torch.Tensor, ...], places: Sequence[Any]) -> tuple[torc
 
 
 def _written_places(arguments: tuple[Any, ...]) -> Call:
-    outs = placed(present(arguments[3:6]), arguments[-1])
-    return call_of(present(arguments[:3]), outs, arguments[6:-1])
+    xs, bases, others = written_of(arguments)
+    return call_of(xs, placed(bases, others[-1]), others[:-1])
 
 
 def _run_places(*arguments: Any) -> None:
@@ -183,8 +192,8 @@ def _fake_places(*arguments: Any) -> None:
 
 
 def schemas(behind: str) -> tuple[str, str, str]:
-    """Return the schemas of what makes one tensor, or two, and of what writes up to three."""
-    outs = "Tensor(a!) out, Tensor(b!)? k_out, Tensor(c!)? v_out"
+    """Return the schemas of what makes one tensor, or two, and of what writes up to four."""
+    outs = "Tensor(a!) out, Tensor(b!)? second, Tensor(c!)? third, Tensor(d!)? fourth"
     return (
         f"(Tensor x, {behind}) -> Tensor",
         f"(Tensor q, Tensor k, {behind}) -> (Tensor, Tensor)",

@@ -180,6 +180,7 @@ def verify(
     slot_style="dense",
     style="dense",
     write="new",
+    kept=None,
     scales=(None, None),
     as_words=False,
     weights=(),
@@ -193,6 +194,7 @@ def verify(
 ):
     """Write caches and hold every byte against the definition.
 
+    `kept` says where k is written beside its cache: "in place" or "out", or to a cache alone.
     `positions` are the rows of the table that `where`, the arguments which say them, stand for.
     """
     element = element or dtype
@@ -207,6 +209,7 @@ def verify(
     slots = slots_for(tokens) if slots is None else slots
     given = hold(slots, slot_dtype, library, slot_style)
     out = {"new": None, "in place": q, "out": hold(drawn[0], dtype, library, "packed")}[write]
+    k_out = {None: None, "in place": k, "out": hold(drawn[1], dtype, library, "ragged")}[kept]
     caches = Caches(library, element, way, as_words)
     arguments = dict(where)
     if of_norm:
@@ -223,6 +226,7 @@ def verify(
         v_scale=scales[1] and scales[1].of(library),
         **{name: hold(x, "float32", library).array for name, x in dict(weights).items()},
         out=out and out.array,
+        **({"k_out": k_out.array} if k_out else {}),
         **arguments,
         **options,
     )
@@ -248,10 +252,12 @@ def verify(
     q_exact, k_exact = map(rotated, exact[:2], "qk")
     check(to_float64(result).reshape(q_exact.shape), q_exact, dtype)
     assert (result is out.array) if out else (type(result) is type(q.array))
-    for unwritten in (k, v, given) if write == "in place" else (q, k, v, given):
+    if k_out:
+        check(to_float64(k_out.array).reshape(k_exact.shape), k_exact, dtype)
+    for unwritten in {q, k, v, given} - {out, k_out}:
         unwritten.assert_unchanged()
-    if out:
-        out.assert_guarded()
+    for written in {out, k_out} - {None}:
+        written.assert_guarded()
 
     expected, actual = caches.before.copy(), to_bits(caches.buffer)
     of_k, of_v = zip(caches.blocks(expected), caches.blocks(actual), strict=True)
@@ -307,12 +313,14 @@ class Scale:
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_are_written_to_the_slots_of_their_tokens_and_nothing_else_is(library, way):
     verify(library, "float16", way=way)
+    verify(library, "float16", way=way, kept="in place")
 
 
 @on_every("numpy", "torch", "torch-cuda")
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_of_8_bits_are_written_to_caches_of_any_strides(library, way):
-    verify(library, "bfloat16", "float8_e4m3fn", way, style="packed")
+    for kept in (None, "out"):
+        verify(library, "bfloat16", "float8_e4m3fn", way, style="packed", kept=kept)
 
 
 OUTSIDE = {  # which no cache here holds; some would be slots if they lost their upper half
@@ -328,7 +336,8 @@ def test_a_token_whose_slot_the_cache_does_not_hold_is_left_out(library, element
     outside = np.array(OUTSIDE[slot_dtype])
     for slots in (np.r_[outside, 0, SLOTS - 1], np.r_[outside[::-1], outside[:2]]):
         where = {"tokens": (len(slots),), "slots": slots, "slot_dtype": slot_dtype}
-        verify(library, "float16", element, **where)
+        for kept in (None, "in place"):
+            verify(library, "float16", element, **where, kept=kept)
 
 
 @in_every_library
@@ -352,7 +361,9 @@ def test_slots_of_tokens_suit_one_batch(library):
 def test_tokens_behind_the_last_slot_are_not_stored(write, tokens, shape, library):
     verify(library, tokens=tokens, slots=slots_for(shape, outside=[-1] * (shape == (5,))))
     slots = slots_for(shape)
-    verify(library, "bfloat16", tokens=tokens, slots=slots, slot_style="stepped", write=write)
+    for kept in (None, "in place"):
+        how = {"slot_style": "stepped", "write": write, "kept": kept}
+        verify(library, "bfloat16", tokens=tokens, slots=slots, **how)
 
 
 def test_fewer_slots_with_a_norm_positions_and_8_bits():
@@ -369,9 +380,10 @@ def test_tokens_may_share_a_slot_that_the_cache_does_not_hold(slot):
 
 @in_every_library
 @pytest.mark.parametrize("write", ["new", "in place", "out"])
+@pytest.mark.parametrize("kept", [None, "in place", "out"])
 @pytest.mark.parametrize("style", ["dense", "packed", "ragged"])
-def test_q_is_written_where_it_is_wanted_and_k_and_v_stay(library, write, style):
-    verify(library, "bfloat16", style=style, write=write)
+def test_q_and_k_are_written_where_they_are_wanted_and_v_stays(library, write, kept, style):
+    verify(library, "bfloat16", style=style, write=write, kept=kept)
 
 
 REAL = 20_000, 16, 8, 128  # blocks, slots, heads, head_dim
@@ -399,7 +411,8 @@ def test_caches_side_by_side_at_their_real_size_do_not_overlap_nor_take_long_to_
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("heads", [(8, 2), (4, 1), (2, 4)], ids=str)
 def test_heads_of_any_number_are_written_in_every_dtype(library, dtype, heads):
-    verify(library, dtype, heads=heads, way=beside(heads[1], D))
+    for kept in (None, "in place"):
+        verify(library, dtype, heads=heads, way=beside(heads[1], D), kept=kept)
 
 
 @in_every_library
@@ -409,8 +422,9 @@ def test_heads_of_any_number_are_written_in_every_dtype(library, dtype, heads):
 def test_elements_that_are_not_rotated_are_written_too(
     library, element, interleaved, head_dim, offset
 ):
-    options = {"interleaved": interleaved, "rotary_offset": offset}
-    verify(library, "float16", element, beside(H, head_dim), head_dim=head_dim, **options)
+    options = {"interleaved": interleaved, "rotary_offset": offset, "head_dim": head_dim}
+    for kept in (None, "in place", "out"):
+        verify(library, "float16", element, beside(H, head_dim), kept=kept, **options)
 
 
 ROWS = [5, 0, -1, 40, 39, 2**31 - 1]
@@ -437,7 +451,9 @@ def test_positions_say_by_what_k_is_rotated(library, kind, element, out_of_range
     }
     options = {"layout": "thd"} if kind == "sequences" else {}
     options |= {"out_of_range": out_of_range}
-    verify(library, "float16", element, tokens=tokens, positions=rows, where=where, **options)
+    options |= {"tokens": tokens, "positions": rows, "where": where}
+    for kept in (None, "in place"):
+        verify(library, "float16", element, kept=kept, **options)
 
 
 @in_every_library
@@ -481,15 +497,17 @@ NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 def test_q_and_k_are_normalised_and_v_is_not(library, name, element):
     shapes, kind, offset, *options = NORMS[name]
-    verify(
-        *(library, "float32", element),
-        of_norm=(1e-5, offset),
-        weights={each: RNG.uniform(0.5, 2, shape) for each, shape in shapes.items()},
-        k_slack=2.0**-18,
-        norm=kind,
-        round_norm=False,
-        **(options[0] if options else {}),
-    )
+    for kept in (None, "in place"):
+        verify(
+            *(library, "float32", element),
+            of_norm=(1e-5, offset),
+            weights={each: RNG.uniform(0.5, 2, shape) for each, shape in shapes.items()},
+            k_slack=2.0**-18,
+            norm=kind,
+            round_norm=False,
+            kept=kept,
+            **(options[0] if options else {}),
+        )
 
 
 # 8 bits.

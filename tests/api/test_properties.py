@@ -242,17 +242,22 @@ def fills_a_cache(case):
     before = rng.integers(0, 200, (2, *shape)).astype(k.dtype)
     caches = [held_as(case, each) for each in before]
     place = "numpy" if case.library in ("numpy", "torch") else case.library
+    k_in, k_new = (held_as(case, each) for each in (k, np.zeros_like(k)))
+    k_out = (None, k_in, k_new)[tokens % 3]
     q_out = rope_cupy.apply_rotary_kv_cache(
-        *(held_as(case, part) for part in (q, k, v)),
+        *(held_as(case, q), k_in, held_as(case, v)),
         *caches,
         call.table,
         slot_mapping=hold(slots, "int64", place).array,
         cache_layout="HND" if by_head else "NHD",
         layout=call.axes,
+        k_out=k_out,
         **call.where,
         **call.options,
     )
     assert np.array_equal(to_bits(q_out), to_bits(q_alone))
+    assert k_out is None or np.array_equal(to_bits(k_out), to_bits(k_alone))
+    assert k_out is k_in or np.array_equal(to_bits(k_in), k.view(to_bits(k_in).dtype))
     inside = (slots >= 0) & (slots < blocks * block_size)
     for cache, old, new in zip(caches, before, (to_bits(k_alone), v), strict=True):
         new = call.canonical(new)

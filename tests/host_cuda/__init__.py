@@ -134,9 +134,10 @@ def _moved(problem: RotaryProblem, pointers: Pointers, moves: dict[str, int]) ->
     """The addresses to which a launch moves the arrays of a problem."""
     at = [pointers.of_tensor(i) for i in range(len(problem.tensors))]
     names = Pointers._fields[Pointers._fields.index("positions") : -1]
+    beside = (pointers.k_out + moves["k_out"],) if problem.k_out else ()
     return Pointers(
         x=tuple(x + moves[f"x[{i}]"] for i, (x, _) in enumerate(at)),
-        out=tuple(out + moves[f"out[{i}]"] for i, (_, out) in enumerate(at)),
+        out=tuple(out + moves[f"out[{i}]"] for i, (_, out) in enumerate(at)) + beside,
         cos=pointers.cos + moves.get("cos", 0),
         sin=pointers.sin + moves.get("sin", moves.get("cos", 0)),
         position_offset=pointers.position_offset,
@@ -188,7 +189,7 @@ def _weights(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
 
 
 def _slots(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
-    """The slots of a cache and the scales that lie in memory."""
+    """The slots of a cache, the scales that lie in memory, and k where it is written beside it."""
     if problem.cache is None:
         return {}
     itemsize, strides = ITEMSIZE[problem.cache.slot_dtype], problem.cache.slot_strides
@@ -197,6 +198,10 @@ def _slots(problem: RotaryProblem, pointers: Pointers) -> dict[str, Array]:
     for name in ("k_scale", "v_scale"):
         if address := getattr(pointers, name):
             arrays[name] = Array(address, ITEMSIZE[problem.cache.scale_dtype], (1,), (1,))
+    if problem.k_out:
+        shape = (*shape, problem.tensors[1].num_heads, problem.head_dim)
+        strides, itemsize = problem.k_out.strides, ITEMSIZE[problem.dtype]
+        arrays["k_out"] = Array(pointers.k_out, itemsize, shape, strides, True)
     return arrays
 
 

@@ -130,7 +130,7 @@ def test_tiles_of_tokens_give_the_same(sizes, write, positions, tiles_of_two_tok
     record(case.dtype, *verify(possible(case)))
 
 
-def fill_caches(norm, batch=2, num_slots=9):
+def fill_caches(norm, batch=2, num_slots=9, kept=False):
     """Hold caches of 8 bits, paged and written in part, against those that NumPy fills."""
     rng = np.random.default_rng(6)
     q, k, v = (np.float32(rng.standard_normal((batch, 9, heads, 24))) for heads in (4, 2, 2))
@@ -138,8 +138,9 @@ def fill_caches(norm, batch=2, num_slots=9):
     slots = rng.permutation(40) - 2  # of 36
     slots = slots[: batch * num_slots].reshape(batch, num_slots)  # behind which others lie
     scales = {"k_scale": np.float32([0.37]), "v_scale": 0.5}
-    results = []
+    results, before = [], k
     for way in (rope_cupy.cpu.rotate, BY_NUMPY):
+        k = before.copy()
         buffer = np.zeros((2, 9, 2, 4, 2, 24), np.uint8)  # of k, then of v, in each block
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rope_cupy.cpu, "rotate", way)
@@ -148,11 +149,13 @@ def fill_caches(norm, batch=2, num_slots=9):
                 slot_mapping=slots,
                 cache_dtype="float8_e5m2",
                 norm=None if norm == "none" else norm,
+                k_out=k if kept else None,
                 **scales,
             )
-        results.append((q_out, buffer))
-    (q_out, buffer), (exact_q, exact) = results
+        results.append((q_out, k, buffer))
+    (q_out, k, buffer), (exact_q, exact_k, exact) = results
     assert np.allclose(q_out, exact_q, atol=1e-5), f"float32 at q_out, expected {exact_q}"
+    assert np.allclose(k, exact_k, atol=1e-5), f"float32 at k_out, expected {exact_k}"
     assert np.array_equal(buffer, exact), f"float8 at the cache, expected {exact}"
 
 
@@ -190,6 +193,11 @@ class OfManySizes(Mutant):
 class Cached(Mutant):
     def show(self):
         fill_caches(self.case.norm)
+
+
+class CachedAndKept(Mutant):
+    def show(self):
+        fill_caches(self.case.norm, kept=True)
 
 
 class CachedInPart(Mutant):
@@ -232,6 +240,7 @@ DENSE = PLAIN._replace(form="matrices")
 STRIDED = DENSE._replace(table_style="transposed")
 UNWRITTEN = PLAIN._replace(write="out")  # shows: the arrays hold other numbers
 OUT_OF_BOUNDS = "AddressSanitizer: (use-after-poison|SEGV)"
+OF_ORDER = "the result depends on the order of the threads"
 WRONG = "^(bfloat16|float(8|16|32|64)) at .* expected "
 CHANGED = "what is not rotated must keep its bits"
 MUTANTS = {
@@ -539,7 +548,7 @@ MUTANTS = {
         "norm.cuh",
         "sums[0];\n      __syncthreads();",
         "sums[0];",
-        f"{WRONG}|the result depends on the order of the threads",
+        f"{WRONG}|{OF_ORDER}",
         NORMAL._replace(head=(72, 72, 0)),
     ),
     "the weights of the first head for all of a thread": Mutant(
@@ -594,7 +603,7 @@ MUTANTS = {
         "norm.cuh",
         "if constexpr (kCrossWarp) __syncthreads();",
         "",
-        f"{WRONG}|the result depends on the order of the threads",
+        f"{WRONG}|{OF_ORDER}",
         LAYER._replace(head=(72, 72, 0)),
     ),
     "biases that are not added": Mutant(
@@ -650,7 +659,18 @@ MUTANTS = {
         PLAIN._replace(dtype="float16", table_dtype="float16", rounding="eager"),
     ),
     "a slot that the cache does not hold": Cached(
-        "rotary.cu", "cache.num_slots)) {", "~0ull)) {", OUT_OF_BOUNDS
+        "rotary.cu", "(cache.num_slots);", "(~0ull);", OUT_OF_BOUNDS
+    ),
+    "a key that is kept where it has a slot alone": CachedAndKept(
+        "rotary.cu", "if (!is_cached && !keeps) return;", "if (!is_cached) return;", WRONG
+    ),
+    "a value that is kept as a key is": CachedAndKept(
+        *("rotary.cu", "Destination::kKeepsK && which == 1", "Destination::kKeepsK"),
+        f"{WRONG}|{OF_ORDER}",
+    ),
+    "a key that is kept where its cache would have it": CachedAndKept(
+        *("rotary.cu", "cache.k_out.template offset<kCommon>(at)", "out_offset"),
+        f"{WRONG}|{OF_ORDER}",
     ),
     "a slot behind the last one": CachedInPart(
         "rotary.cu", "has_slot = slot_offset < args.end_of_slots", "has_slot = true", WRONG
@@ -760,7 +780,7 @@ def test_barriers_shuffles_and_votes_do_what_they_do_in_cuda(size):
         ("kAbsentLane", "reads a lane that takes no part in __shfl_sync"),
         ("kEndedLane", "reads a lane that takes no part in __shfl_sync"),
         ("kPastTheEnd", "runtime error: index 32 out of bounds"),
-        ("kRace", "the result depends on the order of the threads"),
+        ("kRace", OF_ORDER),
     ],
 )
 def test_what_threads_must_not_do_together_is_an_error(mistake, message):

@@ -73,7 +73,9 @@ def fused_calls():
         table = np.cos(angle), np.sin(angle)
         slots = np.zeros(4, np.int32 if interleaved else np.int64)
         more = options | {"slot_mapping": slots, "cache_dtype": cache_dtype}
-        yield partial(rope_cupy.apply_rotary_kv_cache, q, k, v, *caches, table, **more)
+        for k_out in (None, k)[: head_dim // 32]:  # of whole heads alone
+            more["k_out"] = k_out
+            yield partial(rope_cupy.apply_rotary_kv_cache, q, k, v, *caches, table, **more)
         packed = np.concatenate([q, k, v], 1)
         heads = {"num_heads": 4, "num_kv_heads": 2}
         for out in (None, packed):
@@ -111,7 +113,9 @@ def test_the_matrix_launches_kernels_of_every_kind(kernels):
         for index in INDEX
     } | {f"Packed<{index}, {begin}>" for index in INDEX for begin in INDEX}
     assert (kinds.interleaved, kinds.conjugate, kinds.eager) == (flags, flags, flags)
-    assert {kind.partition("<")[0] for kind in kinds.destination} == {"Outputs", "Slots"}
+    assert {kind.partition("<")[0] for kind in kinds.destination} == {
+        *("Outputs", "Slots", "SlotsAndK"),
+    }
     assert kinds.tensors == {2, 3}
     norms = {getattr(norm, "norm", norm) for norm in kinds.norm}  # of what is rotated first, too
     for kind in (RmsNorm, LayerNorm):
@@ -307,6 +311,7 @@ LAYERS, AFTER = Norm("layer", 1e-6, 0.0, True), Norm("layer", 1e-6, 0.0, False, 
         (of_matrices_apart, "cache", HEADS, "float64"),
         (of_one_angle, "packed", LAYERS, "bfloat16"),
         (of_matrices_apart, "cache", AFTER, "float64"),
+        (of_matrices_apart, "cache and k", HEADS, "bfloat16"),
     ],
 )
 def test_the_argument_block_is_packed_as_the_kernel_reads_it(table, destination, norm, dtype):
@@ -316,8 +321,9 @@ def test_the_argument_block_is_packed_as_the_kernel_reads_it(table, destination,
     if destination == "packed":
         xs, packed = [spec((5, 6, 64), dtype)], Packed(2, 2)
         outs = xs
-    elif destination == "cache":
+    elif destination.startswith("cache"):
         xs, outs = [x, x, x], [x, *[spec((9, 2, 64), dtype)] * 2]
+        outs += [x] if destination == "cache and k" else []
         arrays = {"slot_mapping": spec((5,), "int32"), "cache": Cache("NHD", None, 1.0, 1.0)}
     plan = launch_plan(problem(xs, 64, outs, table(), norm=norm, packed=packed, **arrays))
     chosen, packer = plan.template, plan.packer

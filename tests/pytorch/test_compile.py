@@ -316,7 +316,7 @@ def test_the_operators_of_new_results_pass_opcheck(num, name, grad, device):
 def test_the_operators_that_write_pass_opcheck(num, name, device):
     xs = q_and_k(device)[:num]
     outs = tuple(torch.zeros_like(x) for x in xs)
-    arguments, written = behind(name, device), (*operators.three(xs), *operators.three(outs))
+    arguments, written = behind(name, device), operators.of_written(xs, outs)
     torch.library.opcheck(torch.ops.rope_cupy.rotate_into.default, (*written, *arguments))
     run = *written, *as_run(xs, outs, arguments)
     torch.library.opcheck(torch.ops.rope_cupy.write_into.default, run)

@@ -175,6 +175,16 @@ def caches_of_one_buffer(buffer, table, _):
     return buffer, caches
 
 
+def caches_beside_k(buffer, table, _):
+    q, k, v = buffer[:1].unbind(1)
+    caches, new = buffer.new_zeros(2, *k.shape[1:]), torch.empty_like(k)
+    slots = torch.arange(k.shape[1], device=buffer.device) - 3
+    given = *caches, table
+    apply_rotary_kv_cache(q, k, v, *given, slot_mapping=slots, k_out=new)
+    apply_rotary_kv_cache(q, k, v, *given, slot_mapping=slots.flip(0), out=q, k_out=k)
+    return buffer, caches, new
+
+
 def caches_that_are_given(buffer, table, caches):
     q, k, v = (each * 1 for each in buffer[:1].unbind(1))
     slots = torch.arange(k.shape[1], device=buffer.device)
@@ -207,7 +217,7 @@ def slices_of_one_tensor(buffer, table, last):
 
 VIEWS = [
     *(one_of_three, a_layer, all_of_one_unbind, of_a_new_buffer, of_another),
-    *(caches_of_one_buffer, caches_that_are_given),
+    *(caches_of_one_buffer, caches_beside_k, caches_that_are_given),
     *(slices_of_new_tensors, a_slice_that_is_given, slices_of_one_tensor),
 ]
 
@@ -236,7 +246,8 @@ def test_a_view_whose_offset_changes_with_a_length_is_written_where_it_lies(func
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_inductor_gives_the_bits_of_plain_calls_and_writes_views_where_they_lie(device):
-    functions = "one_of_three", "all_of_one_unbind", "caches_of_one_buffer", "slices_of_one_tensor"
+    functions = "one_of_three", "all_of_one_unbind", "caches_of_one_buffer", "caches_beside_k"
+    functions += ("slices_of_one_tensor",)
     names = ", ".join([f"own.{name}" for name in functions])
     calls = ["import test_compile_calls as own"]
     calls += ["own.compare(own.calls(3, 7), 'inductor')"] if device == "cpu" else []

@@ -901,8 +901,9 @@ def test_the_operators_of_new_results_pass_opcheck(name, grad, device):
         torch.library.opcheck(getattr(defined, f"rotate{kind}_new").default, (*xs, *run))
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.5, "array"])
-def test_the_operators_that_write_caches_pass_opcheck(scale, device):
+def test_the_operators_that_write_caches_pass_opcheck(scale, kept, device):
     x, scaled = traced_inputs(device), scale is not None
     caches = [
         cache.to(torch.float8_e5m2).view(torch.uint8) if scaled else cache for cache in x[7:9]
@@ -914,9 +915,11 @@ def test_the_operators_that_write_caches_pass_opcheck(scale, device):
     table = *table_of(device, torch.float32, 64, 32), "half_width"
     behind = *table, *OF_POSITIONS, *others, *PLAIN, *NO_NORM, None, *cache, operators.VERSION
     xs, outs = (x.q, x.k, x.v), (torch.zeros_like(x.q), *caches)
-    torch.library.opcheck(torch.ops.rope_cupy.rotate_into.default, (*xs, *outs, *behind))
+    outs += (torch.zeros_like(x.k),) if kept else ()
+    written = operators.of_written(xs, outs)
+    torch.library.opcheck(torch.ops.rope_cupy.rotate_into.default, (*written, *behind))
     run = operators.arguments_of(graphs.traced_call(xs, outs, behind))
-    torch.library.opcheck(torch.ops.rope_cupy.write_into.default, (*xs, *outs, *run))
+    torch.library.opcheck(torch.ops.rope_cupy.write_into.default, (*written, *run))
 
 
 class Norms(torch.nn.Module):
