@@ -5,7 +5,9 @@
 //   RmsNorm<Weight, 0, ...>      normalises each head, with weights (head_dim,)
 //   RmsNorm<Weight, kTokenThreads, ...>
 //                                normalises all heads of a token together, with weights
-//                                (num_heads * head_dim,), in a block of up to kTokenThreads threads
+//                                (num_heads * head_dim,), in a block of up to kTokenThreads threads;
+//                                if kApart the rows of a thread are of several tensors, of which
+//                                each has a norm of its own
 //   LayerNorm<Weight, ...>       normalises each head, with weights and biases (head_dim,)
 //   AfterRotation<Norm>          normalises what has been rotated, and not what is rotated then
 //
@@ -59,7 +61,8 @@ struct NoNorm {
   static constexpr int kMostThreads = 640;
 };
 
-template <typename Weight_, int kTokenThreads, int kSpan, bool kCrossWarp, int kRoundings>
+template <typename Weight_, int kTokenThreads, int kSpan, bool kCrossWarp, int kRoundings,
+          bool kApart = false>
 struct RmsNorm {
   template <typename Real>
   struct Arguments {
@@ -75,6 +78,7 @@ struct RmsNorm {
   static constexpr bool kIsCentred = false;
   static constexpr bool kIsAfter = false;
   static constexpr bool kPerToken = kTokenThreads > 0;
+  static constexpr bool kIsOfAllRows = kPerToken && !kApart;
   static constexpr bool kRounds = kRoundings > 0;
   static constexpr int kMostThreads = kPerToken ? kTokenThreads : 512;
 
@@ -83,7 +87,6 @@ struct RmsNorm {
   template <int kRows, typename Real>
   static __device__ __forceinline__ void add_up(Real (&sums)[kRows], int first, int num_threads) {
     static_assert(kSpan > 0 && kSpan <= 32 && (kSpan & (kSpan - 1)) == 0, "spans halve in a warp");
-    static_assert(kRows == 1 || !kCrossWarp, "shared memory holds one sum of a thread");
 #pragma unroll
     for (int lanes = kSpan / 2; lanes > 0; lanes /= 2) {
 #pragma unroll
@@ -92,23 +95,29 @@ struct RmsNorm {
       }
     }
     if constexpr (kCrossWarp) {
-      __shared__ Real shared[kMostThreads / kSpan];
-      shared[(threadIdx.y * blockDim.x + threadIdx.x) / kSpan] = sums[0];
-      __syncthreads();
-      Real sum = 0;
-      [[maybe_unused]] Real excess = 0;  // of the sum over what has been added to it
-      for (int i = 0; i < num_threads / kSpan; ++i) {
-        const Real each = shared[first / kSpan + i];
-        if constexpr (kSpan >= 8) {
-          sum = add(sum, each);
-        } else {
-          const Real rest = subtract(each, excess);
-          const Real next = add(sum, rest);
-          excess = subtract(subtract(next, sum), rest);
-          sum = next;
-        }
+      __shared__ Real shared[kRows][kMostThreads / kSpan];
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        shared[row][(threadIdx.y * blockDim.x + threadIdx.x) / kSpan] = sums[row];
       }
-      sums[0] = sum;
+      __syncthreads();
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        Real sum = 0;
+        [[maybe_unused]] Real excess = 0;  // of the sum over what has been added to it
+        for (int i = 0; i < num_threads / kSpan; ++i) {
+          const Real each = shared[row][first / kSpan + i];
+          if constexpr (kSpan >= 8) {
+            sum = add(sum, each);
+          } else {
+            const Real rest = subtract(each, excess);
+            const Real next = add(sum, rest);
+            excess = subtract(subtract(next, sum), rest);
+            sum = next;
+          }
+        }
+        sums[row] = sum;
+      }
     }
   }
 
@@ -231,13 +240,15 @@ __device__ __forceinline__ Real sum_of_squares(const Numbers<Real, kSize>& numbe
 template <typename Norm, bool kEager, int kRows, typename Args, typename Real>
 __device__ __forceinline__ void find_scales(const Args& args, int which,
                                             unsigned row_groups_of_block, Real (&scales)[kRows]) {
-  if constexpr (Norm::kPerToken) {
+  if constexpr (Norm::kIsOfAllRows) {
     Real sum[1] = {scales[0]};
 #pragma unroll
     for (int i = 1; i < kRows; ++i) sum[0] = add(sum[0], scales[i]);
     Norm::add_up(sum, 0, row_groups_of_block * blockDim.x);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) scales[i] = sum[0];
+  } else if constexpr (Norm::kPerToken) {
+    Norm::add_up(scales, 0, row_groups_of_block * blockDim.x);
   } else {
     Norm::add_up(scales, threadIdx.y * blockDim.x, blockDim.x);
   }

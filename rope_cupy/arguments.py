@@ -39,6 +39,22 @@ class Patched(NamedTuple):
     type: CType = ADDRESS
 
 
+class Distance(NamedTuple):
+    """A field that every call fills: how many elements lie between two addresses."""
+
+    begin: str
+    end: str
+    itemsize: int
+    type: CType = INTEGER
+
+    def between(self, begin: int, end: int) -> int:
+        """Return the number of elements."""
+        return (end - begin) // self.itemsize
+
+
+PATCHED = Patched, Distance
+
+
 class Single(float):
     """A float in the place of an integer."""
 
@@ -76,9 +92,9 @@ class Tensor(NamedTuple):
     inner: Divisor
     middle: Divisor
     x: View
-    x_step: int
+    x_step: int | Distance
     out: View
-    out_step: int
+    out_step: int | Distance
 
 
 class PositionArguments(NamedTuple):
@@ -123,7 +139,7 @@ class Weights(NamedTuple):
     """Where the weights, or the biases, of a tensor's norm lie."""
 
     head: int
-    step: int
+    step: int | Distance
     element: int
     width: int
 
@@ -233,7 +249,7 @@ class ArgumentPacker(NamedTuple):
 
     fields: tuple[Field, ...]
     size: int  # of the block, in bytes
-    items: tuple[Patched | bytes, ...]  # what is patched, and what lies between, in order
+    items: tuple[Patched | Distance | bytes, ...]  # what a call fills, and what lies between
     owners: tuple[int, ...]  # of which of the launches that are run as one an item is
     pack_into: Callable[..., None]  # (buffer, offset, *items), each patched one by its value
 
@@ -248,7 +264,9 @@ class ArgumentPacker(NamedTuple):
         return bytes(block)
 
     @staticmethod
-    def _value(item: Patched, named: dict[str, int]) -> int:
+    def _value(item: Patched | Distance, named: dict[str, int]) -> int:
+        if isinstance(item, Distance):
+            return item.between(named[item.begin], named[item.end])
         return named[item.name] and named[item.name] + item.offset
 
 
@@ -291,7 +309,7 @@ def _members(arguments: Arguments | Joint) -> tuple[Arguments, ...]:
 def _collect(value: Any, leaves: list[Any]) -> None:
     """Add the values of the fields that are no structs and no arrays, in their order."""
     for each in value:
-        if type(each) is Patched or type(each) in C_TYPES:
+        if type(each) in PATCHED or type(each) in C_TYPES:
             leaves.append(each)
         elif each is not None:
             _collect(each, leaves)
@@ -308,7 +326,9 @@ def _layout(arguments: Arguments | Joint) -> Layout:
     members = _members(arguments)
     tensors, norm, destination, form = members[0]
     real = type(norm.eps) if norm else None
-    key = len(members), len(tensors.tensors), type(norm), real, type(destination), form is None
+    bases = type(norm), real, type(destination), form is None
+    steps = type(tensors.tensors[0].x_step), norm and type(norm.layout[0].step)
+    key = len(members), len(tensors.tensors), *bases, *steps
     layout = _layouts.get(key)
     if layout is None:
         layout = _layouts[key] = _describe(arguments)
@@ -337,7 +357,7 @@ def _describe(arguments: Arguments | Joint) -> Layout:
 
 def _named(name: str, value: Any) -> Iterator[tuple[str, CType, bool]]:
     """Yield the name and the type of every field that is no struct and no array."""
-    if isinstance(value, Patched):
+    if isinstance(value, PATCHED):
         yield name, value.type, True
     elif type(value) in C_TYPES:
         yield name, C_TYPES[type(value)], False

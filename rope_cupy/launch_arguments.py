@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from . import arguments
 from .access import Widths
-from .arguments import Double, Patched, Single, divisor
+from .arguments import Distance, Double, Patched, Single, divisor
 from .choices import LAYER_NORM, TOKEN_NORM
 from .memory import ITEMSIZE
 from .problem import RotaryProblem, View
@@ -113,7 +113,7 @@ def _heads_of_one(problem: RotaryProblem, i: int) -> int:
     """Return how many heads of a tensor have the angles of one head of the table."""
     if problem.table_heads == 1:
         return 1
-    return max(1, problem.tensors[i].num_heads // problem.table_heads)
+    return max(1, problem.heads_of_one(i) // problem.table_heads)
 
 
 def _tensor(member: Member, i: int) -> arguments.Tensor:
@@ -122,15 +122,21 @@ def _tensor(member: Member, i: int) -> arguments.Tensor:
     num_row_groups = tensor.num_heads // work.rows  # of a token
     outer, middle, inner = order.sizes(problem.batch, problem.num_tokens, num_row_groups)
     x, out = tensor.x.strides, out_strides(problem, i)
+    x_step: int | Distance = num_row_groups * x[HEAD]
+    out_step: int | Distance = num_row_groups * out[HEAD]
+    if problem.of_two:
+        x_step, out_step = (
+            Distance(f"{of}0", f"{of}1", ITEMSIZE[problem.dtype]) for of in ("x", "out")
+        )
     return arguments.Tensor(
         blocks=launch.blocks[i],
         num_row_groups=outer * middle * inner,
         inner=divisor(max(1, inner)),
         middle=divisor(max(1, middle)),
         x=arguments.View(*order.strides(x), x[3], widths.x[i]),
-        x_step=num_row_groups * x[HEAD],
+        x_step=x_step,
         out=arguments.View(*order.strides(out), tensor.out.strides[3], widths.out[i]),
-        out_step=num_row_groups * out[HEAD],
+        out_step=out_step,
     )
 
 
@@ -143,12 +149,11 @@ def _norm_arguments(
     real = Double if problem.is_double else Single
 
     def of_tensor(i: int) -> tuple[arguments.Weights, float, Patched]:
-        num_heads, stride = (
-            problem.tensors[i % len(problem.tensors)].num_heads,
-            norm.strides[i] or 0,
-        )
+        num_heads, stride = problem.heads_of_one(i % len(problem.tensors)), norm.strides[i] or 0
         head = problem.head_dim * stride if per_token else 0
-        step = num_heads // work.rows * head
+        step: int | Distance = num_heads // work.rows * head
+        if problem.of_two and stride:
+            step = Distance("q_weight", "k_weight", ITEMSIZE[norm.dtype])
         count = problem.head_dim * (num_heads if per_token else 1)
         return (
             arguments.Weights(head, step, stride, widths.weights),

@@ -70,6 +70,7 @@ class LaunchPlan(NamedTuple):
 @lru_cache(maxsize=4096)
 def launch_plan(problem: RotaryProblem) -> LaunchPlan:
     """Choose how wide threads read and write, how rows are numbered, and the launch over them."""
+    problem = _as_one_tensor(problem)
     widths, order = access_widths(problem), row_order(problem)
     work = _thread_work(problem, widths, order)
     member = Member(problem, widths, order, work, _launch(problem, work))
@@ -151,6 +152,29 @@ def _alike(problems: tuple[RotaryProblem, ...]) -> tuple[RotaryProblem, ...]:
     return tuple(alike)
 
 
+def _as_one_tensor(problem: RotaryProblem) -> RotaryProblem:
+    """Return q and k as one tensor where each head has angles of its own, as many as q has numbers.
+
+    A thread then loads the angles of a head once for both. The two must differ in where they lie
+    alone, and their sums must be of heads apart, or of tokens.
+    """
+    norm, by_head = problem.norm, problem.cos.strides[HEAD] != 0
+    if not by_head or len(problem.tensors) != 2 or problem.is_double:
+        return problem
+    if norm and (problem.norm_kind != TOKEN_NORM or norm.norm.after):
+        return problem
+    q, k = problem.tensors
+    strides = [(t.num_heads, t.start, t.x.strides, t.out.strides) for t in problem.tensors]
+    if strides[0] != strides[1] or (norm and norm.strides[0] != norm.strides[1]):
+        return problem
+    both = q._replace(
+        num_heads=2 * q.num_heads,
+        x=View(q.x.strides, min(q.x.alignment, k.x.alignment)),
+        out=View(q.out.strides, min(q.out.alignment, k.out.alignment)),
+    )
+    return problem._replace(tensors=(both,), of_two=True)
+
+
 def _thread_work(problem: RotaryProblem, widths: Widths, order: RowOrder) -> ThreadWork:
     """Choose what a thread does."""
     copy_width = _copy_width(problem)
@@ -205,6 +229,8 @@ def _rows_of_whole_tokens(problem: RotaryProblem, pairs: int, num_lanes: int) ->
     heads = [tensor.num_heads for tensor in problem.tensors]
     most = _most_threads(problem)
     of_heads = problem.cos.strides[HEAD] or problem.sin.strides[HEAD]
+    if problem.of_two and heads[0] // 2 * num_lanes <= most:
+        return 2
     choices = [
         rows
         for rows in range(1, 2 if of_heads else MOST_ROWS + 1)
@@ -272,6 +298,8 @@ def _rows_per_thread(problem: RotaryProblem, pairs: int, num_lanes: int, order: 
     the heads of a token are neighbours and whole rows fill a warp: else neighbouring threads would
     read far apart.
     """
+    if problem.of_two:
+        return 2
     row_bytes = 2 * pairs * ITEMSIZE[problem.dtype]
     of_heads = problem.cos.strides[HEAD] or problem.sin.strides[HEAD]
     if of_heads or row_bytes > ACCESS_BYTES or order.axes[2] != HEAD or WARP % min(num_lanes, WARP):
@@ -362,7 +390,7 @@ def _norm_type(
         return "NoNorm"
     norm, weight = problem.norm.norm, C_TYPES[problem.norm.dtype]
     how = *_span(problem, work, launch.num_lanes), norm.num_roundings
-    policy: RmsNorm | LayerNorm = RmsNorm(weight, launch.token_threads, *how)
+    policy: RmsNorm | LayerNorm = RmsNorm(weight, launch.token_threads, *how, problem.of_two)
     if norm.kind == LAYER_NORM:
         policy = LayerNorm(weight, *how)
     return AfterRotation(policy) if norm.after else policy

@@ -9,6 +9,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import cpu
+from .arguments import Distance
 from .arrays import Array, Library, let_wait
 from .bounded import put
 from .call import Call
@@ -258,22 +259,31 @@ def taker(parts: Sequence[Prepared], plan: LaunchPlan) -> Callable[[tuple[Any, .
         end += part.num_addresses + 2
     constant = count(end)
     last = end + len(constants_of(plan))
-    taken, shifted = [], []
+    taken, shifted, computed = [], [], []
     for item, owner in zip(plan.packer.items, plan.packer.owners, strict=True):
         if isinstance(item, bytes):
             taken.append(next(constant))
             continue
         at = named[owner]
+        if isinstance(item, Distance):
+            computed.append((at[item.end], at[item.begin], 0, item.itemsize))
+            taken.append(last + len(computed) - 1)
+            continue
         place = at[item.name]
         shift = item.offset + (parts[owner].to_sin if item.name == "sin" else 0)
         if shift and place != at[ABSENT]:
             shifted.append((place, shift))
-            place = last + len(shifted) - 1
+            computed.append((place, at[ABSENT], shift, 1))
+            place = last + len(computed) - 1
         taken.append(place)
     take = itemgetter(*taken)
-    if not shifted:
+    if not computed:
         return take
-    return lambda values: take((*values, *[values[i] + shift for i, shift in shifted]))
+    if len(shifted) == len(computed):
+        return lambda values: take((*values, *[values[i] + shift for i, shift in shifted]))
+    return lambda values: take(
+        (*values, *[(values[i] - values[j] + shift) // size for i, j, shift, size in computed])
+    )
 
 
 def _places_of_items(part: Prepared, begin: int) -> dict[str, int]:

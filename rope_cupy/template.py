@@ -46,6 +46,7 @@ class RmsNorm(NamedTuple):
     span: int
     cross_warp: bool
     roundings: int
+    apart: bool
 
 
 class LayerNorm(NamedTuple):

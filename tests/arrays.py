@@ -436,6 +436,16 @@ def sample(count: int, seed: int, **options: list[Any]) -> list[Case]:
     return sorted(cases)  # neighbours share a kernel
 
 
+def alike(count: int, seed: int, **options: list[Any]) -> list[Case]:
+    """Cases where each head has angles of its own, and q and k differ in where they lie alone."""
+    options = {
+        "sizes": [(2, 5, 4, 4), (1, 9, 2, 2), (3, 2, 6, 6)],
+        "norm": ["none", "heads"],
+    } | options
+    cases = sample(count, seed, rows=["head"], norm_after=[False], **options)
+    return sorted({possible(case._replace(k_style=case.style)) for case in cases})
+
+
 def possible(case: Case) -> Case:
     """The nearest case that makes sense."""
     batch, tokens, q_heads, k_heads = case.sizes

@@ -133,6 +133,8 @@ class RotaryProblem(NamedTuple):
     eager: bool
     norm: NormProblem | None
     cache: CacheProblem | None
+    # Whether the one tensor is two, alike in all but where they lie: it has the heads of both.
+    of_two: bool = False
 
     @property
     def is_double(self) -> bool:
@@ -185,6 +187,10 @@ class RotaryProblem(NamedTuple):
     def out_dtype(self, i: int) -> str:
         """Return the dtype of an output."""
         return self.cache.dtype if self.cache and 0 < i < MAX_TENSORS else self.dtype
+
+    def heads_of_one(self, i: int) -> int:
+        """Return the heads of a tensor, or of each where it is two."""
+        return self.tensors[i].num_heads // (2 if self.of_two else 1)
 
     def num_rows_of(self, tensor: RotaryTensor) -> int:
         """Return the number of heads of all tokens of a tensor."""

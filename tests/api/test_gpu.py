@@ -2,7 +2,18 @@
 
 import numpy as np
 import pytest
-from arrays import OPTIONS, OTHER, Case, Producer, hold, in_both_pairings, possible, sample, verify
+from arrays import (
+    OPTIONS,
+    OTHER,
+    Case,
+    Producer,
+    alike,
+    hold,
+    in_both_pairings,
+    possible,
+    sample,
+    verify,
+)
 from reference import FORMATS, check, rotate, rounded, to_bits, to_float64
 from streams import Stream
 from test_host_cuda import COLLECTIVES, collectives
@@ -27,6 +38,7 @@ CASES += sample(  # what most callers have: whole vectors everywhere
     table_style=["dense", "dense", "padded"],
     write=["new", "in place"],
 )
+CASES += alike(250, seed=5, library=["cupy", "torch-cuda"], sizes=[(2, 300, 6, 6), (1, 33, 4, 4)])
 in_both_libraries = pytest.mark.parametrize("library", ["cupy", "torch-cuda"])
 
 

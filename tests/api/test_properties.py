@@ -77,6 +77,7 @@ def calls(draw):
     rest = head_dim - 2 * pairs
     offset = draw(st.just(0) | st.just(rest) | st.integers(0, rest))
     heads = st.integers(1, 6)
+    of_q, style = draw(heads), draw(strides())
     drawn = {name: draw(st.sampled_from(values)) for name, values in OPTIONS.items()}
     drawn |= {
         "library": draw(st.sampled_from(list(ON_A_GPU))),
@@ -84,12 +85,12 @@ def calls(draw):
         "sizes": (
             draw(st.integers(1, 3)),
             draw(st.integers(1, 12)),
-            draw(heads),
-            draw(st.just(0) | heads),
+            of_q,
+            draw(st.sampled_from([0, of_q]) | heads),
         ),
         "layout": draw(layouts()),
-        "style": draw(strides()),
-        "k_style": draw(strides()),
+        "style": style,
+        "k_style": draw(st.just(style) | strides()),
         "table_style": draw(strides()),
     }
     return Case(**drawn)

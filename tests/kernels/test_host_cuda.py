@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import test_position_sums
 import test_rotary
-from arrays import Case, possible, verify
+from arrays import Case, alike, possible, verify
 from covering import covering, kernel_of
 from host_cuda import Array, KernelError
 from numpy.lib.stride_tricks import as_strided
@@ -128,6 +128,11 @@ def tiles_of_two_tokens(monkeypatch):
 def test_tiles_of_tokens_give_the_same(sizes, write, positions, tiles_of_two_tokens, record):
     case = Case("float16", sizes=sizes, layout="bhsd", write=write, positions=positions)
     record(case.dtype, *verify(possible(case)))
+
+
+@pytest.mark.parametrize("case", alike(40, seed=7, library=["numpy"]), ids=str)
+def test_a_thread_may_have_a_head_of_q_and_of_k(case, record):
+    record(case.kind, *verify(case))
 
 
 def fill_caches(norm, batch=2, num_slots=9, kept=False):
@@ -539,15 +544,15 @@ MUTANTS = {
     ),
     "the sum of the block's first row for all": Mutant(
         "norm.cuh",
-        "shared[first / kSpan + i]",
-        "shared[i]",
+        "shared[row][first / kSpan + i]",
+        "shared[row][i]",
         WRONG,
         NORMAL._replace(head=(72, 72, 0)),
     ),
     "a sum that others have not yet added to": Mutant(
         "norm.cuh",
-        "sums[0];\n      __syncthreads();",
-        "sums[0];",
+        "sums[row];\n      }\n      __syncthreads();",
+        "sums[row];\n      }",
         f"{WRONG}|{OF_ORDER}",
         NORMAL._replace(head=(72, 72, 0)),
     ),
@@ -657,6 +662,10 @@ MUTANTS = {
         "multiply(a, b)",
         WRONG,
         PLAIN._replace(dtype="float16", table_dtype="float16", rounding="eager"),
+    ),
+    "one sum of all heads of q and of k": Mutant(
+        *("norm.cuh", "kPerToken && !kApart", "kPerToken", WRONG),
+        PLAIN._replace(norm="heads", rows="head", sizes=(2, 5, 4, 4)),
     ),
     "a slot that the cache does not hold": Cached(
         "rotary.cu", "(cache.num_slots);", "(~0ull);", OUT_OF_BOUNDS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rope_cupy import arguments
-from rope_cupy.arguments import divisor
+from rope_cupy.arguments import Distance, divisor
 from rope_cupy.memory import array_spec
 from rope_cupy.options import Cache, Norm, Options, check_options
 from rope_cupy.plan import BLOCK_BYTES, launch_plan
@@ -283,6 +283,54 @@ def test_a_thread_takes_one_head_where_heads_have_angles_of_their_own(of_heads):
     parts[of_heads[0]] = spec((2, 5, 4, 64), "float32")
     table = TableSpec(parts["c"], parts["s"], 1, 0)
     assert template_of([x], 128, table=table, interleaved=True).rows == 1
+
+
+OF_HEADS = TableSpec(*[spec((2, 5, 4, 64), "float32")] * 2, 1, 0)
+TOGETHER = Norm("heads", 1e-6, 0.0, True)
+
+
+@pytest.mark.parametrize("norm", [None, TOGETHER])
+def test_a_thread_takes_a_head_of_q_and_of_k_that_have_its_angles(norm):
+    x, given = spec((2, 5, 4, 128)), {"table": OF_HEADS, "norm": norm}
+    weights = ("q_weight", "k_weight") if norm else ()
+    weights = dict.fromkeys(weights, spec((4 * 128,), "bfloat16"))
+    plan = launch_plan(problem([x, x], 128, **given, **weights))
+    alone = launch_plan(problem([x], 128, **given))
+    assert (plan.template.rows, alone.template.rows) == (2, 1)
+    assert (plan.grid, plan.block) == (alone.grid, alone.block)
+    assert fields(plan)["table_heads[0].value"] == 1
+    steps = [item for item in plan.packer.items if isinstance(item, Distance)]
+    per_tensor = ["x0", "out0"]
+    assert [step.begin for step in steps] == 2 * per_tensor + (["q_weight"] * 2 if norm else [])
+    at = Pointers((4096, 1024), (8192, 8192 + 640), 16, 16, q_weight=64, k_weight=320)
+    block = plan.argument_block(at)
+    found = {
+        field.name: struct.unpack_from("<q", block, field.offset)[0] for field in plan.packer.fields
+    }
+    assert (found["tensors[0].x_step"], found["tensors[0].out_step"]) == (-1536, 320)
+    if norm:
+        assert found["layout[0].step"] == 128
+        assert plan.template.norm.apart
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"xs": [spec((2, 5, 4, 128)), spec((2, 5, 8, 128))]},
+        {"xs": [spec((2, 5, 4, 128)), spec((2, 5, 4, 128), strides=(5000, 1000, 128, 1))]},
+        {"outs": [spec((2, 5, 4, 128)), spec((2, 5, 4, 128), strides=(5000, 1000, 128, 1))]},
+        {"xs": [spec((2, 5, 4, 128), "float64")] * 2},
+        {"table": TableSpec(*[spec((2, 5, 1, 64), "float32")] * 2, 1, 0)},
+        {"norm": Norm("head", 1e-6, 0.0, True)},
+        {"norm": TOGETHER._replace(after=True)},
+        {"norm": TOGETHER, "q_weight": spec((4 * 128,), "float32")},
+    ],
+    ids=str,
+)
+def test_a_thread_takes_heads_of_one_where_q_and_k_are_not_alike(other):
+    given = {"xs": [spec((2, 5, 4, 128))] * 2, "table": OF_HEADS} | other
+    plan = launch_plan(problem(given.pop("xs"), 128, **given))
+    assert not any(isinstance(item, Distance) for item in plan.packer.items)
 
 
 @pytest.mark.parametrize(
