@@ -268,6 +268,7 @@ def apply_rotary_kv_cache(
     cache_dtype: CacheDtype | None = None,
     k_scale: Any = None,
     v_scale: Any = None,
+    k_out: Array | None = None,
     q_weight: Any = None,
     k_weight: Any = None,
     norm: NormKind | None = None,
@@ -286,7 +287,6 @@ def apply_rotary_kv_cache(
     rotary_offset: int = 0,
     conjugate: bool = False,
     out: Array | None = None,
-    k_out: Array | None = None,
     out_of_range: OutOfRange = "nan",
     mrope_section: Sequence[int] | None = None,
     mrope_interleaved: bool = False,
@@ -309,13 +309,13 @@ def apply_rotary_kv_cache(
         k_scale, v_scale: the divisors of k and v before they are rounded to 8 bits: None for 1, a
             number, or an array of one element in one of the four dtypes. A quotient too large for 8
             bits becomes their largest number.
+        k_out: None, or an array like k, such as k itself, that is written too: k rotated, of every
+            token whatever its slot is, in k's dtype and not divided by `k_scale`. Attention over
+            the tokens of a prefill reads it.
         q_weight, k_weight, norm, eps, weight_offset, round_norm, norm_after, q_bias, k_bias: as for
             `apply_qk_norm_rotary`. Where `norm` is None, a weight means "head", and without a
             weight nothing is normalised. With a norm, `table` may be None.
         out: None for a new q, or an array to write, such as q itself.
-        k_out: None, or an array like k, such as k itself, that is written too: k rotated, of every
-            token whatever its slot is, in k's dtype and not divided by `k_scale`. Attention over
-            the tokens of a prefill reads it.
         table, and all others: as for `apply_rotary_qk`.
 
     Returns q rotated. Errors are as for `apply_rotary_qk`. A call that needs a gradient is refused,

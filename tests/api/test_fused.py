@@ -87,6 +87,14 @@ def overlapping(wrap):
         },
         "v's in weights": {"q_weight": wrap(buffer[2, 1]), "v_cache": at(0)},
         "v's in positions": {"positions": wrap(words[:T, 1, 7]), "v_cache": at(0)},
+        "k beside its cache in k": {"k": at(0), "k_out": at(1)},
+        "k beside its cache is q": {"q": at(0), "k_out": at(0)},
+        "k beside its cache is v": {"v": at(0), "k_out": at(0)},
+        "k beside its cache in v's": {"k_out": at(3), "v_cache": at(0)},
+        "k beside its cache in the slots": {
+            "slot_mapping": wrap(words[:T, 0, 0]),
+            "k_out": at(0),
+        },
     }
 
 
