@@ -199,7 +199,7 @@ class Prepared:
         first, behind = 0, self.behind
         if position_offset is not None or self.needs_start:
             first, at = self.from_position(at, position_offset)
-            behind = 0, first, *behind[2:]
+            behind = 0, first, *self.constants
         if self.launcher:
             self.launch(at + behind)
         elif self.problem.num_rows:
@@ -234,6 +234,11 @@ class Prepared:
             position_offset=first,
             **extra,
         )
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """What is constant of the argument block."""
+        return self.behind[2:]
 
     @property
     def waits(self) -> bool:

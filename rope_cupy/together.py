@@ -86,9 +86,12 @@ class Together:
 
 
 def _joint_launch(parts: Sequence[Prepared]) -> Any:
-    """Return what runs calls as one, given their addresses and first positions, if that can be."""
+    """Return what runs calls as one, given their addresses and first positions, if that can be.
+
+    One alone is run as it is.
+    """
     libraries = {part.library for part in parts}
-    if len(parts) < 2 or len(libraries) > 1 or any([part.waits for part in parts]):
+    if len(libraries) != 1 or (len(parts) > 1 and any([part.waits for part in parts])):
         return None
     problems = tuple([part.problem for part in parts])
     launchers = [part.launcher for part in parts if part.launcher]
@@ -104,20 +107,22 @@ def _joint_launch(parts: Sequence[Prepared]) -> Any:
     from .jit import MAX_BLOCK_BYTES, Launcher
     from .plan import joint_plan
 
-    plan = joint_plan(problems)
-    device = launchers[0].device
-    if plan is None or plan.packer.size > MAX_BLOCK_BYTES:
-        return None
-    take = taker(parts, plan)
-    launcher, constants = Launcher(plan, device, launchers[0].stream_of, take), constants_of(plan)
+    launch, constants = parts[0].launch, parts[0].constants
+    if len(parts) > 1:
+        plan = joint_plan(problems)
+        if plan is None or plan.packer.size > MAX_BLOCK_BYTES:
+            return None
+        first = launchers[0]
+        launch = Launcher(plan, first.device, first.stream_of, taker(parts, plan)).launch
+        constants = constants_of(plan)
 
-    def launch(values: Sequence[tuple[tuple[int, ...], int]]) -> None:
+    def launch_all(values: Sequence[tuple[tuple[int, ...], int]]) -> None:
         given: tuple[Any, ...] = ()
         for at, first in values:
             given += (*at, 0, first)
-        launcher.launch(given + constants)
+        launch(given + constants)
 
-    return launch
+    return launch_all
 
 
 def _pairs(parts: Sequence[Prepared], labels: Sequence[str]) -> tuple[Pair, ...]:

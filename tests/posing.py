@@ -18,7 +18,7 @@ from forgetting import forget
 
 from rope_cupy import cpu, jit, together
 from rope_cupy.arrays import base, dlpack, numpy, torch
-from rope_cupy.plan import joint_plan
+from rope_cupy.plan import joint_plan, launch_plan
 from rope_cupy.prepared import Prepared
 
 STREAM = 7
@@ -85,7 +85,7 @@ def posing() -> Iterator[list[Prepared]]:
             part.pointers(at, first) for part, (at, first) in zip(self.parts, values, strict=True)
         ]
         problems = tuple([part.problem for part in self.parts])
-        plan = joint_plan(problems)
+        plan = joint_plan(problems) if len(problems) > 1 else launch_plan(*problems)
         assert plan is not None
         expected = plan.packer.pack(*pointers)
         ((name, sizes, stream, block),) = driver.launched

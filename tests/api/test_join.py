@@ -354,6 +354,7 @@ def test_streams_of_one_kernel_take_one_launch_whatever_their_tables():
     complex_numbers = rope_cupy.RotaryTable.from_complex(half[0] + 1j * half[1])
     groups = [
         ([TEXT, IMAGE], True),
+        ([IMAGE], True),
         ([TEXT, IMAGE._replace(table=other, positions=15), TEXT], True),
         ([TEXT._replace(table=None), IMAGE], True),
         ([TEXT._replace(table=None), IMAGE._replace(**kept), TEXT], False),
@@ -424,6 +425,18 @@ def test_known_streams_with_a_difference_are_checked_as_new_ones(known_streams, 
         join_qkv([text, image._replace(q=shifted)])[0], join_qkv([text, image])[0]
     )
     assert found == [False] * 5 + [True]
+
+
+def test_one_stream_is_known_as_several_are(monkeypatch):
+    forget()
+    found = counted_joins(monkeypatch)
+    joint = [join_qkv([IMAGE._replace(q=IMAGE.q * 2**i)])[0] for i in range(5)]
+    assert found[-1] and not found[0]
+    for i in range(5):
+        assert np.array_equal(joint[i], 2**i * joint[0])
+    with pytest.raises(ValueError, match=r"streams\[0\]: .*positions"):
+        join_qkv([IMAGE._replace(positions=len(IMAGE.table[0]))])
+    forget()
 
 
 def test_no_more_streams_are_kept_than_are_allowed(known_streams, monkeypatch):
