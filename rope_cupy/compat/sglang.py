@@ -11,6 +11,8 @@ As in SGLang, pull request 14302 has one flag with two names, `interleaved` and 
 default, means pairs of neighbours if cosines and sines are given, and pairs of halves if positions
 are.
 
+`apply_rope_inplace_with_kvcache` refuses values that share memory with k, which it writes.
+
 Not covered: `fused_qknorm_rope_pack_kv`, which also copies k and v after a prefix, because
 rope_cupy writes whole arrays.
 
