@@ -16,9 +16,9 @@
 // outer, middle and inner are the batch, token and head axes in the order that the host found best.
 // A row is one head of one token. A row group is kRows rows of one token, num_heads / kRows heads
 // apart, for which a thread loads the angles once: of one tensor or, where each head has angles of
-// its own, of two that the launch takes for one, whose steps are the distances between them. The blocks of q and k are interleaved: every
-// period has blocks of q and then blocks of k, in the proportion of their heads, so that both
-// tensors come to a token at about the same time.
+// its own, of two that the launch takes for one, whose steps are the distances between them. The
+// blocks of q and k are interleaved: every period has blocks of q and then blocks of k, in the
+// proportion of their heads, so that both tensors come to a token at about the same time.
 //
 // Grid   blockIdx.x  = blockDim.y row groups       blockIdx.y  = blockDim.x lanes
 // Block  threadIdx.y = row group                   threadIdx.x = lane

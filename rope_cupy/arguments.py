@@ -154,14 +154,9 @@ class RmsNormArguments(NamedTuple):
     weights: tuple[Patched, Patched]
 
 
-class LayerNormArguments(NamedTuple):
-    """What LayerNorm needs: the fields of RMSNorm's, and then its own."""
+class BiasArguments(NamedTuple):
+    """What LayerNorm needs beside what RMSNorm needs."""
 
-    layout: tuple[Weights, Weights]
-    inverse_count: tuple[float, float]
-    eps: float
-    weight_offset: float
-    weights: tuple[Patched, Patched]
     bias_layout: tuple[Weights, Weights]
     biases: tuple[Patched, Patched]
 
@@ -180,18 +175,9 @@ class SlotsArguments(NamedTuple):
     scales: tuple[Patched, Patched] = (Patched("k_scale"), Patched("v_scale"))
 
 
-class SlotsAndKArguments(NamedTuple):
-    """What the writing of caches and of k needs: the fields of the caches', and then k's own."""
+class KArguments(NamedTuple):
+    """What the writing of k beside its cache needs."""
 
-    slot: View
-    num_slots: int
-    end_of_slots: int
-    block_size: Divisor
-    block: tuple[int, int]
-    place: tuple[int, int]
-    scale: tuple[Single, Single]
-    slots: Patched
-    scales: tuple[Patched, Patched]
     k_out: View
     k_step: int
     k_data: Patched
@@ -204,11 +190,13 @@ class MatricesArguments(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """The whole struct: its bases, one behind the other. A base that is missing takes no place."""
+    """The whole struct: its bases and theirs, in order. One that is missing takes no place."""
 
     tensors_and_table: TensorsAndTable
-    norm: RmsNormArguments | LayerNormArguments | None
-    destination: SlotsArguments | SlotsAndKArguments | None
+    norm: RmsNormArguments | None
+    biases: BiasArguments | None
+    slots: SlotsArguments | None
+    k: KArguments | None
     form: MatricesArguments | None
 
 
@@ -324,11 +312,10 @@ def _layout(arguments: Arguments | Joint) -> Layout:
     All launches that are run as one have the same of these.
     """
     members = _members(arguments)
-    tensors, norm, destination, form = members[0]
-    real = type(norm.eps) if norm else None
-    bases = type(norm), real, type(destination), form is None
-    steps = type(tensors.tensors[0].x_step), norm and type(norm.layout[0].step)
-    key = len(members), len(tensors.tensors), *bases, *steps
+    tensors, norm = members[0].tensors_and_table.tensors, members[0].norm
+    of_norm = (type(norm.eps), type(norm.layout[0].step)) if norm else ()
+    missing = [base is None for base in members[0]]
+    key = len(members), len(tensors), type(tensors[0].x_step), *of_norm, *missing
     layout = _layouts.get(key)
     if layout is None:
         layout = _layouts[key] = _describe(arguments)

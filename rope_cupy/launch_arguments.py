@@ -60,7 +60,9 @@ def arguments_of(member: Member, num_tensors: int) -> arguments.Arguments:
     return arguments.Arguments(
         tensors_and_table=_tensors_and_table(member, num_tensors),
         norm=_norm_arguments(problem, widths, work),
-        destination=_slots_arguments(problem, widths, order, work),
+        biases=_bias_arguments(problem, widths),
+        slots=_slots_arguments(problem, order),
+        k=_k_arguments(problem, widths, order, work),
         form=arguments.MatricesArguments(problem.table_column) if problem.has_columns else None,
     )
 
@@ -142,7 +144,7 @@ def _tensor(member: Member, i: int) -> arguments.Tensor:
 
 def _norm_arguments(
     problem: RotaryProblem, widths: Widths, work: ThreadWork
-) -> arguments.RmsNormArguments | arguments.LayerNormArguments | None:
+) -> arguments.RmsNormArguments | None:
     if problem.norm is None:
         return None
     norm, per_token = problem.norm, problem.norm_kind == TOKEN_NORM
@@ -164,15 +166,19 @@ def _norm_arguments(
         )
 
     (q_layout, q_inverse, q_weight), (k_layout, k_inverse, k_weight) = map(of_tensor, range(2))
-    of_weights = arguments.RmsNormArguments(
+    return arguments.RmsNormArguments(
         layout=(q_layout, k_layout),
         inverse_count=(q_inverse, k_inverse),
         eps=real(norm.norm.eps),
         weight_offset=real(norm.norm.weight_offset),
         weights=(q_weight, k_weight),
     )
-    if norm.norm.kind != LAYER_NORM:
-        return of_weights
+
+
+def _bias_arguments(problem: RotaryProblem, widths: Widths) -> arguments.BiasArguments | None:
+    norm = problem.norm
+    if norm is None or norm.norm.kind != LAYER_NORM:
+        return None
 
     def of_biases(name: str, stride: int) -> tuple[arguments.Weights, Patched]:
         start = problem.rotary_offset * stride * ITEMSIZE[norm.dtype]
@@ -182,20 +188,16 @@ def _norm_arguments(
         of_biases(name, stride or 0)
         for name, stride in zip(("q_bias", "k_bias"), norm.strides[2:], strict=True)
     )
-    return arguments.LayerNormArguments(
-        *of_weights, bias_layout=(q_layout, k_layout), biases=(q_bias, k_bias)
-    )
+    return arguments.BiasArguments(bias_layout=(q_layout, k_layout), biases=(q_bias, k_bias))
 
 
-def _slots_arguments(
-    problem: RotaryProblem, widths: Widths, order: RowOrder, work: ThreadWork
-) -> arguments.SlotsArguments | arguments.SlotsAndKArguments | None:
+def _slots_arguments(problem: RotaryProblem, order: RowOrder) -> arguments.SlotsArguments | None:
     cache = problem.cache
     if cache is None:
         return None
     k, v = (tensor.out.strides for tensor in problem.tensors[1:])
     k_scale, v_scale = map(Single, cache.scales)
-    of_caches = arguments.SlotsArguments(
+    return arguments.SlotsArguments(
         slot=arguments.View(*order.strides((*cache.slot_strides, 0)), element=0, width=0),
         num_slots=cache.num_blocks * cache.block_size,
         end_of_slots=min(cache.num_tokens * max(1, cache.slot_strides[1]), 2**63 - 1)
@@ -206,11 +208,15 @@ def _slots_arguments(
         place=(k[1], v[1]),
         scale=(k_scale, v_scale),
     )
+
+
+def _k_arguments(
+    problem: RotaryProblem, widths: Widths, order: RowOrder, work: ThreadWork
+) -> arguments.KArguments | None:
     if problem.k_out is None:
-        return of_caches
+        return None
     strides = problem.k_out.strides
-    return arguments.SlotsAndKArguments(
-        *of_caches,
+    return arguments.KArguments(
         k_out=arguments.View(*order.strides(strides), strides[3], widths.out[-1]),
         k_step=problem.tensors[1].num_heads // work.rows * strides[HEAD],
         k_data=Patched("k_out", problem.rotary_offset * strides[3] * ITEMSIZE[problem.dtype]),

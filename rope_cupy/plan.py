@@ -225,12 +225,13 @@ def _most_threads(problem: RotaryProblem) -> int:
 
 
 def _rows_of_whole_tokens(problem: RotaryProblem, pairs: int, num_lanes: int) -> int:
-    """Return how many heads a thread has, so that a block has all of a token."""
-    heads = [tensor.num_heads for tensor in problem.tensors]
+    """Return how many heads a thread has, so that a block has all of a token.
+
+    Of two tensors that are one it has a head of each: their tables are of heads.
+    """
+    heads = [problem.heads_of_one(i) for i in range(len(problem.tensors))]
     most = _most_threads(problem)
     of_heads = problem.cos.strides[HEAD] or problem.sin.strides[HEAD]
-    if problem.of_two and heads[0] // 2 * num_lanes <= most:
-        return 2
     choices = [
         rows
         for rows in range(1, 2 if of_heads else MOST_ROWS + 1)
@@ -245,7 +246,7 @@ def _rows_of_whole_tokens(problem: RotaryProblem, pairs: int, num_lanes: int) ->
     row_bytes = 2 * pairs * _bytes_held(problem)
     light = [rows for rows in choices if rows * row_bytes <= TOKEN_BYTES] or choices[:1]
     wanted = [rows for rows in light if max(heads) // rows * num_lanes <= TOKEN_THREADS]
-    return (wanted or light[-1:])[0]
+    return (wanted or light[-1:])[0] * (2 if problem.of_two else 1)
 
 
 def _bytes_held(problem: RotaryProblem) -> int:

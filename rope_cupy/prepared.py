@@ -264,7 +264,7 @@ def taker(parts: Sequence[Prepared], plan: LaunchPlan) -> Callable[[tuple[Any, .
         end += part.num_addresses + 2
     constant = count(end)
     last = end + len(constants_of(plan))
-    taken, shifted, computed = [], [], []
+    taken, computed = [], []
     for item, owner in zip(plan.packer.items, plan.packer.owners, strict=True):
         if isinstance(item, bytes):
             taken.append(next(constant))
@@ -277,14 +277,14 @@ def taker(parts: Sequence[Prepared], plan: LaunchPlan) -> Callable[[tuple[Any, .
         place = at[item.name]
         shift = item.offset + (parts[owner].to_sin if item.name == "sin" else 0)
         if shift and place != at[ABSENT]:
-            shifted.append((place, shift))
             computed.append((place, at[ABSENT], shift, 1))
             place = last + len(computed) - 1
         taken.append(place)
     take = itemgetter(*taken)
     if not computed:
         return take
-    if len(shifted) == len(computed):
+    shifted = [(i, shift) for i, _, shift, _ in computed if shift]
+    if len(shifted) == len(computed):  # without distances, as most are
         return lambda values: take((*values, *[values[i] + shift for i, shift in shifted]))
     return lambda values: take(
         (*values, *[(values[i] - values[j] + shift) // size for i, j, shift, size in computed])

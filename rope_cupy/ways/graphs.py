@@ -294,10 +294,10 @@ def _rotate_into(*arguments: Any) -> None:
         return
     written = []
     for name, y in zip(call.out_names, outs, strict=True):
-        is_new = _moves(y) and not name.endswith("_cache")
-        if _moves(y) and not is_new:
+        moves, is_cache = _moves(y), name.endswith("_cache")
+        if moves and is_cache:
             int(y.storage_offset())
-        written.append(torch.empty_like(y) if is_new else y)
+        written.append(torch.empty_like(y) if moves and not is_cache else y)
     torch.ops.rope_cupy.write_into(*of_written(xs, tuple(written)), *own)
     for y, result in zip(outs, written, strict=True):
         if result is not y:
