@@ -314,8 +314,8 @@ def test_a_thread_takes_a_head_of_q_and_of_k_that_have_its_angles(norm):
 
 
 def test_a_token_that_fits_no_block_is_told_by_the_heads_of_one_tensor():
-    x, table = spec((2, 5, 80, 128)), TableSpec(*[spec((2, 5, 80, 64), "float32")] * 2, 1, 0)
-    with pytest.raises(ValueError, match=r"must have tokens that fit .*, got 80 heads of"):
+    x, table = spec((2, 5, 200, 128)), TableSpec(*[spec((2, 5, 200, 64), "float32")] * 2, 1, 0)
+    with pytest.raises(ValueError, match=r"must have tokens that fit .*, got 200 heads of"):
         launch_plan(problem([x, x], 128, table=table, norm=TOGETHER))
 
 
