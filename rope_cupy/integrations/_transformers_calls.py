@@ -47,10 +47,13 @@ def stand_in(probed: Probed, rounding: str) -> Callable[..., Any]:
     Arguments for which that is not known go to the function itself: others than it was probed with,
     of other axes or dtypes, tensor subclasses, cosines that want a gradient, or what rope_cupy
     refuses (forward-mode derivatives, transforms of torch.func), which has then written nothing.
-    So does a step of one token in a graph that is compiled.
+    So does a step of one token, by the shape of its cosines, in a graph that is compiled: there the
+    compiler makes norms, rotation and what writes the cache a few kernels of a microsecond each,
+    and an operator would cost the host more than it saves.
     """
 
-    original, known = probed.original, constant((probed, rounding))
+    original, angles = probed.original, probed.parameters.angles[0]
+    known = constant((probed, rounding, probed.parameters.names.index(angles), angles))
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def layout_for(*described: Any) -> tuple[str, str] | None:
@@ -63,23 +66,25 @@ def stand_in(probed: Probed, rounding: str) -> Callable[..., Any]:
         return options_of_call(probed, rounding, _layout_for(probed, *named, *tensors), shapes)
 
     def rotate(*args: Any, **kwargs: Any) -> Any:
-        form, rounding = known()
-        given = dict(zip(form.parameters.names, args, strict=False), **kwargs)
-        named, tensors, shapes = _described(form, given)
-        options: dict[str, Any] | None = None
-        if not is_compiling():
-            find = options_for if _is_remembered(tensors) else options_for.__wrapped__
-            options = find(_context(tensors), named, tensors, shapes)
-        elif not _is_step(form, shapes):
-            options = options_of_call(form, rounding, layout_for(*named, *tensors), shapes)
-        reason: object = "its arguments are not those that were probed"
-        if options is not None:
-            try:
-                return rotate_known(form, rounding, options, given)
-            except (TypeError, ValueError) as refusal:
-                reason = refusal
-        if not is_compiling():
-            logger.debug("left to %s: %s", original.__name__, reason)
+        form, rounding, place, cosines = known()
+        rows = getattr(args[place] if len(args) > place else kwargs.get(cosines), "shape", ())
+        # This is asked first, and without a function: a graph checks before every run what it read.
+        if not (is_compiling() and len(rows) > 1 and rows[-2] == 1):
+            given = dict(zip(form.parameters.names, args, strict=False), **kwargs)
+            named, tensors, shapes = _described(form, given)
+            if is_compiling():
+                options = options_of_call(form, rounding, layout_for(*named, *tensors), shapes)
+            else:
+                find = options_for if _is_remembered(tensors) else options_for.__wrapped__
+                options = find(_context(tensors), named, tensors, shapes)
+            reason: object = "its arguments are not those that were probed"
+            if options is not None:
+                try:
+                    return rotate_known(form, rounding, options, given)
+                except (TypeError, ValueError) as refusal:
+                    reason = refusal
+            if not is_compiling():
+                logger.debug("left to %s: %s", original.__name__, reason)
         plain = [value(each) for each in args]
         return original(*plain, **{name: value(each) for name, each in kwargs.items()})
 
@@ -109,16 +114,6 @@ def _context(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     kind = getattr(About(*tensors[0]).device, "type", "cpu")
     is_cast = kind in DEVICES and torch.is_autocast_enabled(kind)  # which refuses "meta"
     return torch.is_grad_enabled(), is_cast and torch.get_autocast_dtype(kind)
-
-
-def _is_step(probed: Probed, shapes: tuple[Any, ...]) -> bool:
-    """Return whether arguments are those of one token, by the first of cosines or numbers.
-
-    In a graph the compiler makes norms, rotation and what writes the cache a few kernels of a
-    microsecond each. An operator would cost the host more than it saves.
-    """
-    rows = shapes[len(probed.parameters.arrays)]
-    return len(rows) > 1 and bool(rows[-2] == 1)
 
 
 def rotate_known(

@@ -281,7 +281,7 @@ def test_a_compiled_model_is_one_graph_with_one_operator_a_layer(name):
     assert sum("rsqrt" in each for each in graph) == roots - 2 * made.get(NORM, 0)
 
 
-def guards_of(model):
+def guards_of(model, call=logits):
     """How many things a compiled model asks before it runs: all, and those of its modules."""
     counts = []
 
@@ -293,9 +293,15 @@ def guards_of(model):
     torch._dynamo.reset()
     options = {"guard_filter_fn": keep_all}
     run = torch.compile(model, fullgraph=True, dynamic=False, backend="eager", options=options)
-    logits(run)
+    call(run)
     (count,) = counts
     return count
+
+
+def step_of(model):
+    """Run a model on one token."""
+    with torch.no_grad():
+        return model(tokens()["input_ids"][:, :1], use_cache=False)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -309,6 +315,17 @@ def test_a_compiled_model_asks_little_more_before_it_runs(name):
     # Of each layer, its functions and norms; all others are asked once.
     assert of_modules - before < 12 * NUM_LAYERS
     assert found - of_modules - (all_before - before) < 250
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", ["Llama, llama3", "Qwen3"])
+def test_a_compiled_step_of_one_token_asks_next_to_nothing_more(name):
+    model = built(name)
+    before, _ = guards_of(model, step_of)
+    enable(model)
+    found, _ = guards_of(model, step_of)
+    # Of each layer its functions, and what keeps norms for later; all others are asked once.
+    assert found - before <= 5 * NUM_LAYERS + 10
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
