@@ -1,9 +1,13 @@
 """A method of a model, compiled again with other rotary functions, and norms that are deferred.
 
 A method calls its rotary function by a global name of its module, which all models of that module
-share. `rewritten` compiles the method's own source once more with this name as a free variable, so
+share. `rewritten` compiles the method's own source once more with another name in its place, so
 that one model's method calls what stands in for the function and all others are as they were. The
 globals, the defaults and the line numbers of the new method are those of the old one.
+
+The other name is a global one too, which nobody else has. As a free variable it would be the
+method's own, but of a global a compiled graph asks once for all layers, of a free variable for
+each.
 
 The same source shows which norms come before the rotation: ``x = self.some_norm(...)``, with views
 around it, where x is what the rotary function takes.
@@ -81,12 +85,43 @@ def rewritten(
         assigned = [_assigned_norm(node) or ("", "") for node in ast.walk(source)]
         variables = {variable for variable, norm in assigned if norm in norms}
         source = _Deferring(norms, variables, stand_ins.keys()).visit(source)
-    code = inner.__code__
-    cells = zip(code.co_freevars, inner.__closure__ or (), strict=True)
-    free = {name: cell.cell_contents for name, cell in cells}
-    free |= {**stand_ins, DEFER: defer, VALUE: value}
-    made = _compiled(source, free, inner)
+        stand_ins = {**stand_ins, DEFER: defer, VALUE: value}
+    names = stand_ins.keys() - _bound_names(source)
+    source = _Renaming({n: _named(stand_ins[n], inner.__globals__) for n in names}).visit(source)
+    cells = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
+    made = _compiled(source, {name: cell.cell_contents for name, cell in cells}, inner)
     return _with_inner(rewrite.method, inner, made)
+
+
+def _named(function: Any, globals_: dict[str, Any]) -> str:
+    """Give a function a global name that no other has as long as it lives, which this makes it."""
+    name = f"_rope_cupy_{id(function):x}"
+    globals_[name] = function
+    return name
+
+
+def _bound_names(source: ast.FunctionDef) -> set[str]:
+    """Return the names that a function gives to what it takes, imports or defines within."""
+    bound = set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.alias):
+            bound.add(node.asname or node.name)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+    return bound
+
+
+class _Renaming(ast.NodeTransformer):
+    """Uses other variables in place of these."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        name = self.names.get(node.id, node.id)
+        return ast.copy_location(ast.Name(name, node.ctx), node)
 
 
 def _compiled(source: ast.FunctionDef, free: dict[str, Any], like: FunctionType) -> FunctionType:

@@ -13,10 +13,10 @@ rotation, the norm and the rotation become one call.
 Only the given model is switched. All models of a class call their rotary function by the same
 global name of a module, so that name must not change. Instead a switched module gets a subclass of
 its class, with the same name, as torch.nn.utils.parametrize and FSDP do. In this subclass the
-methods are compiled again from their source, with the rotary function as a free variable.
-torch.compile traces these methods, and copies and replicas keep them. A pickle has the original
-class and the options; a program that loads it probes the functions again. Weights are read at each
-call. `disable` gives every module its class back.
+methods are compiled again from their source, with another global name for the rotary function,
+which the module gets beside its own. torch.compile traces these methods, and copies and replicas
+keep them. A pickle has the original class and the options; a program that loads it probes the
+functions again. Weights are read at each call. `disable` gives every module its class back.
 
 The model's own function is still called in some cases. The report names functions that the probe
 does not recognise. The logger "rope_cupy" reports, at the level DEBUG, calls with arguments that
