@@ -65,6 +65,8 @@ def read(function: FunctionType, rotary: frozenset[str]) -> Rewrite | str:
         return "its source cannot be read"
     if any(_is_private(node) for node in ast.walk(source)):
         return "it has names with two underscores, which belong to its class"
+    if rotary & _bound_names(source):
+        return "it has another use for the name of its rotary function"
     if _with_inner(function, inner, inner) is None:
         return "it is decorated in an unknown way"
     ast.increment_lineno(source, inner.__code__.co_firstlineno - 1)
@@ -86,8 +88,8 @@ def rewritten(
         variables = {variable for variable, norm in assigned if norm in norms}
         source = _Deferring(norms, variables, stand_ins.keys()).visit(source)
         stand_ins = {**stand_ins, DEFER: defer, VALUE: value}
-    names = stand_ins.keys() - _bound_names(source)
-    source = _Renaming({n: _named(stand_ins[n], inner.__globals__) for n in names}).visit(source)
+    names = {name: _named(each, inner.__globals__) for name, each in stand_ins.items()}
+    source = _Renaming(names).visit(source)
     cells = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
     made = _compiled(source, {name: cell.cell_contents for name, cell in cells}, inner)
     return _with_inner(rewrite.method, inner, made)
@@ -101,7 +103,7 @@ def _named(function: Any, globals_: dict[str, Any]) -> str:
 
 
 def _bound_names(source: ast.FunctionDef) -> set[str]:
-    """Return the names that a function gives to what it takes, imports or defines within."""
+    """Return the names that a function has for what it takes, and what it imports or defines."""
     bound = set()
     for node in ast.walk(source):
         if isinstance(node, ast.arg):

@@ -100,13 +100,25 @@ def test_of_two_models_of_a_class_only_one_is_enabled(calls):
 
 
 def test_nothing_of_transformers_is_changed_for_all():
+    """A module gets names for what stands in for its functions, and keeps all of its own."""
     module = importlib.import_module("transformers.models.qwen3.modeling_qwen3")
-    before = {name: each for name, each in vars(module).items()}
+    before = dict(vars(module))
     members = dict(vars(module.Qwen3Attention))
     model = built("Qwen3")
     enable(model)
     logits(model)
-    assert vars(module) == before and dict(vars(module.Qwen3Attention)) == members
+    after = dict(vars(module))
+    added = {name for name in after if name.startswith("_rope_cupy_")}
+    assert added and {name: after[name] for name in after.keys() - added} == {
+        name: before[name] for name in before.keys() - added
+    }
+    enable(model, rounding="eager")
+    enable(model)
+    again = {name for name in vars(module) if name.startswith("_rope_cupy_")}
+    enable(model, rounding="eager")
+    enable(model)
+    assert {name for name in vars(module) if name.startswith("_rope_cupy_")} == again
+    assert dict(vars(module.Qwen3Attention)) == members
     assert isinstance(model.model.layers[0].self_attn, module.Qwen3Attention)
     assert repr(model) == repr(built_once("Qwen3"))
 
@@ -439,6 +451,38 @@ def test_decorators_defaults_and_super_are_kept(calls):
     last = raised.traceback[-1]
     assert last.path.name == "test_transformers_switching.py"
     assert 'raise RuntimeError("here")' in str(last.statement)
+
+
+class Renaming(nn.Module):
+    """A method that keeps its rotary function, and uses it by another name."""
+
+    def forward(self, q, k, cos, sin):
+        rotate = apply_rotary_pos_emb
+        return [each for each in rotate(q, k, cos=cos, sin=sin)]
+
+
+class Shadowing(nn.Module):
+    """A method in which the name of the rotary function is that of something else too."""
+
+    def forward(self, q, k, cos, sin):
+        def scaled(apply_rotary_pos_emb):
+            return 2 * apply_rotary_pos_emb
+
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return scaled(apply_rotary_pos_emb=q), k
+
+
+def test_a_rotary_function_by_another_name_is_switched_and_by_the_name_of_something_else_left(calls):
+    given = random(2, 4, 6, 8), random(2, 2, 6, 8), random(2, 6, 8), random(2, 6, 8)
+    module = Renaming()
+    expected = rotated(module, *given)
+    switched(module, calls)
+    torch.testing.assert_close(rotated(module, *given), expected, rtol=1e-5, atol=1e-5)
+    assert counted(calls) == {ROTATE: 1}
+    module = Shadowing()
+    report = enable(module, strict=False)
+    why = "it has another use for the name of its rotary function"
+    assert report.left == {f"{__name__}.Shadowing.forward": why}
 
 
 def test_a_method_that_only_super_reaches_is_left_and_named():

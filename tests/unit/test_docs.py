@@ -192,9 +192,9 @@ class Cell(NamedTuple):
         return self.form.format(float(row[self.column]))
 
 
-def time_of(model, call):
+def time_of(model, call, file="2026-11-28-h100-models.csv"):
     where = {"model": model, "call": call, "status": "ok"}
-    return Cell("2026-11-28-h100-models.csv", "milliseconds", where, "{:.2f}")
+    return Cell(file, "milliseconds", where, "{:.2f}")
 
 
 def host_of(provider, call, form):
@@ -211,15 +211,15 @@ def share_of(file, **where):
     return Cell(file, "limit_share", where, "{:.0%}")
 
 
-def model_row(name, model, *more):
+def model_row(name, model, *more, **where):
     """A row of a page: eager, compiled and more ways by the clock, each as it is and enabled."""
     ways = "eager", "compiled", *more
-    cells = [time_of(model, way + which) for way in ways for which in ("", ENABLED)]
+    cells = [time_of(model, way + which, **where) for way in ways for which in ("", ENABLED)]
     return f"| {name} | {' | '.join(['{}'] * len(cells))} |", cells
 
 
 def whole_row(name, model):
-    return model_row(name, model, "reduce-overhead")
+    return model_row(name, model, "reduce-overhead", file="2026-11-29-h200-models.csv")
 
 
 ENABLED, PLACED = ", enabled", "in place, positions"
