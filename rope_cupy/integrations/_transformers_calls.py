@@ -52,8 +52,8 @@ def stand_in(probed: Probed, rounding: str) -> Callable[..., Any]:
     and an operator would cost the host more than it saves.
     """
 
-    original, angles = probed.original, probed.parameters.angles[0]
-    known = constant((probed, rounding, probed.parameters.names.index(angles), angles))
+    original, (cosines, *_) = probed.original, probed.parameters.angles
+    known = constant((probed, rounding, probed.parameters.names.index(cosines), cosines))
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def layout_for(*described: Any) -> tuple[str, str] | None:
@@ -66,8 +66,9 @@ def stand_in(probed: Probed, rounding: str) -> Callable[..., Any]:
         return options_of_call(probed, rounding, _layout_for(probed, *named, *tensors), shapes)
 
     def rotate(*args: Any, **kwargs: Any) -> Any:
-        form, rounding, place, cosines = known()
-        rows = getattr(args[place] if len(args) > place else kwargs.get(cosines), "shape", ())
+        form, rounding, place, name = known()
+        angles = args[place] if len(args) > place else kwargs.get(name)
+        rows: Any = getattr(angles, "shape", ())
         # This is asked first, and without a function: a graph checks before every run what it read.
         if not (is_compiling() and len(rows) > 1 and rows[-2] == 1):
             given = dict(zip(form.parameters.names, args, strict=False), **kwargs)
@@ -86,7 +87,7 @@ def stand_in(probed: Probed, rounding: str) -> Callable[..., Any]:
             if not is_compiling():
                 logger.debug("left to %s: %s", original.__name__, reason)
         plain = [value(each) for each in args]
-        return original(*plain, **{name: value(each) for name, each in kwargs.items()})
+        return original(*plain, **{key: value(each) for key, each in kwargs.items()})
 
     return rotate
 

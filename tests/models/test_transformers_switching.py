@@ -472,7 +472,7 @@ class Shadowing(nn.Module):
         return scaled(apply_rotary_pos_emb=q), k
 
 
-def test_a_rotary_function_by_another_name_is_switched_and_by_the_name_of_something_else_left(calls):
+def test_a_method_with_other_names_is_switched_and_one_with_the_same_for_others_left(calls):
     given = random(2, 4, 6, 8), random(2, 2, 6, 8), random(2, 6, 8), random(2, 6, 8)
     module = Renaming()
     expected = rotated(module, *given)
