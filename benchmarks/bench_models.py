@@ -5,7 +5,7 @@
     python benchmarks/bench_models.py --models ltx,wan-2.1-14b --csv models.csv --keep
 
 With --keep the CSV keeps its rows of other models, so that a run may be made in parts; a model
-takes half a minute, most of it to compile it four times.
+takes a quarter of a minute to a minute, part of it to compile it four times.
 
 A block or a layer has the sizes of its model, random weights and random inputs: see models.py. It
 is called eagerly, compiled by torch.compile, and compiled with mode="reduce-overhead", which
