@@ -85,7 +85,7 @@ def stand_in(probed: Probed, rounding: str) -> Callable[..., Any]:
                 except (TypeError, ValueError) as refusal:
                     reason = refusal
             if not is_compiling():
-                logger.debug("left to %s: %s", original.__name__, reason)
+                logger.debug("left to %s: %s", getattr(original, "__name__", original), reason)
         plain = [value(each) for each in args]
         return original(*plain, **{key: value(each) for key, each in kwargs.items()})
 
@@ -125,11 +125,18 @@ def rotate_known(
     deferred = [isinstance(given[name], Deferred) for name in names]
     if all(deferred):
         norm = fused_options(tuple([given[name] for name in names]))
-        if norm is not None:
+        if norm is not None and _has_rows(options["layout"], norm[1]["norm"], given, names):
             return rotate_normed(probed, rounding, options, given, *norm)
     if any(deferred):
         given = {**given, **{name: value(given[name]) for name in names}}
     return fused(probed, rounding, options, given)
+
+
+def _has_rows(layout: str, norm: str, given: dict[str, Any], names: tuple[str, ...]) -> bool:
+    """Return whether all heads of a token are the rows that a norm was given, and no others."""
+    xs = [given[name].x for name in names]
+    heads = layout.index("h")
+    return norm == "head" or all([x.stride(heads) == x.shape[-1] * x.stride(-1) for x in xs])
 
 
 def rotate_normed(

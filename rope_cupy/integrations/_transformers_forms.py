@@ -182,14 +182,17 @@ def _arguments(
 
 
 def _results(call: Callable[..., Any], given: dict[str, Any]) -> tuple[torch.Tensor, ...] | None:
-    """Return the tensors that a call gives, None where it refuses or gives something else."""
+    """Return the tensors that a call gives, None where it refuses, writes or gives another."""
     copies = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     try:
         results = call(**copies)
     except Exception:  # of the model's code: any error says that it takes no such arguments
         return None
     results = results if isinstance(results, tuple) else (results,)
-    return results if all(isinstance(each, torch.Tensor) for each in results) else None
+    if not all(isinstance(each, torch.Tensor) for each in results):
+        return None
+    arrays = [(v, copies[k]) for k, v in given.items() if isinstance(v, torch.Tensor)]
+    return results if all(torch.equal(*pair) for pair in arrays) else None
 
 
 def _agrees(probed: Probed, case: tuple[str, str, int], head_dim: int = ROTARY_DIM) -> bool | None:

@@ -152,7 +152,7 @@ def deferring(kinds: dict[str, NormKind]) -> Callable[[Any, str, Any], Any]:
     known = constant(kinds)
 
     def defer(owner: Any, name: str, x: Any) -> Deferred:
-        return Deferred(getattr(owner, name), known()[name], x, x, ())
+        return Deferred(getattr(owner, name), known()[name], x, x, (), [])
 
     return defer
 
@@ -188,41 +188,57 @@ def value(x: Any) -> Any:
 
 
 class Deferred:
-    """The value of a norm that has not been computed, and the views that were made of it."""
+    """The value of a norm that has not been computed, and the views that were made of it.
 
-    def __init__(self, norm: Any, kind: NormKind, source: Any, x: Any, views: Any) -> None:
+    Once someone has asked for it, it is a tensor, into which they may have written: from then on
+    the rotation and all views take that.
+    """
+
+    def __init__(
+        self, norm: Any, kind: NormKind, source: Any, x: Any, views: Any, made: list[Any]
+    ) -> None:
         self.norm, self.kind, self.source, self.x, self.views = norm, kind, source, x, views
+        self.made = made  # what the norm has given, if it was asked; one list for all views
+        self.result: Any = None
 
     def value(self) -> Any:
         """Return the value, by the model's own module."""
-        result = self.norm(self.source)
-        for name, arguments in self.views:
-            result = getattr(result, name)(*arguments)
-        return result
+        if self.result is None:
+            if not self.made:
+                self.made.append(self.norm(self.source))
+            self.result = self.made[0]
+            for name, arguments in self.views:
+                self.result = getattr(self.result, name)(*arguments)
+        return self.result
 
     def _viewed(self, name: str, arguments: tuple[Any, ...], x: Any) -> Any:
-        return Deferred(self.norm, self.kind, self.source, x, (*self.views, (name, arguments)))
+        views = (*self.views, (name, arguments))
+        return Deferred(self.norm, self.kind, self.source, x, views, self.made)
 
-    def view(self, *shape: Any) -> Any:
+    def view(self, *shape: Any, **named: Any) -> Any:
         """Return a view in which each row that is normalised is a row still, or is split."""
+        if named or self.made:
+            return self.value().view(*shape, **named)
         x = self.x.view(*shape)
         if x.shape[-1] == self.x.shape[-1] or x.shape[:-2] == self.x.shape[:-1]:
             return self._viewed("view", shape, x)
         return self.value().view(*shape)
 
-    def reshape(self, *shape: Any) -> Any:
+    def reshape(self, *shape: Any, **named: Any) -> Any:
         """Return a view, as `view`."""
+        if named or self.made:
+            return self.value().reshape(*shape, **named)
         x = self.x.reshape(*shape)
         if x.shape[-1] == self.x.shape[-1] or x.shape[:-2] == self.x.shape[:-1]:
             return self._viewed("reshape", shape, x)
         return self.value().reshape(*shape)
 
-    def transpose(self, first: int, second: int) -> Any:
+    def transpose(self, dim0: int, dim1: int) -> Any:
         """Return a view with other axes than the last exchanged."""
         last = self.x.ndim - 1
-        if first % self.x.ndim == last or second % self.x.ndim == last:
-            return self.value().transpose(first, second)
-        return self._viewed("transpose", (first, second), self.x.transpose(first, second))
+        if self.made or dim0 % self.x.ndim == last or dim1 % self.x.ndim == last:
+            return self.value().transpose(dim0, dim1)
+        return self._viewed("transpose", (dim0, dim1), self.x.transpose(dim0, dim1))
 
     @property
     def shape(self) -> Any:
@@ -239,9 +255,9 @@ class Deferred:
         """The device of the value."""
         return self.x.device
 
-    def size(self, *dim: int) -> Any:
-        """Return the shape of the value."""
-        return self.x.size(*dim)
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape of the value, or the size of an axis."""
+        return self.x.size() if dim is None else self.x.size(dim)
 
     def dim(self) -> int:
         """Return the number of axes of the value."""
@@ -253,7 +269,7 @@ def fused_options(deferred: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]
     weights, all_options = [], []
     for each in deferred:
         norm, kind, rows = each.norm, each.kind, each.source.shape[-1]
-        if not _is_as_probed(norm, kind):
+        if each.made or not _is_as_probed(norm, kind):
             return None
         weight = norm.weight if kind.has_weight else None
         if weight is not None:

@@ -14,11 +14,11 @@ around it, where x is what the rotary function takes.
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import copy
 import inspect
-import textwrap
 from collections.abc import Callable, Set
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType
@@ -58,11 +58,11 @@ def read(function: FunctionType, rotary: frozenset[str]) -> Rewrite | str:
     """Return how a method that calls rotary functions is compiled again, or why it cannot be."""
     inner: Any = inspect.unwrap(function)
     try:
-        (source,) = ast.parse(textwrap.dedent(inspect.getsource(inner))).body
+        source = _parsed(inspect.getsource(inner))
     except (OSError, TypeError, ValueError, SyntaxError):
         return "its source cannot be read"
     if not isinstance(source, ast.FunctionDef) or source.name != inner.__name__:
-        return "its source cannot be read"
+        return "its source is no plain function"
     if any(_is_private(node) for node in ast.walk(source)):
         return "it has names with two underscores, which belong to its class"
     if rotary & _bound_names(source):
@@ -70,6 +70,8 @@ def read(function: FunctionType, rotary: frozenset[str]) -> Rewrite | str:
     if _with_inner(function, inner, inner) is None:
         return "it is decorated in an unknown way"
     ast.increment_lineno(source, inner.__code__.co_firstlineno - 1)
+    if not _is_same(_compiled(_bare(source), inner).__code__, inner.__code__):
+        return "its source is not that which was imported"
     return Rewrite(function, source, _norms_before(source, rotary))
 
 
@@ -90,9 +92,37 @@ def rewritten(
         stand_ins = {**stand_ins, DEFER: defer, VALUE: value}
     names = {name: _named(each, inner.__globals__) for name, each in stand_ins.items()}
     source = _Renaming(names).visit(source)
-    cells = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
-    made = _compiled(source, {name: cell.cell_contents for name, cell in cells}, inner)
-    return _with_inner(rewrite.method, inner, made)
+    return _with_inner(rewrite.method, inner, _compiled(source, inner))
+
+
+def _parsed(text: str) -> ast.stmt:
+    """Parse one definition, which may be indented, without touching strings of several lines."""
+    if not text[:1].isspace():
+        (source,) = ast.parse(text).body
+        return source
+    (block,) = ast.parse("if True:\n" + text).body
+    assert isinstance(block, ast.If)
+    (source,) = block.body
+    ast.increment_lineno(source, -1)
+    return source
+
+
+def _is_same(code: CodeType, other: CodeType) -> bool:
+    """Whether two functions have the same names and constants, in the order of their use.
+
+    Their instructions may differ: a compiler that sees a whole module knows what it has imported.
+    """
+    fields = "co_names", "co_varnames", "co_freevars", "co_cellvars"
+    if any(getattr(code, field) != getattr(other, field) for field in fields):
+        return False
+    if len(code.co_consts) != len(other.co_consts):
+        return False
+    return all(
+        _is_same(a, b)
+        if isinstance(a, CodeType) and isinstance(b, CodeType)
+        else type(a) is type(b) and (a == b or repr(a) == repr(b))
+        for a, b in zip(code.co_consts, other.co_consts, strict=True)
+    )
 
 
 def _named(function: Any, globals_: dict[str, Any]) -> str:
@@ -103,15 +133,17 @@ def _named(function: Any, globals_: dict[str, Any]) -> str:
 
 
 def _bound_names(source: ast.FunctionDef) -> set[str]:
-    """Return the names that a function has for what it takes, and what it imports or defines."""
-    bound = set()
-    for node in ast.walk(source):
-        if isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.alias):
-            bound.add(node.asname or node.name)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            bound.add(node.name)
+    """Return the names that a function gives to anything but by assigning to a variable.
+
+    A syntax tree has variables as nodes, and names of arguments, imports, definitions, errors,
+    patterns and global variables as strings.
+    """
+    bound = set[str]()
+    for node in [each for part in (source.args, *source.body) for each in ast.walk(part)]:
+        if not isinstance(node, ast.Name | ast.Attribute | ast.keyword | ast.Constant):
+            for _, field in ast.iter_fields(node):
+                names = field if isinstance(field, list) else [field]
+                bound.update(name for name in names if isinstance(name, str))
     return bound
 
 
@@ -126,17 +158,21 @@ class _Renaming(ast.NodeTransformer):
         return ast.copy_location(ast.Name(name, node.ctx), node)
 
 
-def _compiled(source: ast.FunctionDef, free: dict[str, Any], like: FunctionType) -> FunctionType:
-    """Compile a function of the names `free`, with all else that a function has from `like`."""
-    parameters = [ast.arg(name) for name in free]
+def _compiled(source: ast.FunctionDef, like: FunctionType) -> FunctionType:
+    """Compile a function, with all else that a function has from `like`, its cells among it."""
+    cells = dict(zip(like.__code__.co_freevars, like.__closure__ or (), strict=True))
+    parameters = [ast.arg(name) for name in cells]
     factory: Any = ast.parse(f"def {FACTORY}(): return {source.name}").body[0]
     factory.args.args = parameters
     factory.body.insert(0, source)
     module = ast.fix_missing_locations(ast.Module([factory], []))
-    code = compile(module, like.__code__.co_filename, "exec", dont_inherit=True)
+    flags = like.__code__.co_flags & __future__.annotations.compiler_flag
+    factory_code = compile(module, like.__code__.co_filename, "exec", flags, dont_inherit=True)
     made: dict[str, Any] = {}
-    exec(code, like.__globals__, made)
-    function: FunctionType = made[FACTORY](**free)
+    exec(factory_code, like.__globals__, made)
+    code = made[FACTORY](**dict.fromkeys(cells)).__code__
+    closure = tuple(cells[name] for name in code.co_freevars)
+    function = FunctionType(code, like.__globals__, like.__name__, closure=closure)
     function.__defaults__, function.__kwdefaults__ = like.__defaults__, like.__kwdefaults__
     function.__annotations__, function.__doc__ = like.__annotations__, like.__doc__
     function.__module__, function.__qualname__ = like.__module__, like.__qualname__
@@ -227,14 +263,16 @@ def _norms_before(source: ast.FunctionDef, rotary: Set[str]) -> tuple[str, ...]:
     ]
     updated = [node.target for node in ast.walk(source) if isinstance(node, ast.AugAssign)]
     in_place = {each.id for each in updated if isinstance(each, ast.Name)}
-    norms = {}  # in their order
+    blocks = [node for node in ast.walk(source) if isinstance(node, ast.With)]
+    in_context = {node for block in blocks for node in ast.walk(block)}  # without gradients, say
+    norms, unfit = {}, set()  # in their order
     for node in ast.walk(source):
         variable, norm = _assigned_norm(node) or ("", "")
-        if variable not in in_place and any(
-            name == variable and line > getattr(node, "lineno", 0) for name, line in taken
-        ):
+        if variable in in_place or node in in_context:
+            unfit.add(norm)
+        elif any(name == variable and line > getattr(node, "lineno", 0) for name, line in taken):
             norms[norm] = True
-    return tuple(norms)
+    return tuple(norm for norm in norms if norm not in unfit)
 
 
 class _Deferring(ast.NodeTransformer):

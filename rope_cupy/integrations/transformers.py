@@ -109,9 +109,10 @@ def enable(
             "model must have a rotary function that can be replaced (or strict=False), got "
             f"{report.left or 'none at all'}"
         )
+    classes = [(module, switched_class(recipe)) for module, recipe in switches]  # may raise
     disable(model)
-    for module, recipe in switches:
-        _set_class(module, switched_class(recipe))
+    for module, cls in classes:
+        _set_class(module, cls)
     return report
 
 

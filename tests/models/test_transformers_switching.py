@@ -5,9 +5,11 @@ import functools
 import importlib
 import inspect
 import io
+import linecache
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -382,6 +384,8 @@ ASKED = {
     "other view": lambda q: q.transpose(-1, -2).reshape(2, -1),
     "flat view": lambda q: q.transpose(2, 1).reshape(2, 5, 64),
     "iterated": lambda q: torch.stack([each.sum() for each in q]),
+    "in place": lambda q: q.mul_(2),
+    "a part in place": lambda q: q[:, 0].zero_(),
 }
 
 
@@ -396,10 +400,67 @@ def test_whoever_asks_for_a_deferred_value_gets_that_of_the_norm(ask, rotates, c
     report = switched(module, calls)
     assert report.norms == {"Asking.q_norm": 1, "Asking.k_norm": 1}
     found = module(q, k, *angles)
-    assert counted(calls) == ({NORM: 1} if rotates else {})
+    # What is written into a value that was asked for is rotated, so the norm is not computed again.
+    assert counted(calls) == ({ROTATE: 1} if rotates else {})
     for actual, wanted in zip(found, expected, strict=True):
         assert type(actual) is torch.Tensor
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+class Naming(Asking):
+    """Views by keyword arguments, and a norm within a block that has its own rules."""
+
+    def __init__(self, how):
+        super().__init__(None)
+        self.how = how
+
+    def forward(self, q, k, cos, sin):
+        if self.how == "keywords":
+            q = self.q_norm(q).reshape(shape=(2, 5, 4, 16)).transpose(dim0=1, dim1=2)
+            k = self.k_norm(k).view(2, 5, 2, 16).transpose(1, dim1=2)
+            if (q.size(dim=1), q.size(2), [*q.size()]) != (4, 5, [2, 4, 5, 16]):
+                raise ValueError("other sizes")
+        else:
+            with torch.set_grad_enabled(self.how == "gradients"):
+                q = self.q_norm(q).transpose(1, 2)
+                k = self.k_norm(k).transpose(1, 2)
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+
+@pytest.mark.parametrize("how", ["keywords", "gradients", "no gradients"])
+def test_views_by_keywords_and_norms_within_a_block_are_the_models_own(how):
+    module, angles = Naming(how), random(2, 2, 5, 16).unbind()
+    given = random(2, 5, 4, 16).requires_grad_(), random(1, 2, 5, 2, 16)[0]
+    outcomes = []
+    for is_enabled in False, True:
+        if is_enabled:
+            enable(module)
+        q, k = module(*given, *angles)
+        assert q.requires_grad == (how != "no gradients")
+        outcomes.append(torch.cat([q.flatten(), k.flatten()]))
+    torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-5)
+
+
+class OfTokens(nn.Module):
+    """Norms of all heads, where as many tokens as heads stand on the axis of the heads."""
+
+    def __init__(self):
+        super().__init__()
+        make = importlib.import_module("transformers.models.llama.modeling_llama").LlamaRMSNorm
+        self.q_norm, self.k_norm = make(32), make(32)
+
+    def forward(self, q, k, cos, sin):
+        q = self.q_norm(q).view(2, 4, 4, 8)
+        k = self.k_norm(k).view(2, 4, 4, 8)
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+
+def test_a_norm_of_all_heads_is_not_one_of_all_tokens(calls):
+    module, given = OfTokens(), (random(2, 4, 32), 3 * random(2, 4, 32), *random(2, 2, 4, 8))
+    expected = rotated(module, *given)
+    switched(module, calls)
+    torch.testing.assert_close(rotated(module, *given), expected, rtol=1e-5, atol=1e-5)
+    assert counted(calls) == {ROTATE: 1}
 
 
 # Methods in unusual forms.
@@ -483,6 +544,151 @@ def test_a_method_with_other_names_is_switched_and_one_with_the_same_for_others_
     report = enable(module, strict=False)
     why = "it has another use for the name of its rotary function"
     assert report.left == {f"{__name__}.Shadowing.forward": why}
+
+
+GIVEN = random(2, 4, 6, 8), random(2, 2, 6, 8), random(2, 6, 8), random(2, 6, 8)
+WRITTEN = '''
+from __future__ import annotations
+import functools
+from typing import TYPE_CHECKING
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+if TYPE_CHECKING:
+    from somewhere import Cache
+
+swapped = functools.partial(apply_rotary_pos_emb, unsqueeze_dim=1)
+
+
+def in_place_rotary(q, k, cos, sin):
+    for each, new in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin)):
+        each.copy_(new)
+    return q, k
+
+
+class Annotated(nn.Module):
+    def forward(self, q, k, cos, sin):
+        def inner(x: Cache) -> Cache:
+            return x
+        return [inner(x) for x in apply_rotary_pos_emb(q, k, cos, sin)]
+
+
+class Telling(nn.Module):
+    def forward(self, q, k, cos, sin):
+        told = """
+            two
+        words"""
+        return [len(told) * x for x in apply_rotary_pos_emb(q, k, cos, sin)]
+
+
+class Writing(nn.Module):
+    def forward(self, q, k, cos, sin):
+        q, k = q.clone(), k.clone()
+        in_place_rotary(q, k, cos, sin)
+        return q, k
+
+
+class Partial(nn.Module):
+    def forward(self, q, k, cos, sin):
+        return swapped(q.double(), k.float(), cos, sin)
+
+
+class Catching(nn.Module):
+    def forward(self, q, k, cos, sin):
+        def refused():
+            try:
+                raise ValueError("here")
+            except ValueError as apply_rotary_pos_emb:
+                return apply_rotary_pos_emb.args[0]
+        return [len(refused()) * x for x in apply_rotary_pos_emb(q, k, cos, sin)]
+
+
+class Matching(nn.Module):
+    def forward(self, q, k, cos, sin):
+        def first(pair):
+            match pair:
+                case (apply_rotary_pos_emb, _):
+                    return apply_rotary_pos_emb
+        return [x + first((1, 2)) for x in apply_rotary_pos_emb(q, k, cos, sin)]
+
+
+class Alias(nn.Module):
+    def forward(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(q, k, cos, sin)
+    run = forward
+'''
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """A module of models in a file of its own."""
+    (tmp_path / "written_models.py").write_text(WRITTEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("written_models")
+    del sys.modules["written_models"]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        *(("Annotated", 1), ("Telling", 1), ("Alias", 1)),
+        *(("Writing", 0), ("Partial", 0), ("Catching", 0), ("Matching", 0)),
+    ],
+)
+def test_a_method_of_any_form_gives_its_own_results(name, count, written, calls):
+    module = getattr(written, name)()
+    expected = rotated(module, *GIVEN)
+    enable(module, strict=False)
+    calls.clear()
+    torch.testing.assert_close(rotated(module, *GIVEN), expected, rtol=1e-5, atol=1e-5)
+    assert len(calls) == count
+    if name == "Alias":
+        module.run(*GIVEN)
+        assert counted(calls) == {ROTATE: 2}
+
+
+def test_a_file_that_has_been_edited_is_not_what_was_imported(written):
+    Path(written.__file__).write_text(WRITTEN.replace("len(told) * x", "len(told) * 3 * x"))
+    linecache.checkcache(written.__file__)
+    why = "its source is not that which was imported"
+    report = enable(written.Telling(), strict=False)
+    assert report.left == {"written_models.Telling.forward": why}
+
+
+def test_a_method_shares_the_variables_of_what_encloses_it(calls):
+    count, factor = 0, 2
+
+    class Counting(nn.Module):
+        def forward(self, q, k, cos, sin):
+            nonlocal count
+            count += 1
+            q, k = apply_rotary_pos_emb(q, k, cos, sin)
+            return factor * q, late * k
+
+    module = Counting()
+    switched(module, calls)  # with a variable that is not there yet
+    late = 1
+    before = rotated(module, *GIVEN)
+    factor, late = 4, 2
+    torch.testing.assert_close(rotated(module, *GIVEN), 2 * before)
+    assert count == 2 and counted(calls) == {ROTATE: 2}
+
+
+class NeedsKey(nn.Module):
+    def __init_subclass__(cls, *, key, **options):
+        super().__init_subclass__(**options)
+
+
+class Keyed(NeedsKey, key=1):
+    def forward(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+
+def test_a_model_that_cannot_be_switched_as_a_whole_is_not_changed():
+    model = nn.Sequential(Renaming(), Keyed())
+    with pytest.raises(TypeError, match="key"):
+        enable(model)
+    assert [type(each) for each in model] == [Renaming, Keyed]
 
 
 def test_a_method_that_only_super_reaches_is_left_and_named():
