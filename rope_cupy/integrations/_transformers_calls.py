@@ -134,9 +134,10 @@ def rotate_known(
 
 def _has_rows(layout: str, norm: str, given: dict[str, Any], names: tuple[str, ...]) -> bool:
     """Return whether all heads of a token are the rows that a norm was given, and no others."""
-    xs = [given[name].x for name in names]
-    heads = layout.index("h")
-    return norm == "head" or all([x.stride(heads) == x.shape[-1] * x.stride(-1) for x in xs])
+    if norm == "head":
+        return True
+    xs, heads = [given[name].x for name in names], layout.index("h")
+    return all([x.stride(heads) == x.shape[-1] * x.stride(-1) for x in xs])
 
 
 def rotate_normed(

@@ -261,18 +261,35 @@ def _norms_before(source: ast.FunctionDef, rotary: Set[str]) -> tuple[str, ...]:
         for argument in (*call.args, *(keyword.value for keyword in call.keywords))
         if isinstance(argument, ast.Name)
     ]
-    updated = [node.target for node in ast.walk(source) if isinstance(node, ast.AugAssign)]
-    in_place = {each.id for each in updated if isinstance(each, ast.Name)}
+    written = _written(source)
     blocks = [node for node in ast.walk(source) if isinstance(node, ast.With)]
     in_context = {node for block in blocks for node in ast.walk(block)}  # without gradients, say
     norms, unfit = {}, set()  # in their order
     for node in ast.walk(source):
         variable, norm = _assigned_norm(node) or ("", "")
-        if variable in in_place or node in in_context:
+        if norm and (node in in_context or not written.isdisjoint(_variables(node))):
             unfit.add(norm)
         elif any(name == variable and line > getattr(node, "lineno", 0) for name, line in taken):
             norms[norm] = True
     return tuple(norm for norm in norms if norm not in unfit)
+
+
+def _variables(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _written(source: ast.AST) -> set[str]:
+    """Return the variables into which a function may write: ``x[0] = 1``, ``x.add_(1)``."""
+    places: list[ast.AST] = []
+    for node in ast.walk(source):
+        if isinstance(node, ast.AugAssign):
+            places.append(node.target)
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            places.append(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr.endswith("_"):
+                places.append(node.func.value)
+    return {name for place in places for name in _variables(place)} - {"self"}
 
 
 class _Deferring(ast.NodeTransformer):

@@ -22,8 +22,9 @@ The model's own function is still called in some cases. The report names functio
 does not recognise. The logger "rope_cupy" reports, at the level DEBUG, calls with arguments that
 the probe has not covered, such as other layouts or dtypes, tensor subclasses, and tensors within
 torch.func.vmap. A step of one token in a compiled graph is left to the compiler, which makes norms
-and rotation a part of kernels that it launches anyway. A norm that has hooks, has been replaced or
-is not followed by the rotation is called as the model calls it.
+and rotation a part of kernels that it launches anyway. A norm that has hooks, has been replaced, is
+not followed by the rotation, stands in a `with` block, or whose value or input is written into is
+called as the model calls it.
 """
 
 from __future__ import annotations

@@ -408,7 +408,7 @@ def test_whoever_asks_for_a_deferred_value_gets_that_of_the_norm(ask, rotates, c
 
 
 class Naming(Asking):
-    """Views by keyword arguments, and a norm within a block that has its own rules."""
+    """Views by keyword arguments, norms of what changes, and norms in a block of other rules."""
 
     def __init__(self, how):
         super().__init__(None)
@@ -420,6 +420,15 @@ class Naming(Asking):
             k = self.k_norm(k).view(2, 5, 2, 16).transpose(1, dim1=2)
             if (q.size(dim=1), q.size(2), [*q.size()]) != (4, 5, [2, 4, 5, 16]):
                 raise ValueError("other sizes")
+        elif self.how in WRITES:
+            x, k = q + 0, self.k_norm(k).transpose(1, 2)
+            q = self.q_norm(x).transpose(1, 2)
+            if self.how == "added":
+                x += 1
+            elif self.how == "set":
+                x[0] = 0
+            else:
+                x[..., 1:].mul_(3)
         else:
             with torch.set_grad_enabled(self.how == "gradients"):
                 q = self.q_norm(q).transpose(1, 2)
@@ -427,16 +436,20 @@ class Naming(Asking):
         return apply_rotary_pos_emb(q, k, cos, sin)
 
 
-@pytest.mark.parametrize("how", ["keywords", "gradients", "no gradients"])
-def test_views_by_keywords_and_norms_within_a_block_are_the_models_own(how):
+WRITES = "added", "set", "multiplied"
+
+
+@pytest.mark.parametrize("how", ["keywords", "gradients", "no gradients", *WRITES])
+def test_what_surrounds_a_norm_means_what_it_means_in_the_model(how):
     module, angles = Naming(how), random(2, 2, 5, 16).unbind()
-    given = random(2, 5, 4, 16).requires_grad_(), random(1, 2, 5, 2, 16)[0]
+    given = random(2, 5, 4, 16), random(1, 2, 5, 2, 16)[0]
+    given[0].requires_grad_(how not in WRITES)
     outcomes = []
     for is_enabled in False, True:
         if is_enabled:
             enable(module)
         q, k = module(*given, *angles)
-        assert q.requires_grad == (how != "no gradients")
+        assert q.requires_grad == (how != "no gradients")  # of the weights, too
         outcomes.append(torch.cat([q.flatten(), k.flatten()]))
     torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-5)
 
