@@ -24,8 +24,10 @@ from functools import lru_cache
 from types import CellType, CodeType, FunctionType
 from typing import Any, NamedTuple
 
-FACTORY, DEFER, VALUE = "_rope_cupy_factory", "_rope_cupy_defer", "_rope_cupy_value"
+FACTORY, METHOD = "_rope_cupy_factory", "_rope_cupy_method"
+DEFER, VALUE = "_rope_cupy_defer", "_rope_cupy_value"
 MAX_METHODS = 4096  # that are remembered; a model of transformers has a few dozen
+LOCALS = "<locals>."  # between the names of a function and of one within it
 VIEWS = {"view", "reshape", "transpose"}  # that a deferred value has
 SIZES = {"shape", "device", "size", "dim", "ndim"}  # that it tells without being computed
 
@@ -117,12 +119,15 @@ def _is_same(code: CodeType, other: CodeType) -> bool:
         return False
     if len(code.co_consts) != len(other.co_consts):
         return False
-    return all(
-        _is_same(a, b)
-        if isinstance(a, CodeType) and isinstance(b, CodeType)
-        else type(a) is type(b) and (a == b or repr(a) == repr(b))
-        for a, b in zip(code.co_consts, other.co_consts, strict=True)
-    )
+    return all(map(_is_same_constant, code.co_consts, other.co_consts))
+
+
+def _is_same_constant(a: Any, b: Any) -> bool:
+    if isinstance(a, CodeType) and isinstance(b, CodeType):
+        return _is_same(a, b)
+    if isinstance(a, str) and isinstance(b, str):  # Python 3.10 has names with those around them
+        return a.rpartition(LOCALS)[2] == b.rpartition(LOCALS)[2]
+    return type(a) is type(b) and bool(a == b or repr(a) == repr(b))
 
 
 def _named(function: Any, globals_: dict[str, Any]) -> str:
@@ -162,7 +167,8 @@ def _compiled(source: ast.FunctionDef, like: FunctionType) -> FunctionType:
     """Compile a function, with all else that a function has from `like`, its cells among it."""
     cells = dict(zip(like.__code__.co_freevars, like.__closure__ or (), strict=True))
     parameters = [ast.arg(name) for name in cells]
-    factory: Any = ast.parse(f"def {FACTORY}(): return {source.name}").body[0]
+    source.name = METHOD  # for the method may call a global function of its own name
+    factory: Any = ast.parse(f"def {FACTORY}(): return {METHOD}").body[0]
     factory.args.args = parameters
     factory.body.insert(0, source)
     module = ast.fix_missing_locations(ast.Module([factory], []))
@@ -170,7 +176,7 @@ def _compiled(source: ast.FunctionDef, like: FunctionType) -> FunctionType:
     factory_code = compile(module, like.__code__.co_filename, "exec", flags, dont_inherit=True)
     made: dict[str, Any] = {}
     exec(factory_code, like.__globals__, made)
-    code = made[FACTORY](**dict.fromkeys(cells)).__code__
+    code = made[FACTORY](**dict.fromkeys(cells)).__code__.replace(co_name=like.__code__.co_name)
     closure = tuple(cells[name] for name in code.co_freevars)
     function = FunctionType(code, like.__globals__, like.__name__, closure=closure)
     function.__defaults__, function.__kwdefaults__ = like.__defaults__, like.__kwdefaults__

@@ -629,6 +629,18 @@ class Alias(nn.Module):
     def forward(self, q, k, cos, sin):
         return apply_rotary_pos_emb(q, k, cos, sin)
     run = forward
+
+
+def scaled(q, k):
+    return 2 * q, 3 * k
+
+
+class OneName(nn.Module):
+    def forward(self, *given):
+        return self.scaled(*given)
+
+    def scaled(self, q, k, cos, sin):
+        return scaled(*apply_rotary_pos_emb(q, k, cos, sin))
 '''
 
 
@@ -644,7 +656,7 @@ def written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        *(("Annotated", 1), ("Telling", 1), ("Alias", 1)),
+        *(("Annotated", 1), ("Telling", 1), ("Alias", 1), ("OneName", 1)),
         *(("Writing", 0), ("Partial", 0), ("Catching", 0), ("Matching", 0)),
     ],
 )
