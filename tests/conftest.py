@@ -46,8 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--random-calls",
         type=int,
-        default=300,
-        help="how many calls test_properties.py draws for each way to a result (300)",
+        default=200,
+        help="how many calls test_properties.py draws for each way to a result (200)",
     )
     parser.addoption(
         "--exact-allocations",
