@@ -122,7 +122,7 @@ def _plan_of(cls: Any, rounding: str, calls: tuple[RotaryCall, ...]) -> ClassPla
             plan.left[full_name(call.function)] = 'rounding="eager" does not give its bits'
         else:
             known.setdefault(call.method, {})[call.called] = probed
-    for method, name in {(call.method, call.name): None for call in calls if call.is_reached}:
+    for method, name in dict.fromkeys((c.method, c.name) for c in calls if c.is_reached):
         rewrite = read(method, frozenset(known[method])) if method in known else ""
         if isinstance(rewrite, Rewrite):
             plan.methods[name] = MethodSwitch(rewrite, known[method])

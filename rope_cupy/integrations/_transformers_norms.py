@@ -217,21 +217,18 @@ class Deferred:
 
     def view(self, *shape: Any, **named: Any) -> Any:
         """Return a view in which each row that is normalised is a row still, or is split."""
-        if named or self.made:
-            return self.value().view(*shape, **named)
-        x = self.x.view(*shape)
-        if x.shape[-1] == self.x.shape[-1] or x.shape[:-2] == self.x.shape[:-1]:
-            return self._viewed("view", shape, x)
-        return self.value().view(*shape)
+        return self._shaped("view", shape, named)
 
     def reshape(self, *shape: Any, **named: Any) -> Any:
         """Return a view, as `view`."""
-        if named or self.made:
-            return self.value().reshape(*shape, **named)
-        x = self.x.reshape(*shape)
-        if x.shape[-1] == self.x.shape[-1] or x.shape[:-2] == self.x.shape[:-1]:
-            return self._viewed("reshape", shape, x)
-        return self.value().reshape(*shape)
+        return self._shaped("reshape", shape, named)
+
+    def _shaped(self, name: str, shape: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if not named and not self.made:
+            x = getattr(self.x, name)(*shape)
+            if x.shape[-1] == self.x.shape[-1] or x.shape[:-2] == self.x.shape[:-1]:
+                return self._viewed(name, shape, x)
+        return getattr(self.value(), name)(*shape, **named)
 
     def transpose(self, dim0: int, dim1: int) -> Any:
         """Return a view with other axes than the last exchanged."""

@@ -22,7 +22,7 @@ import inspect
 from collections.abc import Callable, Set
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 FACTORY, METHOD = "_rope_cupy_factory", "_rope_cupy_method"
 DEFER, VALUE = "_rope_cupy_defer", "_rope_cupy_value"
@@ -102,11 +102,10 @@ def _parsed(text: str) -> ast.stmt:
     if not text[:1].isspace():
         (source,) = ast.parse(text).body
         return source
-    (block,) = ast.parse("if True:\n" + text).body
-    assert isinstance(block, ast.If)
+    block: Any = ast.parse("if True:\n" + text).body[0]
     (source,) = block.body
     ast.increment_lineno(source, -1)
-    return source
+    return cast(ast.stmt, source)
 
 
 def _is_same(code: CodeType, other: CodeType) -> bool:

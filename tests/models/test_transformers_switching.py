@@ -101,6 +101,12 @@ def test_of_two_models_of_a_class_only_one_is_enabled(calls):
     assert torch.equal(logits(one), expected) and not calls
 
 
+def parted(names):
+    """The names that `enable` adds to a module, and all others."""
+    added = {name: each for name, each in names.items() if name.startswith("_rope_cupy_")}
+    return added, {name: each for name, each in names.items() if name not in added}
+
+
 def test_nothing_of_transformers_is_changed_for_all():
     """A module gets names for what stands in for its functions, and keeps all of its own."""
     module = importlib.import_module("transformers.models.qwen3.modeling_qwen3")
@@ -109,17 +115,13 @@ def test_nothing_of_transformers_is_changed_for_all():
     model = built("Qwen3")
     enable(model)
     logits(model)
-    after = dict(vars(module))
-    added = {name for name in after if name.startswith("_rope_cupy_")}
-    assert added and {name: after[name] for name in after.keys() - added} == {
-        name: before[name] for name in before.keys() - added
-    }
+    added, own = parted(vars(module))
+    assert added and own == parted(before)[1]
     enable(model, rounding="eager")
+    added, _ = parted(vars(module))
     enable(model)
-    again = {name for name in vars(module) if name.startswith("_rope_cupy_")}
     enable(model, rounding="eager")
-    enable(model)
-    assert {name for name in vars(module) if name.startswith("_rope_cupy_")} == again
+    assert parted(vars(module))[0] == added
     assert dict(vars(module.Qwen3Attention)) == members
     assert isinstance(model.model.layers[0].self_attn, module.Qwen3Attention)
     assert repr(model) == repr(built_once("Qwen3"))
@@ -478,6 +480,8 @@ def test_a_norm_of_all_heads_is_not_one_of_all_tokens(calls):
 
 # Methods in unusual forms.
 
+GIVEN = random(2, 4, 6, 8), random(2, 2, 6, 8), random(2, 6, 8), random(2, 6, 8)
+
 
 class Scaling(nn.Module):
     def forward(self, q, k):
@@ -510,8 +514,7 @@ class Overriding(Decorated):
 
 
 def test_decorators_defaults_and_super_are_kept(calls):
-    module, original = Decorated(), Decorated.forward
-    given = random(2, 4, 6, 8), random(2, 2, 6, 8), random(2, 6, 8), random(2, 6, 8)
+    module, original, given = Decorated(), Decorated.forward, GIVEN
     expected = rotated(module, *given)
     switched(module, calls)
     assert not module(*(each.requires_grad_() for each in map(torch.clone, given)))[0].requires_grad
@@ -547,11 +550,10 @@ class Shadowing(nn.Module):
 
 
 def test_a_method_with_other_names_is_switched_and_one_with_the_same_for_others_left(calls):
-    given = random(2, 4, 6, 8), random(2, 2, 6, 8), random(2, 6, 8), random(2, 6, 8)
     module = Renaming()
-    expected = rotated(module, *given)
+    expected = rotated(module, *GIVEN)
     switched(module, calls)
-    torch.testing.assert_close(rotated(module, *given), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rotated(module, *GIVEN), expected, rtol=1e-5, atol=1e-5)
     assert counted(calls) == {ROTATE: 1}
     module = Shadowing()
     report = enable(module, strict=False)
@@ -559,7 +561,6 @@ def test_a_method_with_other_names_is_switched_and_one_with_the_same_for_others_
     assert report.left == {f"{__name__}.Shadowing.forward": why}
 
 
-GIVEN = random(2, 4, 6, 8), random(2, 2, 6, 8), random(2, 6, 8), random(2, 6, 8)
 WRITTEN = '''
 from __future__ import annotations
 import functools
